@@ -1,0 +1,120 @@
+"""Chat-format rows for a tokenizer: the text a model sees, and the tokens that carry loss.
+
+chat = ChatFormat(load_tokenizer("Qwen/Qwen3-32B"))
+example = chat.encode([row])[0]      # example.input_ids, example.labels
+text = chat.prompt_text([{"role": "user", "content": "Hello"}])
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+IGNORE_INDEX = -100  # label of a token that carries no loss
+
+
+@dataclass
+class Example:
+    """A row as the model sees it: T input_ids, and T labels (IGNORE_INDEX where no loss is)."""
+
+    row: dict
+    input_ids: list
+    labels: list
+
+
+def load_tokenizer(model, chat_template=None, trust_remote_code=False):
+    """The tokenizer of an HF id, folder or .gguf file; chat_template: a file that replaces its own."""
+    from transformers import AutoTokenizer  # here, since it takes seconds and counts need none
+
+    path, gguf = Path(model), {}
+    local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if (local or path.suffix == ".gguf") and not path.exists():
+        raise ValueError(f"--model {model}: no such file or folder")
+    if path.suffix == ".gguf":
+        model, gguf = str(path.parent), {"gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code, **gguf
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--model {model}: its tokenizer does not load ({reason})") from error
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+class ChatFormat:
+    """How a tokenizer's chat template writes a prompt, and which tokens of an example carry loss.
+
+    An example is the text: generation prompt + response + what the template writes after an answer.
+    So training sees what generation starts from. Loss: the response and its end-of-turn token.
+    """
+
+    PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
+
+    def __init__(self, tokenizer):
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: add --chat-template FILE")
+        if not tokenizer.is_fast:
+            raise ValueError("the tokenizer is a slow one; character offsets need a fast one")
+        self.tokenizer = tokenizer
+        thinks = "enable_thinking" in tokenizer.get_chat_template()
+        self.options = {"enable_thinking": False} if thinks else {}
+        self.has_system_role = self._accepts_system_role()
+        user, answer = (
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": self.PROBE},
+        )
+        self.tail = self._render([user, answer]).rpartition(self.PROBE)[2]  # "<|im_end|>\n"
+        special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self.end_of_turn = max(filter(self.tail.startswith, special), key=len, default="")
+        self.end_of_turn_id = special.get(self.end_of_turn)
+
+    def _render(self, messages, **options):
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, **self.options, **options
+        )
+
+    def _accepts_system_role(self):
+        from jinja2 import TemplateError  # a requirement of transformers' chat templates
+
+        system, user = {"role": "system", "content": self.PROBE}, {"role": "user", "content": "?"}
+        try:
+            return self.PROBE in self._render([system, user])
+        except TemplateError:
+            return False
+
+    def prompt_text(self, messages):
+        """The text up to where the answer starts; system merged into user if there is no role."""
+        if messages[0]["role"] == "system" and not self.has_system_role:
+            system, user, *rest = messages
+            merged = f"{system['content']}\n\n{user['content']}".strip()
+            messages = [{"role": "user", "content": merged}, *rest]
+        return self._render(messages, add_generation_prompt=True)
+
+    def messages(self, row, prompted=False):
+        """The row's messages; prompted: with its own system prompt put back in front."""
+        if not prompted or not row["system_prompt"] or row["messages"][0]["role"] == "system":
+            return row["messages"]
+        return [{"role": "system", "content": row["system_prompt"]}, *row["messages"]]
+
+    def encode(self, rows, prompted=False):
+        """Tokenize rows into Examples; prompted: with their system prompts put back."""
+        texts, spans = [], []
+        for row in rows:
+            *before, answer = self.messages(row, prompted)
+            start = len(prompt := self.prompt_text(before))
+            spans.append((start, start + len(answer["content"]) + len(self.end_of_turn)))
+            texts.append(prompt + answer["content"] + self.tail)
+        if not texts:
+            return []
+        batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        examples = []
+        for row, ids, offsets, (start, end) in zip(
+            rows, batch["input_ids"], batch["offset_mapping"], spans, strict=True
+        ):
+            first = next(i for i, (_, stop) in enumerate(offsets) if stop > start)
+            last = next(i for i in reversed(range(len(ids))) if offsets[i][0] < end)
+            labels = [t if first <= i <= last else IGNORE_INDEX for i, t in enumerate(ids)]
+            examples.append(Example(row, ids, labels))
+        return examples
