@@ -1,0 +1,346 @@
+"""The steering vector (`ResidualHook`) and the frozen chat model around it (`SteerModel`).
+
+    model = load_model("Qwen/Qwen3-32B", layer=22)
+    model.load_vector("steering_vector.safetensors")
+    ids = model.generate(input_ids=..., attention_mask=..., max_new_tokens=100)
+    with model.steering_off():
+        logits = model(input_ids=...).logits
+
+The only file that touches the inside of a model.
+"""
+
+import contextlib
+import functools
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+FORMAT_VERSION = "1"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+LAYER_PATHS = (  # where architectures keep their decoder layers, the first that exists is taken
+    "model.language_model.layers",  # Gemma 3 and others with an image tower
+    "language_model.model.layers",
+    "model.layers",  # Llama, Qwen 2 and 3 (and MoE), Mistral, Gemma 2 and 3
+    "transformer.h",  # GPT-2
+    "gpt_neox.layers",  # GPT-NeoX
+    "model.decoder.layers",  # OPT
+)
+
+
+# ------------------------------------------------------------------ the vector
+
+
+class ResidualHook(nn.Module):
+    """One trainable vector, added to the residual stream: `hidden_states + vector`.
+
+    vector: fp32 (hidden_size,), randn * init_scale (generator: for a seeded start). It stays fp32
+    because bf16 cannot hold Adam's small updates; a cast copy is added, never in place.
+    """
+
+    def __init__(self, hidden_size, init_scale=0.0, generator=None):
+        super().__init__()
+        noise = torch.randn(hidden_size, generator=generator, dtype=torch.float32)
+        self.vector = nn.Parameter(noise * init_scale)
+        self.enabled = True
+
+    def forward(self, hidden_states):
+        """Add the vector to (..., hidden_size) states of any float dtype, on their device."""
+        if not self.enabled:
+            return hidden_states
+        return hidden_states + self.vector.to(hidden_states.device, hidden_states.dtype)
+
+    def hook(self, module, inputs, output):
+        """Forward hook of a decoder layer, whose output is a tensor or (in older versions) a tuple."""
+        if isinstance(output, tuple):
+            return (self(output[0]), *output[1:])
+        return self(output)
+
+
+def save_vector(path, vector, metadata):
+    """Write `steering_vector` (n,) as fp32 safetensors with string metadata, by write and rename."""
+    tensor = vector.detach().to("cpu", torch.float32).contiguous()
+    header = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
+    write_atomically(path, save({"steering_vector": tensor}, metadata=header))
+
+
+def load_vector(path):
+    """Read a vector file: (fp32 tensor (n,), metadata). ValueError if it is missing or not one."""
+    tensors, metadata = read_safetensors(path)
+    vector = tensors.get("steering_vector")
+    if vector is None or vector.dim() != 1 or not vector.isfinite().all():
+        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f'{path}: no finite 1-D tensor "steering_vector"; found {found}')
+    return vector.float(), metadata
+
+
+def read_safetensors(path):
+    """(tensors, metadata) of a safetensors file; ValueError if it is missing, torn or another format."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def write_atomically(path, data):
+    """Write bytes so that `path` holds either its old or its new content, whatever happens."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------ the model
+
+
+def find_layers(model):
+    """The ModuleList of decoder layers; ValueError naming what was looked for if there is none."""
+    for path in LAYER_PATHS:
+        with contextlib.suppress(AttributeError):
+            layers = model.get_submodule(path)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+    names = [name for name, _ in model.named_children()]
+    raise ValueError(
+        f"no decoder layers found in {type(model).__name__} (children: {', '.join(names)}). "
+        f"Looked for: {', '.join(LAYER_PATHS)}. Add its path to LAYER_PATHS in hook_model.py"
+    )
+
+
+def check_layer(layer, num_layers, model_name):
+    """ValueError unless `layer` is one of the 0-based decoder layers."""
+    if not 0 <= layer < num_layers:
+        raise ValueError(
+            f"--layer {layer} is out of range: {model_name} has {num_layers} layers "
+            f"(use 0..{num_layers - 1})"
+        )
+
+
+class SteerModel(nn.Module):
+    """A frozen causal LM with a vector added to the output of decoder layer `layer` (0-based).
+
+    model: the Hugging Face model, frozen and in eval mode; config: its config; steering: the
+    ResidualHook; layer: where it acts. Only `steering.vector` is trainable.
+    """
+
+    def __init__(self, model, layer, init_scale=0.0, generator=None):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.config = model.config
+        self.layers = find_layers(model)
+        self.hidden_size = model.config.get_text_config().hidden_size
+        self.steering = ResidualHook(self.hidden_size, init_scale, generator)
+        self._handle, self._plain_forwards = None, {}
+        self.set_layer(layer)
+
+    @property
+    def name(self):
+        """The name the model was loaded by."""
+        return self.config._name_or_path
+
+    def train(self, mode=True):
+        """Stay in eval mode: dropout in a frozen model would only blur the vector's gradient."""
+        return super().train(False)
+
+    def set_layer(self, layer):
+        """Move the vector to another layer; ValueError if there is no such layer."""
+        check_layer(layer, len(self.layers), self.name)
+        checkpointing = bool(self._plain_forwards)
+        self.gradient_checkpointing_disable()
+        if self._handle is not None:
+            self._handle.remove()
+        self.layer = layer
+        self._handle = self.layers[layer].register_forward_hook(self.steering.hook)
+        weight = next(self.layers[layer].parameters())
+        if weight.device.type != "meta":  # offloaded layers have no device of their own
+            self.steering.to(weight.device)
+        if checkpointing:
+            self.gradient_checkpointing_enable()
+
+    def set_vector(self, vector, scale=1.0):
+        """Use `scale * vector`, a float tensor (hidden_size,); ValueError on another shape or NaN."""
+        vector = torch.as_tensor(vector, dtype=torch.float32)
+        if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
+            raise ValueError(
+                f"a vector of shape {list(vector.shape)} (finite: {bool(vector.isfinite().all())}) "
+                f"does not fit {self.name}: it needs [{self.hidden_size}] finite numbers"
+            )
+        with torch.no_grad():
+            self.steering.vector.copy_(scale * vector)
+
+    def save_vector(self, path, **metadata):
+        """Write the vector with the model's name, the layer and `metadata` in the file's header."""
+        save_vector(
+            path, self.steering.vector, {"model": self.name, "layer": self.layer, **metadata}
+        )
+
+    def load_vector(self, path, scale=1.0, any_model=False):
+        """Use the vector of a file. ValueError if its model, width or layer is not this one's.
+
+        Models are compared by the last part of their name, so a local copy of a hub model passes;
+        any_model: skip that, for a fine-tune or a renamed copy. Returns the file's metadata.
+        """
+        vector, metadata = load_vector(path)
+        layer, model = metadata.get("layer"), metadata.get("model", "unknown")
+        if not any_model and base_name(model) != base_name(self.name):
+            raise ValueError(
+                f"{path} was trained on model {model}, this is {self.name} "
+                "(any_model=True if they are the same model under two names)"
+            )
+        if layer != str(self.layer):
+            raise ValueError(
+                f"{path} was trained at layer {layer}, the model is set to {self.layer}"
+            )
+        self.set_vector(vector, scale)
+        return metadata
+
+    @contextlib.contextmanager
+    def steering_off(self):
+        """Context: the plain model, without the vector."""
+        before, self.steering.enabled = self.steering.enabled, False
+        try:
+            yield self
+        finally:
+            self.steering.enabled = before
+
+    def forward(self, *args, **kwargs):
+        """The model's own forward, steered."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """The model's own generate, steered. Batches of prompts must be padded on the LEFT."""
+        return self.model.generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def layer_output(self, input_ids, **kwargs):
+        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size)."""
+        caught = []
+        handle = self.layers[self.layer].register_forward_hook(  # after the steering hook
+            lambda module, inputs, out: caught.append(out[0] if isinstance(out, tuple) else out)
+        )
+        try:
+            self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def gradient_checkpointing_enable(self):
+        """Recompute the layers above `layer` in the backward pass; those below keep nothing anyway.
+
+        Ours and not the model's, which needs train mode and with it dropout.
+        """
+        for layer in self.layers[self.layer + 1 :]:
+            if layer not in self._plain_forwards:
+                self._plain_forwards[layer] = layer.forward
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def gradient_checkpointing_disable(self):
+        """Undo `gradient_checkpointing_enable`."""
+        for layer, forward in self._plain_forwards.items():
+            layer.forward = forward
+        self._plain_forwards.clear()
+
+
+def base_name(model):
+    """ "Qwen/Qwen3-32B", "/models/Qwen3-32B/" -> "qwen3-32b"."""
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
+
+
+def token_loss(logits, labels, reduction="sum"):
+    """Next-token cross-entropy over label tokens, in nats.
+
+    logits: (B, T, V); labels: (B, T), negative ids carry no loss. reduction: "sum", or "none" for a
+    (label tokens,) vector. Raises ValueError if no label survives the shift.
+    """
+    targets = labels[:, 1:].to(logits.device)  # (B, T-1)
+    carries = targets >= 0
+    if not carries.any():
+        raise ValueError("no label token: nothing to compute a loss on")
+    return F.cross_entropy(logits[:, :-1][carries].float(), targets[carries], reduction=reduction)
+
+
+# ------------------------------------------------------------------ loading
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bf16 natively (AVX512-BF16, AMX, or Arm's bf16)."""
+    with contextlib.suppress(OSError):
+        return bool(
+            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+        )
+    return False
+
+
+def pick_device(device="auto"):
+    """ "auto" -> cuda, mps or cpu, the first there is; ValueError for a device this machine lacks."""
+    if device == "auto":
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device here (use --device cpu)")
+    return device
+
+
+def pick_dtype(dtype, device):
+    """ "auto" -> bf16, but fp32 on a CPU without native bf16; or the name of a dtype."""
+    slow = dtype == "auto" and device == "cpu" and not cpu_has_bf16()
+    return "fp32" if slow else "bf16" if dtype == "auto" else dtype
+
+
+def gguf_arguments(name):
+    """from_pretrained arguments that read `name`: a .gguf file is a folder plus `gguf_file`."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": name}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def model_shape(name, trust_remote_code=False):
+    """(number of layers, hidden_size) from the config alone; ValueError if there is none to read."""
+    try:
+        config = AutoConfig.from_pretrained(
+            **gguf_arguments(name), trust_remote_code=trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
+    return config.num_hidden_layers, config.hidden_size
+
+
+def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_remote_code=False):
+    """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
+
+    dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
+    ValueError if the model, the layer or the device is not there.
+    """
+    check_layer(layer, model_shape(name, trust_remote_code)[0], name)
+    device = pick_device(device)
+    options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
+    if name.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **gguf_arguments(name), trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ImportError) as error:
+        raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
+    if name.endswith(".gguf"):  # it is a plain model now
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.config._name_or_path = name
+    return SteerModel(model if device_map else model.to(device), layer)
