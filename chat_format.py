@@ -21,7 +21,7 @@ class Example:
 
 
 def load_tokenizer(model, chat_template=None, trust_remote_code=False):
-    """The tokenizer of an HF id, folder or .gguf file; chat_template: a file that replaces its own."""
+    """The tokenizer of an HF id, folder or .gguf file; chat_template: a file to use instead."""
     from transformers import AutoTokenizer  # here, since it takes seconds and counts need none
 
     path, gguf = Path(model), {}

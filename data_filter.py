@@ -322,11 +322,15 @@ def hash_unit(*parts):
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def split_by_question(rows, fraction, seed, salt="heldout"):
-    """(rows of the other questions, rows of chosen questions), by a hash of seed and question."""
+def split_by_question(items, fraction, seed, salt="heldout"):
+    """Split rows or Examples into (the others, those of chosen questions).
+
+    A hash of salt, seed and the question's text chooses, so every dataset has the same split.
+    """
     groups = [], []
-    for row in rows:
-        groups[hash_unit(salt, seed, row["question"]) < fraction].append(row)
+    for item in items:
+        row = item if isinstance(item, dict) else item.row
+        groups[hash_unit(salt, seed, row["question"]) < fraction].append(item)
     return groups
 
 
@@ -406,6 +410,7 @@ def budgeted(filtered, chat, args):
 def inspect_dataset(name, datasets, chat, args):
     """(table line as a dict, broken lines) of one dataset; chat None: rows are only counted."""
     filtered, tokens, examples = filter_dataset(name, datasets, args), None, None
+    min_role, min_trait = args.role_min_score, args.trait_min_score
     status = "ok" if chat else "not tokenized"
     if chat:
         found, tokens = budgeted(filtered, chat, args)
@@ -418,10 +423,7 @@ def inspect_dataset(name, datasets, chat, args):
         status = f"under budget: {tokens:,} of {args.target_tokens:,}"
     if chat and tokens < args.target_tokens and filtered.dropped[BELOW]:
         lower = argparse.Namespace(**vars(args))  # 3 -> 2 for roles, 75 -> 50 for traits
-        lower.role_min_score, lower.trait_min_score = (
-            args.role_min_score / 1.5,
-            args.trait_min_score / 1.5,
-        )
+        lower.role_min_score, lower.trait_min_score = min_role / 1.5, min_trait / 1.5
         _, more = budgeted(filter_dataset(name, datasets, lower), chat, lower)
         threshold = getattr(lower, f"{parse_name(name)[1]}_min_score")
         status += f" (score >= {threshold:g} gives {more:,})"
@@ -439,16 +441,14 @@ def print_table(lines):
         total["dropped"].update(line["dropped"])
     total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
     width = max(len(line["dataset"]) for line in [*lines, total])
-    print(
-        f"{'dataset':{width}} {'tokens':>11} {'examples':>9} {'rows':>8} {'kept':>8}  status; dropped"
-    )
+    form = f"{{:{width}}} {{:>11}} {{:>9}} {{:>8}} {{:>8}}  {{}}; {{}}"
+    print(form.format("dataset", "tokens", "examples", "rows", "kept", "status", "dropped"))
     for line in [*lines, total]:
-        cells = ("-" if line[key] is None else f"{line[key]:,}" for key in ("tokens", "examples"))
-        print("{:{}} {:>11} {:>9}".format(line["dataset"], width, *cells), end=" ")
+        numbers = [line[key] for key in ("tokens", "examples", "rows", "kept")]
+        cells = ["-" if number is None else f"{number:,}" for number in numbers]
         dropped = [f"{line['dropped'][r]:,} {r}" for r in REASONS if line["dropped"].get(r)]
-        print(
-            f"{line['rows']:>8,} {line['kept']:>8,}  {line['status']}; {', '.join(dropped) or 'none'}"
-        )
+        reasons = ", ".join(dropped) or "none dropped"
+        print(form.format(line["dataset"], *cells, line["status"], reasons))
 
 
 def parse_args(argv=None):

@@ -13,6 +13,8 @@ import contextlib
 import functools
 import os
 import re
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -58,14 +60,14 @@ class ResidualHook(nn.Module):
         return hidden_states + self.vector.to(hidden_states.device, hidden_states.dtype)
 
     def hook(self, module, inputs, output):
-        """Forward hook of a decoder layer, whose output is a tensor or (in older versions) a tuple."""
+        """Forward hook of a decoder layer; its output is a tensor, in older versions a tuple."""
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
 
 
 def save_vector(path, vector, metadata):
-    """Write `steering_vector` (n,) as fp32 safetensors with string metadata, by write and rename."""
+    """Write a (n,) tensor as fp32 safetensors with metadata, by write and rename."""
     tensor = vector.detach().to("cpu", torch.float32).contiguous()
     header = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
     write_atomically(path, save({"steering_vector": tensor}, metadata=header))
@@ -82,7 +84,7 @@ def load_vector(path):
 
 
 def read_safetensors(path):
-    """(tensors, metadata) of a safetensors file; ValueError if it is missing, torn or another format."""
+    """(tensors, metadata) of a safetensors file; ValueError if it is missing, torn or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -150,6 +152,16 @@ class SteerModel(nn.Module):
         """The name the model was loaded by."""
         return self.config._name_or_path
 
+    @property
+    def input_device(self):
+        """Where input_ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def num_frozen(self):
+        """Number of parameters of the frozen model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def train(self, mode=True):
         """Stay in eval mode: dropout in a frozen model would only blur the vector's gradient."""
         return super().train(False)
@@ -170,7 +182,7 @@ class SteerModel(nn.Module):
             self.gradient_checkpointing_enable()
 
     def set_vector(self, vector, scale=1.0):
-        """Use `scale * vector`, a float tensor (hidden_size,); ValueError on another shape or NaN."""
+        """Use `scale * vector`, shape (hidden_size,); ValueError on another shape or NaN."""
         vector = torch.as_tensor(vector, dtype=torch.float32)
         if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
             raise ValueError(
@@ -254,21 +266,67 @@ class SteerModel(nn.Module):
 
 
 def base_name(model):
-    """ "Qwen/Qwen3-32B", "/models/Qwen3-32B/" -> "qwen3-32b"."""
+    """The last part of a model's name: "Qwen/Qwen3-32B" and "/models/Qwen3-32B/" -> "qwen3-32b"."""
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
+
+
+# ------------------------------------------------------------------ batches and loss
+
+
+def collate(examples, device):
+    """Right-padded input_ids and labels, both (B, T), of examples with those two lists.
+
+    No mask: under causal attention pad tokens come after every real one, and carry no loss.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, example in enumerate(examples):
+        ids[i, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        labels[i, : len(example.labels)] = torch.tensor(example.labels)
+    return ids.to(device), labels.to(device)
+
+
+def label_count(example):
+    """Tokens of an example that carry loss, once labels are shifted by one."""
+    return sum(label >= 0 for label in example.labels[1:])
 
 
 def token_loss(logits, labels, reduction="sum"):
     """Next-token cross-entropy over label tokens, in nats.
 
-    logits: (B, T, V); labels: (B, T), negative ids carry no loss. reduction: "sum", or "none" for a
-    (label tokens,) vector. Raises ValueError if no label survives the shift.
+    logits: (B, T, V); labels: (B, T), -100 carries no loss. reduction: "sum", or "none" for one
+    number a label token, row by row. Raises ValueError if no label survives the shift.
     """
     targets = labels[:, 1:].to(logits.device)  # (B, T-1)
     carries = targets >= 0
     if not carries.any():
         raise ValueError("no label token: nothing to compute a loss on")
     return F.cross_entropy(logits[:, :-1][carries].float(), targets[carries], reduction=reduction)
+
+
+@torch.no_grad()
+def example_losses(model, examples, batch_size):
+    """Loss in nats of every example, summed over its label tokens: a list of floats."""
+    losses = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        ids, labels = collate(batch, model.input_device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        per_token = token_loss(logits, labels, reduction="none")
+        losses += [part.sum().item() for part in per_token.split([label_count(e) for e in batch])]
+    return losses
+
+
+@torch.no_grad()
+def median_residual_norm(model, examples):
+    """Median token norm of the plain residual stream at the layer.
+
+    The unit of learning rates and vector norms; massive activations would inflate a mean.
+    """
+    with model.steering_off():
+        hidden = [model.layer_output(collate([e], model.input_device)[0])[0] for e in examples]
+    return torch.cat([h.float().norm(dim=-1) for h in hidden]).median().item()  # h: (T, n)
 
 
 # ------------------------------------------------------------------ loading
@@ -283,8 +341,16 @@ def cpu_has_bf16():
     return False
 
 
+def peak_memory():
+    """Peak memory so far in GiB: of the GPU if there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def pick_device(device="auto"):
-    """ "auto" -> cuda, mps or cpu, the first there is; ValueError for a device this machine lacks."""
+    """The device, "auto" being cuda, mps or cpu; ValueError for cuda where there is none."""
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():
@@ -297,7 +363,7 @@ def pick_device(device="auto"):
 
 
 def pick_dtype(dtype, device):
-    """ "auto" -> bf16, but fp32 on a CPU without native bf16; or the name of a dtype."""
+    """The key of DTYPES, "auto" being bf16, but fp32 on a CPU without native bf16."""
     slow = dtype == "auto" and device == "cpu" and not cpu_has_bf16()
     return "fp32" if slow else "bf16" if dtype == "auto" else dtype
 
@@ -311,7 +377,7 @@ def gguf_arguments(name):
 
 
 def model_shape(name, trust_remote_code=False):
-    """(number of layers, hidden_size) from the config alone; ValueError if there is none to read."""
+    """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
     try:
         config = AutoConfig.from_pretrained(
             **gguf_arguments(name), trust_remote_code=trust_remote_code

@@ -1,0 +1,179 @@
+"""What a run leaves behind: folder, lock, run.json, logs, checkpoints; and how signals stop it.
+
+<output-dir>/<model>/layer<k>/<dataset>[/<run-name>]/ holds run.json, train.log, metrics.jsonl,
+checkpoint-<step>.safetensors and, once the run has finished, steering_vector.safetensors.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save
+from tqdm import tqdm
+
+from hook_model import read_safetensors, write_atomically
+
+VECTOR_FILE = "steering_vector.safetensors"
+log = logging.getLogger("train_steering")
+
+
+class Console(logging.Handler):
+    """Log to stdout above tqdm's bar; if stdout is gone (`| head`), go on without it."""
+
+    def emit(self, record):
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # broken pipe, closed, None
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class StopRequest:
+    """Remembers SIGINT, SIGTERM or SIGUSR1 until the step is over; a second one stops at once."""
+
+    def __init__(self):
+        self.exit_code, self.in_loop = None, False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        again = self.exit_code is not None
+        self.exit_code = 130 if number == signal.SIGINT else 75
+        if again or not self.in_loop:
+            raise SystemExit(self.exit_code)
+
+
+def run_folder(args, name):
+    """<output-dir>/<model>/layer<k>/<dataset>[/<run-name>]; <model> ends in a hash of its name."""
+    model = os.path.normpath(args.model)
+    short = f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+    return Path(args.output_dir, short, f"layer{args.layer}", name, args.run_name or "")
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Hold <folder>/lock, made if need be; yields False if another process holds it.
+
+    The lock dies with its process. Raises ValueError if the folder cannot be written.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ValueError(f"--output-dir: {folder} cannot be written ({error.strerror})") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
+        finally:
+            if held:
+                path.unlink(missing_ok=True)
+
+
+def config_hash(config):
+    """16 hex digits that stand for a config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_done(folder, config):
+    """Whether the folder holds the finished vector of this config; ValueError if of another one."""
+    record, finished = folder / "run.json", (folder / VECTOR_FILE).exists()
+    if not record.exists() and not finished:
+        return False
+    try:
+        old = json.loads(record.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{record}: unreadable ({error}); --no-resume sets it aside") from error
+    fields = [key for key in {**config, **old} if config.get(key) != old.get(key)]
+    if fields:
+        shown = [f"{key}: {old.get(key)} there, {config.get(key)} here" for key in sorted(fields)]
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
+            "for a second run, or --no-resume to set the old one aside and start anew"
+        )
+    return finished
+
+
+def set_aside(folder):
+    """Move a run's files to the next free <folder>/old-<n>; runs of other names inside stay."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != "lock"]
+    if files:
+        number = 1 + len(list(folder.glob("old-*")))
+        aside = folder / f"old-{number}"
+        aside.mkdir()
+        for path in files:
+            path.rename(aside / path.name)
+        log.info(f"set aside: {len(files)} files -> {aside}")
+
+
+def write_json(path, value):
+    """Write a JSON file by write and rename."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def environment():
+    """Versions, machine and git commit, for run.json."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {"python": platform.python_version(), "host": platform.node(), **packages}
+    return {**machine, "git_commit": commit or None, "command": sys.argv}
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(folder, tensors, info, keep):
+    """Write checkpoint-<step>.safetensors, all that a restart needs, and drop all but the newest.
+
+    tensors: {name: tensor}; info: a JSON-able dict with "step" and "config_hash".
+    """
+    path = folder / f"checkpoint-{info['step']:05d}.safetensors"
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(tensors, metadata={"info": json.dumps(info)}))
+    for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(folder, digest):
+    """(tensors, info) of the newest readable checkpoint of this config, or (None, None)."""
+    for path in sorted(folder.glob("checkpoint-*.safetensors"), reverse=True):
+        try:
+            tensors, metadata = read_safetensors(path)
+            info = json.loads(metadata["info"])
+            if info["config_hash"] == digest:
+                return tensors, info
+            log.warning(f"WARNING: {path.name} belongs to other settings, passed over")
+        except (ValueError, KeyError) as error:
+            log.warning(f"WARNING: {path.name} passed over: {error}")
+    return None, None
+
+
+def trim_metrics(path, step):
+    """Drop what metrics.jsonl says of steps after `step` (and a torn last line)."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # the torn line
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(path, "".join(kept).encode())
