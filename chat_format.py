@@ -54,8 +54,6 @@ class ChatFormat:
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: add --chat-template FILE")
-        if not tokenizer.is_fast:
-            raise ValueError("the tokenizer is a slow one; character offsets need a fast one")
         self.tokenizer = tokenizer
         thinks = "enable_thinking" in tokenizer.get_chat_template()
         self.options = {"enable_thinking": False} if thinks else {}
@@ -69,6 +67,8 @@ class ChatFormat:
         special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self.end_of_turn = max(filter(self.tail.startswith, special), key=len, default="")
         self.end_of_turn_id = special.get(self.end_of_turn)
+        if not self.end_of_turn:
+            self.tail = ""  # nothing there that an answer should end with
 
     def _render(self, messages, **options):
         return self.tokenizer.apply_chat_template(
@@ -100,21 +100,27 @@ class ChatFormat:
 
     def encode(self, rows, prompted=False):
         """Tokenize rows into Examples; prompted: with their system prompts put back."""
-        texts, spans = [], []
+        prompts, answers = [], []
         for row in rows:
             *before, answer = self.messages(row, prompted)
-            start = len(prompt := self.prompt_text(before))
-            spans.append((start, start + len(answer["content"]) + len(self.end_of_turn)))
-            texts.append(prompt + answer["content"] + self.tail)
-        if not texts:
+            prompts.append(self.prompt_text(before))
+            answers.append(answer["content"] + self.tail)
+        if not rows:
             return []
-        batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        whole = self.tokenize([p + a for p, a in zip(prompts, answers, strict=True)])
         examples = []
-        for row, ids, offsets, (start, end) in zip(
-            rows, batch["input_ids"], batch["offset_mapping"], spans, strict=True
+        for row, ids, start, answer in zip(
+            rows, whole, self.tokenize(prompts), answers, strict=True
         ):
-            first = next(i for i, (_, stop) in enumerate(offsets) if stop > start)
-            last = next(i for i in reversed(range(len(ids))) if offsets[i][0] < end)
-            labels = [t if first <= i <= last else IGNORE_INDEX for i, t in enumerate(ids)]
-            examples.append(Example(row, ids, labels))
+            if ids[: len(start)] != start:  # tokens that generation, given the prompt, never sees
+                ids = start + self.tokenize([answer])[0]
+            stop = len(ids)
+            if self.end_of_turn:
+                stop -= ids[::-1].index(self.end_of_turn_id)
+            labels = [IGNORE_INDEX] * len(start) + ids[len(start) : stop]
+            examples.append(Example(row, ids, labels + [IGNORE_INDEX] * (len(ids) - stop)))
         return examples
+
+    def tokenize(self, texts):
+        """Token ids of chat-formatted texts, whose special tokens the template has written."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]

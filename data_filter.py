@@ -426,9 +426,9 @@ def inspect_dataset(name, datasets, chat, args):
         lower.role_min_score, lower.trait_min_score = min_role / 1.5, min_trait / 1.5
         _, more = budgeted(filter_dataset(name, datasets, lower), chat, lower)
         threshold = getattr(lower, f"{parse_name(name)[1]}_min_score")
-        status += f" (score >= {threshold:g} gives {more:,})"
+        status += f" (score >= {threshold:g} gives {more:,})" if more > tokens else ""
     line = {"dataset": name, "status": status, "tokens": tokens, "examples": examples}
-    line |= {"rows": filtered.total, "kept": len(filtered.rows), "dropped": dict(filtered.dropped)}
+    line |= {"rows": filtered.total, "kept": len(filtered.rows), "dropped": +filtered.dropped}
     return line, filtered.problems
 
 

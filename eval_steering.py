@@ -90,7 +90,7 @@ def generate_answers(model, chat, conversations, options):
     answers = []
     for start in range(0, len(conversations), options.batch_size):
         texts = [chat.prompt_text(m) for m in conversations[start : start + options.batch_size]]
-        prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = chat.tokenize(texts)
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(p)) + p for p in prompts]  # left padding
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]

