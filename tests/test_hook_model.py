@@ -1,0 +1,318 @@
+"""hook_model.py: the vector is added where it should be, and nowhere and to nothing else."""
+
+import math
+import types
+
+import pytest
+import torch
+from conftest import CONFIGS, tiny
+
+import hook_model as hm
+
+IDS = torch.arange(3, 23).reshape(2, 10)  # (B, T)
+
+
+def steered(architecture="llama", layer=1, value=0.7, **changes):
+    """A tiny SteerModel whose vector is a fixed random one of some size."""
+    model = hm.SteerModel(tiny(architecture, **changes), layer)
+    noise = torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(1))
+    model.set_vector(noise, scale=value)
+    return model
+
+
+def block_outputs(model, ids):
+    """What every decoder block passes on, read by hooks of the test's own, put behind all others."""
+    outputs = {}
+
+    def reader(i):
+        def read(module, inputs, output):
+            state = output[0] if isinstance(output, tuple) else output
+            outputs[i] = state.detach().clone()
+
+        return read
+
+    handles = [layer.register_forward_hook(reader(i)) for i, layer in enumerate(model.layers)]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_hook_adds_exactly_v_at_its_layer_and_nothing_below(architecture):
+    model = steered(architecture)
+    with model.steering_off():
+        plain = block_outputs(model, IDS)
+    moved = block_outputs(model, IDS)
+    assert torch.equal(moved[0], plain[0])
+    assert torch.equal(moved[1], plain[1] + model.steering.vector)
+    assert not torch.allclose(moved[2], plain[2])
+    assert torch.equal(model.layer_output(IDS), moved[1])
+
+
+def test_layers_that_return_tuples_are_steered_too():
+    hook = hm.ResidualHook(4, init_scale=1.0)
+    hidden, cache = torch.zeros(1, 2, 4), object()
+    output = hook.hook(None, None, (hidden, cache))
+    assert torch.equal(output[0], hook.vector.expand(1, 2, 4)) and output[1] is cache
+    assert torch.equal(hidden, torch.zeros(1, 2, 4))  # never in place
+
+
+def test_vector_stays_fp32_and_states_keep_their_dtype():
+    hook = hm.ResidualHook(4, init_scale=1.0)
+    hidden = torch.zeros(1, 4, dtype=torch.bfloat16)
+    assert hook(hidden).dtype == torch.bfloat16 and hook.vector.dtype == torch.float32
+    seeded = [hm.ResidualHook(4, 0.5, torch.Generator().manual_seed(3)).vector for _ in range(2)]
+    assert torch.equal(*seeded)
+    assert not hm.ResidualHook(4).vector.any()
+
+
+def test_unknown_architecture_names_what_was_looked_for():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"Looked for: .*model\.layers.*transformer\.h"):
+        hm.find_layers(model)
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 99])
+def test_layer_out_of_range_names_the_allowed_range(layer):
+    with pytest.raises(ValueError, match=rf"--layer {layer} is out of range: .* \(use 0\.\.3\)"):
+        hm.SteerModel(tiny("llama"), layer)
+
+
+def test_only_the_vector_is_trainable_and_the_model_gets_no_gradient():
+    model = steered()
+    hm.token_loss(model(input_ids=IDS).logits, IDS).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["steering.vector"]
+    assert all(p.grad is None for p in model.model.parameters())
+    assert model.steering.vector.grad.norm() > 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gemma3"])
+def test_gradient_equals_finite_differences(architecture):
+    model = steered(architecture).double()  # differences need more digits than fp32 has
+    vector = model.steering.vector
+
+    def loss():  # the reference: log-probabilities picked by hand, in double
+        logits = model(input_ids=IDS, use_cache=False).logits.double()
+        return -logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).sum()
+
+    hm.token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
+    random = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for direction in (vector.grad.clone(), random):
+        direction *= 1e-2 / direction.norm()
+        values = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                vector += sign * direction
+                values.append(loss().item())
+                vector -= sign * direction
+        expected = 2 * (vector.grad @ direction).item()
+        assert math.isclose(values[0] - values[1], expected, rel_tol=1e-2, abs_tol=1e-5)
+
+
+def test_train_mode_never_turns_dropout_on():
+    model = hm.SteerModel(tiny("gpt2", attn_pdrop=0.5, resid_pdrop=0.5), 1).train()
+    assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt"])
+def test_gradient_checkpointing_gives_the_same_gradient_and_recomputes_above_only(architecture):
+    model, calls = steered(architecture), []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+
+    def gradient():
+        calls.clear()
+        model.steering.vector.grad = None
+        hm.token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
+        return model.steering.vector.grad.clone()
+
+    plain = gradient()
+    model.gradient_checkpointing_enable()
+    inner = [layer.forward for layer in model.layers]
+    assert [hasattr(forward, "keywords") for forward in inner] == [False, False, True, True]
+    assert torch.allclose(gradient(), plain, rtol=1e-6, atol=1e-8)
+    model.set_layer(2)
+    assert [hasattr(layer.forward, "keywords") for layer in model.layers] == [False] * 3 + [True]
+    model.gradient_checkpointing_disable()
+    assert not any(hasattr(layer.forward, "keywords") for layer in model.layers)
+
+
+def test_checkpointed_layers_really_keep_less(monkeypatch):
+    model, saved = steered(), []
+
+    def count():
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), id):
+            model(input_ids=IDS, use_cache=False)
+        return sum(saved)
+
+    plain = count()
+    model.gradient_checkpointing_enable()
+    assert count() < plain / 2
+
+
+# ---------------------------------------------------------------- save and load
+
+
+def test_saved_vector_gives_identical_logits_when_loaded(tmp_path):
+    model, path = steered(), tmp_path / "v.safetensors"
+    logits = model(input_ids=IDS).logits
+    model.save_vector(path, steps=3)
+    other = hm.SteerModel(tiny("llama"), 1)
+    assert not torch.equal(other(input_ids=IDS).logits, logits)
+    assert other.load_vector(path)["steps"] == "3"
+    assert torch.equal(other(input_ids=IDS).logits, logits)
+    assert path.stat().st_size < 100_000
+    assert [file.name for file in tmp_path.iterdir()] == ["v.safetensors"]  # nothing half-written
+
+
+def test_loading_names_the_mismatch(tmp_path):
+    model, path = steered(), tmp_path / "v.safetensors"
+    model.config._name_or_path = "org/right-model"
+    model.save_vector(path)
+    for change, message in (
+        ({"name": "org/other"}, "trained on model org/right-model, this is org/other"),
+        ({"layer": 2}, "trained at layer 1, the model is set to 2"),
+        ({"hidden_size": 64}, r"shape \[32\] .*it needs \[64\]"),
+    ):
+        width = change.get("hidden_size", 32)
+        other = hm.SteerModel(tiny("llama", hidden_size=width), change.get("layer", 1))
+        other.config._name_or_path = change.get("name", "/local/copy/Right-Model/")
+        with pytest.raises(ValueError, match=message):
+            other.load_vector(path)
+    other = hm.SteerModel(tiny("llama"), 1)
+    other.load_vector(path, any_model=True)
+    assert torch.equal(other.steering.vector, model.steering.vector)
+
+
+def test_unreadable_vector_files_are_clear_errors(tmp_path):
+    good = tmp_path / "good.safetensors"
+    hm.save_vector(good, torch.ones(8), {"layer": 1})
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(good.read_bytes()[:-5])
+    nan = tmp_path / "nan.safetensors"
+    hm.save_vector(nan, torch.full((8,), math.nan), {})
+    for path in (torn, tmp_path / "none.safetensors"):
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            hm.load_vector(path)
+    with pytest.raises(ValueError, match="no finite 1-D tensor"):
+        hm.load_vector(nan)
+    with pytest.raises(ValueError, match="finite: False"):
+        steered().set_vector(torch.full((32,), math.inf))
+
+
+def test_scale_layer_and_switch():
+    model = steered(value=0.0)
+    plain = model(input_ids=IDS).logits
+    model.set_vector(torch.ones(32), scale=2.0)
+    at_one = model(input_ids=IDS).logits
+    assert torch.equal(model.steering.vector, torch.full((32,), 2.0))
+    model.set_layer(2)
+    assert not torch.allclose(model(input_ids=IDS).logits, at_one)
+    with pytest.raises(RuntimeError, match="inside"), model.steering_off():
+        assert torch.equal(model(input_ids=IDS).logits, plain)
+        raise RuntimeError("inside")
+    assert not torch.equal(model(input_ids=IDS).logits, plain)
+
+
+def test_left_padded_generation_equals_unpadded():
+    model = steered("qwen3", value=3.0)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(input_ids=IDS[:1], attention_mask=torch.ones(1, 10).long(), **options)
+    padded = torch.cat([torch.zeros(1, 4).long(), IDS[:1]], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 10])
+    batch = model.generate(input_ids=padded, attention_mask=mask, **options)
+    assert batch[0, 14:].tolist() == alone[0, 10:].tolist()
+    with model.steering_off():
+        plain = model.generate(input_ids=padded, attention_mask=mask, **options)
+    assert plain[0, 14:].tolist() != batch[0, 14:].tolist()
+
+
+# ---------------------------------------------------------------- batches and loss
+
+
+def example(ids, labels):
+    return types.SimpleNamespace(input_ids=ids, labels=labels)
+
+
+def test_right_padding_without_a_mask_does_not_change_losses():
+    rows = [example(list(range(3, 3 + n)), [-100, *range(4, 3 + n)]) for n in (10, 6, 3)]
+    for architecture in ("llama", "qwen3", "gemma2", "gemma3"):
+        model = steered(architecture)
+        together = hm.example_losses(model, rows, batch_size=3)
+        alone = hm.example_losses(model, rows, batch_size=1)
+        assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_token_loss_equals_the_models_own_loss():
+    model = steered()
+    labels = IDS.clone()
+    labels[:, :4] = -100
+    output = model(input_ids=IDS, labels=labels)
+    mine = hm.token_loss(output.logits, labels) / 12  # 2 rows x 6 label tokens
+    assert torch.allclose(mine, output.loss)
+    assert hm.label_count(example(IDS[0].tolist(), labels[0].tolist())) == 6
+    with pytest.raises(ValueError, match="no label token"):
+        hm.token_loss(output.logits, torch.full_like(labels, -100))
+
+
+def test_residual_norm_is_the_median_over_tokens_of_the_plain_stream():
+    model, rows = steered(value=50.0), [example(IDS[i].tolist(), []) for i in (0, 1)]
+    with model.steering_off():
+        norms = torch.cat([model.layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)])
+    assert hm.median_residual_norm(model, rows) == pytest.approx(norms.median().item())
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_load_model_from_folder_in_the_dtype_asked_for(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "m")
+    for name, dtype in hm.DTYPES.items():
+        model = hm.load_model(str(tmp_path / "m"), 1, dtype=name, device="cpu")
+        assert model.model.dtype == dtype
+        assert model.steering.vector.dtype == torch.float32
+        assert model.name == str(tmp_path / "m")
+    with pytest.raises(ValueError, match="is out of range"):
+        hm.load_model(str(tmp_path / "m"), 4)
+    with pytest.raises(ValueError, match=r"--model .*none"):
+        hm.load_model(str(tmp_path / "none"), 1)
+
+
+def test_device_map_places_the_vector_with_its_layer(tmp_path):
+    pytest.importorskip("accelerate")
+    tiny("llama").save_pretrained(tmp_path / "m")
+    model = hm.load_model(str(tmp_path / "m"), 1, dtype="fp32", device_map={"": "cpu"})
+    hm.token_loss(model(input_ids=IDS).logits, IDS).backward()
+    assert model.steering.vector.grad.norm() > 0
+
+
+def test_auto_dtype_is_bf16_unless_the_cpu_lacks_it(monkeypatch):
+    monkeypatch.setattr(hm, "cpu_has_bf16", lambda: False)
+    assert [hm.pick_dtype("auto", d) for d in ("cpu", "cuda")] == ["fp32", "bf16"]
+    assert hm.pick_dtype("fp16", "cpu") == "fp16"
+    monkeypatch.setattr(hm, "cpu_has_bf16", lambda: True)
+    assert hm.pick_dtype("auto", "cpu") == "bf16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_says_so():
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        hm.pick_device("cuda:1")
+
+
+def test_remote_code_is_never_trusted_unless_asked(monkeypatch, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "m")
+    seen = []
+    real = hm.AutoModelForCausalLM.from_pretrained
+
+    def record(*args, **kwargs):
+        seen.append(kwargs["trust_remote_code"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hm.AutoModelForCausalLM, "from_pretrained", record)
+    hm.load_model(str(tmp_path / "m"), 1, device="cpu")
+    hm.load_model(str(tmp_path / "m"), 1, device="cpu", trust_remote_code=True)
+    assert seen == [False, True]

@@ -1,0 +1,446 @@
+"""train_steering.py: arithmetic of the loop, what a run leaves behind, resume, bad input."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, persona_rows, tiny, write_raw
+from safetensors import safe_open
+
+import hook_model as hm
+import run_folder as rf
+import train_steering as ts
+from chat_format import Example
+
+QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
+QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def command(data_root, model, output, *more, dataset="src__role__pirate"):
+    base = ["--data-root", data_root, "--model", model, "--output-dir", str(output)]
+    return [*base, "--dataset", dataset, *QUICK, *more]
+
+
+def the_folder(output, dataset="src__role__pirate"):
+    (folder,) = Path(output).glob(f"*/layer1/{dataset}")
+    return folder
+
+
+def read_vector(output, **where):
+    return hm.load_vector(the_folder(output, **where) / rf.VECTOR_FILE)[0]
+
+
+def steps_in(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def examples(lengths, start=3):
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = [(start + 7 * i + j) % 150 + 5 for j in range(length)]
+        rows.append(Example({"question": f"Q{i}?"}, ids, [-100, -100, *ids[2:]]))
+    return rows
+
+
+class NeverStop:
+    exit_code = None
+
+
+def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="llama"):
+    """Run the training loop alone on a tiny model; returns (model, final numbers, folder)."""
+    args = ts.parse_args(["--dataset", "x", "--lr", "0.05", "--max-grad-norm", "0", *flags])
+    model = hm.SteerModel(tiny(architecture), 1)
+    folder = tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    return model, ts.train(model, train_set, list(val_set), folder, "hash", args, stop), folder
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gemma3"])
+def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
+    rows, vectors, losses = examples([4, 19, 7, 12, 5, 30]), [], []
+    for name, batch, accumulation in (("a", "6", "1"), ("b", "1", "6"), ("c", "4", "2")):
+        flags = ["--batch-size", batch, "--gradient-accumulation", accumulation, "--max-steps", "1"]
+        (tmp_path / name).mkdir()
+        model, _, folder = fit(tmp_path / name, rows, *flags, architecture=architecture)
+        saved, _ = hm.read_safetensors(folder / "checkpoint-00001.safetensors")
+        vectors.append(saved["exp_avg"] / 0.1)  # Adam's first moment is (1 - beta1) x gradient
+        losses.append(json.loads((folder / "metrics.jsonl").read_text())["loss"])
+    # The reference: one padded batch, loss by the model's own head and labels argument.
+    model = hm.SteerModel(tiny(architecture), 1)
+    ids, labels = hm.collate(rows, "cpu")
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    for vector, value in zip(vectors, losses, strict=True):
+        error = (vector - model.steering.vector.grad).norm() / model.steering.vector.grad.norm()
+        assert error < 1e-4
+        assert value == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_every_row_is_used_once_an_epoch_and_the_last_window_is_kept(tmp_path):
+    rows = examples([10] * 7)
+    flags = ["--batch-size", "2", "--gradient-accumulation", "2", "--num-epochs", "3"]
+    _, final, folder = fit(tmp_path, rows, *flags)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics] == [40, 30] * 3
+    assert final["steps"] == 6 and final["label_tokens"] == 3 * 7 * 8
+
+
+def test_base_model_is_bit_unchanged_and_has_no_gradient(tmp_path):
+    before = {name: p.clone() for name, p in tiny("llama").named_parameters()}
+    model, _, _ = fit(tmp_path, examples([8, 9]), "--max-steps", "3")
+    assert model.steering.vector.norm() > 0
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+
+
+def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path):
+    # Steps this wild make validation worse and worse; the start (a zero vector) stays the best.
+    flags = ["--lr", "50", "--lr-scheduler", "constant", "--warmup-ratio", "0", "--val-every", "1"]
+    val_set = examples([12, 9], start=90)
+    model, final, _ = fit(
+        tmp_path, examples([8] * 4), *flags, "--max-steps", "40", "--patience", "3", val_set=val_set
+    )
+    assert final["steps"] == 3 and final["best_step"] == 0
+    assert not model.steering.vector.any()
+
+
+def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
+    model = tiny("llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    (tmp_path / "run").mkdir()
+    args = ts.parse_args(["--dataset", "x", "--lr", "1"])
+    with pytest.raises(RuntimeError, match=r"step 1: loss nan.*--lr"):
+        ts.train(hm.SteerModel(model, 1), examples([8]), [], tmp_path / "run", "h", args, NeverStop)
+
+
+def test_schedules_warm_up_and_end_near_zero():
+    cosine = [ts.lr_factor(step, 100, 10, "cosine") for step in range(100)]
+    assert cosine[0] == pytest.approx(1 / 11) and max(cosine) == cosine[10] == 1.0
+    assert cosine[99] < 0.001 and all(
+        a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False)
+    )
+    assert ts.lr_factor(55, 100, 10, "linear") == pytest.approx(0.5)
+    assert ts.lr_factor(99, 100, 10, "constant") == 1.0
+
+
+def test_automatic_learning_rate_is_in_units_of_the_residual_stream(tmp_path):
+    rows = examples([8, 9])
+    model, final, _ = fit(tmp_path, rows, "--lr", "auto", "--max-steps", "1")
+    norm = hm.median_residual_norm(model, rows)
+    assert final["lr"] == pytest.approx(ts.AUTO_LR * norm / 32**0.5)
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_path, capsys):
+    assert ts.main(command(data_root, tiny_folder, tmp_path / "runs")) == 0
+    folder = the_folder(tmp_path / "runs")
+    names = {path.name for path in folder.iterdir()}
+    kept = {f"checkpoint-0000{step}.safetensors" for step in (2, 4, 6)}
+    assert names == kept | {"steering_vector.safetensors", "run.json", "metrics.jsonl", "train.log"}
+    assert (folder / rf.VECTOR_FILE).stat().st_size < 100_000
+    assert all((folder / name).stat().st_size < 1_000_000 for name in kept)
+    with safe_open(folder / rf.VECTOR_FILE, framework="pt") as file:
+        assert list(file.keys()) == ["steering_vector"]
+        vector, header = file.get_tensor("steering_vector"), file.metadata()
+    assert vector.shape == (32,) and vector.dtype == torch.float32
+    assert header["model"] == tiny_folder and header["layer"] == "1" and header["steps"] == "6"
+    assert header["dataset"] == "src__role__pirate" and header["seed"] == "0"
+    assert int(header["label_tokens"]) > 0 and header["format_version"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "done" and record["args"]["lr"] == 0.05
+    assert record["counts"]["kept"] == 20 and record["final"]["steps"] == 6
+    assert record["config_hash"] == rf.config_hash(record["config"])
+    assert record["torch"] == torch.__version__ and "git_commit" in record
+    assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
+    # The log is what the console showed, one line a step.
+    log, shown = (folder / "train.log").read_text(), capsys.readouterr().out
+    assert shown.endswith(log)
+    assert log.count("| loss ") == 6
+    for fact in (
+        "32 trained",
+        "parameters frozen",
+        "20 kept",
+        "median residual norm",
+        "steps    6",
+    ):
+        assert fact in log
+
+
+def test_console_that_goes_away_costs_nothing(data_root, tiny_folder, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_steering.py", *command(data_root, tiny_folder, tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()  # like `| head -0`
+    assert process.wait(120) == 0, process.stderr.read().decode()
+    assert process.stderr.read() == b""
+    assert (the_folder(tmp_path) / "train.log").read_text().count("| loss ") == 6
+
+
+def test_finished_run_is_skipped_and_other_settings_are_refused(
+    data_root, tiny_folder, tmp_path, capsys
+):
+    base = command(data_root, tiny_folder, tmp_path)
+    assert ts.main(base) == 0
+    first = read_vector(tmp_path)
+    stamp = (the_folder(tmp_path) / rf.VECTOR_FILE).stat().st_mtime_ns
+    assert ts.main([*base, "--keep-checkpoints", "1"]) == 0  # does not change the vector
+    assert "done already" in capsys.readouterr().out
+    assert (the_folder(tmp_path) / rf.VECTOR_FILE).stat().st_mtime_ns == stamp
+    assert ts.main([*base, "--lr", "0.1"]) == 2
+    said = capsys.readouterr().out
+    assert "lr: 0.05 there, 0.1 here" in said and "--run-name" in said
+    assert torch.equal(read_vector(tmp_path), first)
+    assert ts.main([*base, "--lr", "0.1", "--run-name", "fast"]) == 0
+    folder = the_folder(tmp_path)
+    assert not torch.equal(hm.load_vector(folder / "fast" / rf.VECTOR_FILE)[0], first)
+    assert ts.main([*base, "--lr", "0.1", "--no-resume"]) == 0  # the old run is kept aside
+    assert torch.equal(hm.load_vector(folder / "old-1" / rf.VECTOR_FILE)[0], first)
+    assert not torch.equal(read_vector(tmp_path), first)
+    assert (folder / "fast" / rf.VECTOR_FILE).exists()
+
+
+def test_changed_data_is_another_run(data_root, tiny_folder, tmp_path, capsys):
+    assert ts.main(command(data_root, tiny_folder, tmp_path)) == 0
+    rows, scores = persona_rows(19)
+    write_raw(data_root, "pirate", rows, scores)
+    assert ts.main(command(data_root, tiny_folder, tmp_path)) == 2
+    assert "data: " in capsys.readouterr().out
+
+
+def test_second_process_on_a_run_folder_leaves(data_root, tiny_folder, tmp_path, capsys):
+    assert ts.main(command(data_root, tiny_folder, tmp_path / "a")) == 0
+    folder = tmp_path / "b" / the_folder(tmp_path / "a").relative_to(tmp_path / "a")
+    with rf.lock_folder(folder) as held:
+        assert held
+        assert ts.main(command(data_root, tiny_folder, tmp_path / "b")) == 0
+        assert "another process works in" in capsys.readouterr().out
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert not list(folder.iterdir())
+    assert ts.main(command(data_root, tiny_folder, tmp_path / "b")) == 0
+
+
+# ---------------------------------------------------------------- resume and signals
+
+
+class StopAfter:
+    """A StopRequest that a signal reaches during step `step`."""
+
+    def __init__(self, step):
+        self.reads, self.step = 0, step
+
+    @property
+    def exit_code(self):
+        self.reads += 1
+        return 75 if self.reads >= self.step else None
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
+    flags = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "9"]
+    flags += ["--val-every", "2", "--save-every", "4"]
+    rows, val_set = examples([9, 5, 14, 7, 11]), examples([8, 6], start=60)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    reference, wanted, _ = fit(whole, rows, *flags, val_set=val_set)
+    for step in (1, 3, 4, 8):  # within and at the end of an epoch, at and between checkpoints
+        place = tmp_path / str(step)
+        place.mkdir()
+        _, none, part = fit(place, rows, *flags, val_set=val_set, stop=StopAfter(step))
+        assert none is None and steps_in(part)[-1] < 9
+        (part / "metrics.jsonl").open("a").write('{"step": 8, "loss": 1}\n{"torn')
+        model, final, part = fit(place, rows, *flags, val_set=val_set)
+        assert torch.equal(model.steering.vector, reference.steering.vector)
+        assert steps_in(part) == list(range(1, 10))
+        assert {**final, "seconds": 0} == {**wanted, "seconds": 0}
+
+
+def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path, caplog):
+    flags, rows = ["--max-steps", "6", "--save-every", "2"], examples([9, 5, 14])
+    reference, _, folder = fit(tmp_path, rows, *flags)
+    newest = folder / "checkpoint-00006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:300])
+    tensors, metadata = hm.read_safetensors(folder / "checkpoint-00004.safetensors")
+    foreign = json.loads(metadata["info"]) | {"config_hash": "other", "step": 5}
+    rf.save_checkpoint(folder, tensors, foreign, 9)
+    with caplog.at_level("WARNING", logger="train_steering"):
+        model, _, _ = fit(tmp_path, rows, *flags)
+    assert torch.equal(model.steering.vector, reference.steering.vector)
+    assert "checkpoint-00006.safetensors passed over" in caplog.text
+    assert "checkpoint-00005.safetensors belongs to other settings" in caplog.text
+    assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signal_finishes_the_step_saves_and_can_go_on(
+    data_root, tiny_folder, tmp_path, number, code
+):
+    many = ["--max-steps", "200", "--save-every", "1000"]
+    arguments = command(data_root, tiny_folder, tmp_path, *many)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_steering.py", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    metrics = tmp_path / "none"
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.02)
+        with contextlib.suppress(ValueError):
+            metrics = the_folder(tmp_path) / "metrics.jsonl"
+    process.send_signal(number)
+    assert process.wait(60) == code, process.stderr.read().decode()
+    folder = the_folder(tmp_path)
+    done = steps_in(folder)
+    assert [p.name for p in folder.glob("check*")] == [f"checkpoint-{done[-1]:05d}.safetensors"]
+    assert not (folder / rf.VECTOR_FILE).exists() and not (folder / "lock").exists()
+    assert ts.main(arguments) == 0
+    assert steps_in(folder) == list(range(1, 201))
+    assert f"resume   after step {done[-1]} of 200" in (folder / "train.log").read_text()
+
+
+def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(28, "No space left on device")
+        return real(descriptor)
+
+    base = command(data_root, tiny_folder, tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    assert ts.main(base) == 1
+    assert "No space left on device" in capsys.readouterr().out
+    left = list(the_folder(tmp_path).glob("checkpoint-*"))
+    assert left and not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
+    monkeypatch.setattr(os, "fsync", real)
+    assert ts.main(base) == 0
+    assert "resume   after step" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- many datasets, bad input
+
+
+def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    loads, real = [], ts.load_model
+    monkeypatch.setattr(ts, "load_model", lambda *a: loads.append(a) or real(*a))
+    listing = tmp_path / "roles.txt"
+    names = ["0_default", "hopeless", "pirate", "sailor"]
+    listing.write_text("".join(f"src__role__{name}\n" for name in names))
+    base = [
+        "--data-root",
+        data_root,
+        "--model",
+        tiny_folder,
+        "--output-dir",
+        str(tmp_path / "runs"),
+    ]
+    assert ts.main([*base, "--list-file", str(listing), *QUICK]) == 2
+    said = capsys.readouterr().out
+    assert "src__role__0_default: skipped, no examples: no scores" in said
+    assert "src__role__hopeless: no example left to train on. 20 rows: 0 kept, 20 below" in said
+    assert len(loads) == 1
+    # Pirate and sailor hold the same rows in another order on disk: the same vector, also alone.
+    together = read_vector(tmp_path / "runs", dataset="src__role__sailor")
+    assert torch.equal(together, read_vector(tmp_path / "runs"))
+    assert not list((tmp_path / "runs").glob("*/layer1/*default*"))
+    assert ts.main([*base, "--dataset", "src__role__0_default", *QUICK]) == 0
+    bare = ["--source-model", "src", "--kind", "role", "--dataset", "pirate"]
+    assert ts.main([*base, *bare, *QUICK]) == 0
+    assert "done already" in capsys.readouterr().out
+
+
+def test_bad_input_exits_2_before_a_model_loads(
+    data_root, tiny_folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(ts, "load_model", None)
+    (tmp_path / "file").write_text("in the way")
+    good = command(data_root, tiny_folder, tmp_path / "runs")
+    for extra, message in (
+        (["--layer", "99"], "--layer 99 is out of range"),
+        (["--dataset", "src__role__pirat"], "closest: src__role__pirate"),
+        (["--dataset", "../src__role__pirate"], 'without "/" and ".."'),
+        (["--dataset", "src__role__hopeless"], "20 below threshold"),
+        (["--model", str(tmp_path / "no" / "model")], "no such file or folder"),
+        (["--data-root", str(tmp_path)], "no known layout"),
+        (["--output-dir", str(tmp_path / "file")], "cannot be written"),
+        (["--heldout-fraction", "0.999"], "no example left to train on"),
+        (["--max-length", "3"], "16 too long"),
+        (["--device", "cuda"], "no CUDA device here"),
+    ):
+        if extra == ["--device", "cuda"] and torch.cuda.is_available():
+            continue
+        assert ts.main([*good, *extra]) == 2, extra
+        said = capfd.readouterr()
+        (line,) = (said.out + said.err).strip().splitlines()
+        assert message in line and "Traceback" not in line
+    assert "(use 0..3)" in errors_of(capfd, [*good, "--layer", "99"])
+    assert not (tmp_path / "runs").exists()
+
+
+def errors_of(capfd, arguments):
+    with contextlib.suppress(SystemExit):
+        ts.main(arguments)
+    return capfd.readouterr().err
+
+
+def test_bad_flags_are_reported_all_at_once(capfd):
+    error = errors_of(
+        capfd,
+        "--batch-size 0 --lr fast --warmup-ratio 1 --save-every -1 --max-grad-norm nan "
+        "--run-name ../x --target-tokens 0".split(),
+    )
+    for flag in ("batch-size 0", "lr fast", "warmup-ratio 1", "save-every -1", "max-grad-norm nan"):
+        assert f"--{flag}" in error
+    assert '--run-name "../x"' in error and "--target-tokens 0" in error and "--dataset" in error
+
+
+def test_malformed_model_folder_is_one_line(data_root, tiny_folder, tmp_path, capfd):
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny_folder, torn)
+    (torn / "model.safetensors").write_bytes(b"not safetensors")
+    assert ts.main(command(data_root, str(torn), tmp_path / "runs")) == 2
+    assert "does not load" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------- the real model
+
+
+def test_training_lowers_nll_of_unseen_real_data_on_the_real_model(smol, tmp_path):
+    args = ["--data-root", str(ROOT / "sample_data"), "--model", smol, "--layer", "12"]
+    args += ["--dataset", "sample__role__pirate", "--output-dir", str(tmp_path)]
+    args += ["--target-tokens", "2000", "--max-steps", "4", "--val-fraction", "0.3"]
+    assert ts.main([*args, "--val-every", "4", "--gradient-accumulation", "1"]) == 0
+    (folder,) = tmp_path.glob("*/layer12/sample__role__pirate")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert losses[-1] < losses[0] - 0.05
