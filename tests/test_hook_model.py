@@ -21,7 +21,7 @@ def steered(architecture="llama", layer=1, value=0.7, **changes):
 
 
 def block_outputs(model, ids):
-    """What every decoder block passes on, read by hooks of the test's own, put behind all others."""
+    """What every decoder block passes on, read by the test's own hooks, put behind all others."""
     outputs = {}
 
     def reader(i):

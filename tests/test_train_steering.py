@@ -138,9 +138,8 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
 def test_schedules_warm_up_and_end_near_zero():
     cosine = [ts.lr_factor(step, 100, 10, "cosine") for step in range(100)]
     assert cosine[0] == pytest.approx(1 / 11) and max(cosine) == cosine[10] == 1.0
-    assert cosine[99] < 0.001 and all(
-        a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False)
-    )
+    assert cosine[99] < 0.001
+    assert all(a >= b for a, b in itertools.pairwise(cosine[10:]))
     assert ts.lr_factor(55, 100, 10, "linear") == pytest.approx(0.5)
     assert ts.lr_factor(99, 100, 10, "constant") == 1.0
 
@@ -414,11 +413,9 @@ def errors_of(capfd, arguments):
 
 
 def test_bad_flags_are_reported_all_at_once(capfd):
-    error = errors_of(
-        capfd,
-        "--batch-size 0 --lr fast --warmup-ratio 1 --save-every -1 --max-grad-norm nan "
-        "--run-name ../x --target-tokens 0".split(),
-    )
+    flags = {"--batch-size": "0", "--lr": "fast", "--warmup-ratio": "1", "--save-every": "-1"}
+    flags |= {"--max-grad-norm": "nan", "--run-name": "../x", "--target-tokens": "0"}
+    error = errors_of(capfd, [part for pair in flags.items() for part in pair])
     for flag in ("batch-size 0", "lr fast", "warmup-ratio 1", "save-every -1", "max-grad-norm nan"):
         assert f"--{flag}" in error
     assert '--run-name "../x"' in error and "--target-tokens 0" in error and "--dataset" in error
