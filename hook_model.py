@@ -402,7 +402,7 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
         model = AutoModelForCausalLM.from_pretrained(
             **gguf_arguments(name), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
     if name.endswith(".gguf"):  # it is a plain model now
         model.hf_quantizer = None

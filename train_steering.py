@@ -332,7 +332,11 @@ def run(args, stop):
         if not loaded:
             log.info(f"loading  {args.model}")
             where = args.dtype, args.device, args.device_map
-            loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
+            try:
+                loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
+            except ValueError as error:  # no use in trying the other datasets
+                log.error(f"error: {error}")
+                raise SystemExit(2) from error
             if args.gradient_checkpointing:
                 loaded[0].gradient_checkpointing_enable()
         noise = torch.randn(hidden_size, generator=torch.Generator().manual_seed(args.seed))

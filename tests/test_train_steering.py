@@ -115,15 +115,19 @@ def test_base_model_is_bit_unchanged_and_has_no_gradient(tmp_path):
         assert torch.equal(parameter, before[name]) and parameter.grad is None
 
 
-def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path):
-    # Steps this wild make validation worse and worse; the start (a zero vector) stays the best.
-    flags = ["--lr", "50", "--lr-scheduler", "constant", "--warmup-ratio", "0", "--val-every", "1"]
-    val_set = examples([12, 9], start=90)
-    model, final, _ = fit(
-        tmp_path, examples([8] * 4), *flags, "--max-steps", "40", "--patience", "3", val_set=val_set
-    )
-    assert final["steps"] == 3 and final["best_step"] == 0
-    assert not model.steering.vector.any()
+def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, monkeypatch):
+    scripted, seen = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0]), []
+
+    def losses(model, val_set, batch_size):
+        seen.append(model.steering.vector.detach().clone())
+        return [next(scripted)]
+
+    monkeypatch.setattr(ts, "example_losses", losses)
+    flags = ["--max-steps", "40", "--val-every", "1", "--patience", "3"]
+    model, final, _ = fit(tmp_path, examples([8] * 4), *flags, val_set=examples([2 + 8]))
+    assert final["steps"] == 5 and final["best_step"] == 2  # validations before training, at 1 .. 5
+    assert final["best_val"] == 4.0 / 8
+    assert torch.equal(model.steering.vector, seen[2]) and not torch.equal(seen[2], seen[5])
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
@@ -298,7 +302,7 @@ def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path, caplog):
 def test_signal_finishes_the_step_saves_and_can_go_on(
     data_root, tiny_folder, tmp_path, number, code
 ):
-    many = ["--max-steps", "200", "--save-every", "1000"]
+    many = ["--max-steps", "60", "--save-every", "1000"]
     arguments = command(data_root, tiny_folder, tmp_path, *many)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train_steering.py", *arguments],
@@ -318,8 +322,8 @@ def test_signal_finishes_the_step_saves_and_can_go_on(
     assert [p.name for p in folder.glob("check*")] == [f"checkpoint-{done[-1]:05d}.safetensors"]
     assert not (folder / rf.VECTOR_FILE).exists() and not (folder / "lock").exists()
     assert ts.main(arguments) == 0
-    assert steps_in(folder) == list(range(1, 201))
-    assert f"resume   after step {done[-1]} of 200" in (folder / "train.log").read_text()
+    assert steps_in(folder) == list(range(1, 61))
+    assert f"resume   after step {done[-1]} of 60" in (folder / "train.log").read_text()
 
 
 def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
@@ -425,8 +429,11 @@ def test_malformed_model_folder_is_one_line(data_root, tiny_folder, tmp_path, ca
     torn = tmp_path / "torn"
     shutil.copytree(tiny_folder, torn)
     (torn / "model.safetensors").write_bytes(b"not safetensors")
-    assert ts.main(command(data_root, str(torn), tmp_path / "runs")) == 2
-    assert "does not load" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        ts.main(command(data_root, str(torn), tmp_path / "runs"))
+    assert stop.value.code == 2
+    assert "error: --model" in (out := capfd.readouterr().out) and "does not load" in out
+    assert not list(tmp_path.glob("runs/*/*/*/lock"))
 
 
 # ---------------------------------------------------------------- the real model
