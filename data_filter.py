@@ -11,11 +11,9 @@ Exit codes: 0 done, 2 bad input (also: a dataset has scores and none passes).
 """
 
 import argparse
-import difflib
 import hashlib
 import json
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,70 +22,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat_format import ChatFormat, load_tokenizer
+from data_layouts import (
+    dataset_parts,
+    find_datasets,
+    parse_name,
+    parse_row,
+    read_rows,
+    read_scores,
+)
 
 # Why a row is dropped; the first that holds is counted.
 MALFORMED, NO_RESPONSE, MISSING_SCORE = "malformed", "no response", "missing score"
 LABEL, BELOW, DUPLICATE, TOO_LONG = "label", "below threshold", "duplicate", "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
-
-# ------------------------------------------------------------------ names and layouts
-
-
-def parse_name(name):
-    """Split "{source_model}__{role|trait}__{name}" into its parts; ValueError if it is not one."""
-    match = re.fullmatch(r"(?!\.)([^/\\\s]+?)__(role|trait)__([^/\\\s]+)", name)
-    if not match or ".." in name:
-        raise ValueError(
-            f'dataset name "{name}" is not of the form {{source_model}}__{{role|trait}}__{{name}} '
-            '(without "/" and ".."; bare names need --source-model and --kind)'
-        )
-    return match.groups()
-
-
-def find_datasets(root, source_model=None, kind=None):
-    """Every dataset under `root`: {name: (responses path, scores path or None if in the rows)}.
-
-    source_model, kind: keep only these; the assistant-axis layout names neither, so it needs both.
-    Raises ValueError if the root is missing or holds none of the three layouts.
-    """
-    root, found = Path(root), {}
-    if not root.is_dir():
-        raise ValueError(f"--data-root {root}: no such folder")
-    for folder in [*root.glob("*/roles_240"), *root.glob("*/traits_240")]:  # raw personas
-        for path in folder.glob("responses/*.jsonl"):
-            name = f"{folder.parent.name}__{folder.name.removesuffix('s_240')}__{path.stem}"
-            found[name] = (path, folder / "extract_scores" / f"{path.stem}.json")
-    for path in root.glob("responses/*.jsonl"):  # assistant-axis pipeline
-        if not (source_model and kind):
-            raise ValueError(f"{root} has the assistant-axis layout: add --source-model and --kind")
-        name = f"{source_model}__{kind}__{path.stem}"
-        found[name] = (path, root / "scores" / f"{path.stem}.json")
-    for path in root.iterdir():  # processed
-        name = path.name.removesuffix(".jsonl").removesuffix(".parquet")
-        if re.search("__(role|trait)__", name) and (path.is_dir() or name != path.name):
-            found[name] = (path, None)
-    if not found:
-        raise ValueError(
-            f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
-            "responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>[.jsonl|.parquet]"
-        )
-    parts = {name: parse_name(name) for name in sorted(found)}
-    return {
-        name: found[name]
-        for name, (source, its_kind, _) in parts.items()
-        if source_model in (None, source) and kind in (None, its_kind)
-    }
-
-
-def dataset_parts(name, datasets):
-    """The names pooled by "A+B"; ValueError, with the closest names, if one is unknown."""
-    for part in name.split("+"):
-        parse_name(part)
-        if part not in datasets:
-            close = difflib.get_close_matches(part, datasets, n=3)
-            hint = f"closest: {', '.join(close)}" if close else "none has a similar name"
-            raise ValueError(f'unknown dataset "{part}" ({len(datasets)} found; {hint})')
-    return name.split("+")
 
 
 def requested_names(args, datasets):
@@ -105,143 +52,6 @@ def requested_names(args, datasets):
         pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in names if n]
         names = ["+".join(parts) for parts in pooled]
     return ["+".join(dataset_parts(name, datasets)) for name in dict.fromkeys(names) if name]
-
-
-def data_digest(name, datasets):
-    """sha256 over every file behind a dataset name: what "the same data" means to a run."""
-    digest = hashlib.sha256()
-    for path in (p for part in dataset_parts(name, datasets) for p in datasets[part] if p):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------ reading rows
-
-
-def read_jsonl(path):
-    """Yield (line number, object, error or None) for every line that is not blank."""
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                if line.strip():
-                    row = json.loads(line)
-                    yield number, row, None if isinstance(row, dict) else "not a JSON object"
-            except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-                yield number, None, f"not JSON ({error})"
-
-
-def read_arrow(path):
-    """Yield (row number, object, None) from a .parquet file or a `save_to_disk` folder."""
-    try:
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException, ipc
-    except ImportError as error:
-        raise ValueError(f"{path}: reading it needs pyarrow (pip install pyarrow)") from error
-    try:
-        if path.is_file():
-            tables = [parquet.read_table(path)]
-        else:  # one state.json per split names its files
-            states = {p.parent: json.loads(p.read_text()) for p in sorted(path.rglob("state.json"))}
-            files = [p / file["filename"] for p, s in states.items() for file in s["_data_files"]]
-            tables = [ipc.open_stream(file.read_bytes()).read_all() for file in files]
-    except (ArrowException, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
-    if not tables:
-        raise ValueError(f"{path}: not a save_to_disk folder (no state.json names a data file)")
-    rows = (row for table in tables for batch in table.to_batches() for row in batch.to_pylist())
-    yield from ((number, row, None) for number, row in enumerate(rows, 1))
-
-
-def read_scores(path):
-    """{"{label}_p{prompt_index}_q{question_index}": score}; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: unreadable scores ({error})") from error
-    if not isinstance(scores, dict):
-        raise ValueError(f"{path}: not one JSON object but {type(scores).__name__}")
-    return scores
-
-
-def parse_score(value):
-    """A score as float; None where there is none (None, NaN); ValueError for True, "N/A", inf."""
-    try:
-        score = math.nan if value is None else float(value)
-    except (ValueError, TypeError):
-        score = math.inf
-    if isinstance(value, bool) or math.isinf(score):
-        raise ValueError(f"score {value!r} is not a number")
-    return None if math.isnan(score) else score
-
-
-def remove_persona(messages, system_prompt, question):
-    """Messages without system turns, a merged first user turn cut back to the question.
-
-    Source models without a system role were asked "{system_prompt}\\n\\n{question}" by the user.
-    Raises ValueError if the system prompt still stands in a user turn afterwards.
-    """
-    messages = [dict(m) for m in messages if m["role"] != "system"]
-    first, persona = messages[0]["content"].strip(), (system_prompt or "").strip()
-    if persona and first != question and first.startswith(persona):
-        first = first[len(persona) :].strip() or question
-    elif system_prompt is None and first.endswith("\n\n" + question):
-        first = question
-    messages[0]["content"] = first
-    users = [m["content"] for m in messages if m["role"] == "user"]
-    if persona and persona not in question and any(persona in text for text in users):
-        raise ValueError("the system prompt is still in a user turn")
-    return messages
-
-
-def parse_row(raw, scores, keep_system_prompt=False):
-    """One raw object as a row: question, system_prompt, messages, label, extract_score, key.
-
-    scores: the score file's dict, or None where the row holds `extract_score`. The last message is
-    the response, stripped as chat templates do, "" if there is none. Raises ValueError.
-    """
-    turns = "conversation" if scores is not None or "conversation" in raw else "messages"
-    indices = ("prompt_index", "question_index") if scores is not None else ()
-    for needed in (turns, "question", "label", *indices):
-        if raw.get(needed) is None:
-            raise ValueError(f'no "{needed}" key; found {sorted(raw)}')
-    messages, question = raw[turns], raw["question"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict)
-        and m.get("role") in ("system", "user", "assistant")
-        and isinstance(m.get("content"), str)
-        for m in messages
-    ):
-        raise ValueError(f'"{turns}" must be a list of {{role, content}} with text in both')
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    system_prompt = raw.get("system_prompt")
-    if system_prompt is None and system:
-        system_prompt = system[0]
-    if not isinstance(question, str) or not isinstance(system_prompt, str | None):
-        raise ValueError('"question" and "system_prompt" must be text')
-    if [m["role"] for m in messages if m["role"] != "system"][:1] != ["user"]:
-        raise ValueError("the conversation does not start with a user turn")
-    "".join([question, *(m["content"] for m in messages)]).encode()  # lone surrogates raise
-    question = question.strip()
-    if not keep_system_prompt:
-        messages = remove_persona(messages, system_prompt, question)
-    last = messages[-1]
-    response = last["content"].strip() if last["role"] == "assistant" else ""
-    key = None
-    if scores is not None:
-        key = f"{raw['label']}_p{raw['prompt_index']}_q{raw['question_index']}"
-    return {
-        "question": question,
-        "system_prompt": system_prompt or "",
-        "messages": [*messages[:-1], {"role": "assistant", "content": response}],
-        "label": raw["label"],
-        "extract_score": parse_score(scores.get(key) if key else raw.get("extract_score")),
-        "key": key,
-    }
 
 
 # ------------------------------------------------------------------ filter, split, budget
@@ -292,8 +102,7 @@ def filter_dataset(name, datasets, args):
         kind, (rows_path, scores_path) = parse_name(part)[1], datasets[part]
         threshold = args.role_min_score if kind == "role" else args.trait_min_score
         scores = None if scores_path is None else read_scores(scores_path)
-        read = read_jsonl if rows_path.suffix == ".jsonl" else read_arrow
-        for number, raw, error in read(rows_path):
+        for number, raw, error in read_rows(rows_path):
             result.total += 1
             try:
                 if error:

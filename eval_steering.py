@@ -18,6 +18,7 @@ import transformers
 
 import data_filter as df
 from chat_format import ChatFormat, load_tokenizer
+from data_layouts import data_digest, find_datasets
 from hook_model import example_losses, label_count, load_model, load_vector, write_atomically
 
 VECTOR_FILE = "steering_vector.safetensors"
@@ -41,7 +42,7 @@ def read_run(folder):
 
 def heldout_examples(name, chat, args, tokens):
     """(examples of held-out questions up to a token budget, data digest); ValueError if none."""
-    datasets = df.find_datasets(args.data_root, args.source_model, args.kind)
+    datasets = find_datasets(args.data_root, args.source_model, args.kind)
     filtered = df.filter_dataset(name, datasets, args)
     _, rows = df.split_by_question(filtered.rows, args.heldout_fraction, args.split_seed)
     examples, _, _ = df.take_budget(rows, chat, tokens, args.max_length, args.seed)
@@ -50,7 +51,7 @@ def heldout_examples(name, chat, args, tokens):
             f"{name}: no row of a held-out question is kept (--heldout-fraction "
             f"{args.heldout_fraction}; {filtered.counts()})"
         )
-    return examples, df.data_digest(name, datasets)
+    return examples, data_digest(name, datasets)
 
 
 # ------------------------------------------------------------------ likelihood

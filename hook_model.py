@@ -13,8 +13,6 @@ import contextlib
 import functools
 import os
 import re
-import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 FORMAT_VERSION = "1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -137,13 +135,13 @@ class SteerModel(nn.Module):
     ResidualHook; layer: where it acts. Only `steering.vector` is trainable.
     """
 
-    def __init__(self, model, layer, init_scale=0.0, generator=None):
+    def __init__(self, model, layer):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.config = model.config
         self.layers = find_layers(model)
         self.hidden_size = model.config.get_text_config().hidden_size
-        self.steering = ResidualHook(self.hidden_size, init_scale, generator)
+        self.steering = ResidualHook(self.hidden_size)
         self._handle, self._plain_forwards = None, {}
         self.set_layer(layer)
 
@@ -156,11 +154,6 @@ class SteerModel(nn.Module):
     def input_device(self):
         """Where input_ids go."""
         return self.model.get_input_embeddings().weight.device
-
-    @property
-    def num_frozen(self):
-        """Number of parameters of the frozen model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def train(self, mode=True):
         """Stay in eval mode: dropout in a frozen model would only blur the vector's gradient."""
@@ -341,14 +334,6 @@ def cpu_has_bf16():
     return False
 
 
-def peak_memory():
-    """Peak memory so far in GiB: of the GPU if there is one, of the process otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def pick_device(device="auto"):
     """The device, "auto" being cuda, mps or cpu; ValueError for cuda where there is none."""
     if device == "auto":
@@ -397,7 +382,10 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
     device = pick_device(device)
     options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
     if name.endswith(".gguf"):
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        with contextlib.suppress(ImportError, TypeError):  # older versions always dequantize
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **gguf_arguments(name), trust_remote_code=trust_remote_code, **options

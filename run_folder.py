@@ -7,10 +7,12 @@ checkpoint-<step>.safetensors and, once the run has finished, steering_vector.sa
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -100,9 +102,10 @@ def is_done(folder, config):
         old = json.loads(record.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{record}: unreadable ({error}); --no-resume sets it aside") from error
-    fields = [key for key in {**config, **old} if config.get(key) != old.get(key)]
+    fields = sorted(key for key in {**config, **old} if config.get(key) != old.get(key))
     if fields:
-        shown = [f"{key}: {old.get(key)} there, {config.get(key)} here" for key in sorted(fields)]
+        pairs = [(key, str(old.get(key)), str(config.get(key))) for key in fields]
+        shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
             "for a second run, or --no-resume to set the old one aside and start anew"
@@ -114,8 +117,7 @@ def set_aside(folder):
     """Move a run's files to the next free <folder>/old-<n>; runs of other names inside stay."""
     files = [path for path in folder.iterdir() if path.is_file() and path.name != "lock"]
     if files:
-        number = 1 + len(list(folder.glob("old-*")))
-        aside = folder / f"old-{number}"
+        aside = next(p for n in itertools.count(1) if not (p := folder / f"old-{n}").exists())
         aside.mkdir()
         for path in files:
             path.rename(aside / path.name)
@@ -177,3 +179,11 @@ def trim_metrics(path, step):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(path, "".join(kept).encode())
+
+
+def peak_memory():
+    """Peak memory so far in GiB: of the GPU if there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

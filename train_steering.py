@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 import data_filter as df
 from chat_format import ChatFormat, load_tokenizer
+from data_layouts import data_digest, find_datasets
 from hook_model import (
     DTYPES,
     FORMAT_VERSION,
+    ResidualHook,
     check_layer,
     collate,
     example_losses,
@@ -35,7 +37,6 @@ from hook_model import (
     load_model,
     median_residual_norm,
     model_shape,
-    peak_memory,
     pick_device,
     pick_dtype,
     token_loss,
@@ -49,6 +50,7 @@ from run_folder import (
     is_done,
     load_checkpoint,
     lock_folder,
+    peak_memory,
     run_folder,
     save_checkpoint,
     set_aside,
@@ -78,6 +80,8 @@ def prepare(name, datasets, chat, args):
     filtered = df.filter_dataset(name, datasets, args)
     for problem in filtered.problems[:10]:
         log.warning(f"WARNING: {problem}")
+    if len(filtered.problems) > 10:
+        log.warning(f"WARNING: ... and {len(filtered.problems) - 10} more broken lines")
     examples, tokens = df.budgeted(filtered, chat, args)
     train_set, val_set = df.split_by_question(
         examples, args.val_fraction, args.split_seed, "validation"
@@ -103,7 +107,7 @@ def result_config(args, name, datasets):
     config = {key: value for key, value in vars(args).items() if key not in NOT_HASHED}
     template = Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None
     dtype = pick_dtype(args.dtype, pick_device(args.device))
-    data = df.data_digest(name, datasets)
+    data = data_digest(name, datasets)
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     return config | {"format_version": FORMAT_VERSION}
 
@@ -149,10 +153,9 @@ def train(model, train_set, val_set, folder, digest, args, stop):
     peak_lr = AUTO_LR * unit if args.lr == "auto" else args.lr
     log.info(f"steering layer {model.layer} | median residual norm {info['residual_norm']:.4g}")
     log.info(f"lr       {peak_lr:.3g} = {peak_lr / unit:.3g} x norm/sqrt(n), {args.lr_scheduler}")
-    log.info(
-        f"steps    {total}, {steps_per_epoch} an epoch | {rows_per_step} rows a step "
-        f"({args.batch_size} x {args.gradient_accumulation})"
-    )
+    epoch_tokens = sum(len(example.input_ids) for example in train_set)
+    log.info(f"steps    {total}, {steps_per_epoch} an epoch of {epoch_tokens:,} tokens")
+    log.info(f"rows     {rows_per_step} a step ({args.batch_size} x {args.gradient_accumulation})")
 
     def validate():
         losses = example_losses(model, val_set, args.batch_size)
@@ -292,15 +295,18 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     write_json(folder / "run.json", record | environment())
     log.info(f"dataset  {config['name']}: {counts['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
-    log.info(f"tokens   {counts['tokens']:,} of --target-tokens {args.target_tokens:,}")
+    budget = f"{counts['tokens']:,} tokens of --target-tokens {args.target_tokens:,}"
     if counts["tokens"] < args.target_tokens:
-        log.warning("WARNING: under the token budget; training on what there is")
+        log.warning(f"WARNING: under budget, training on what there is: {budget}")
+    else:
+        log.info(f"budget   {budget}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
     model = get_model()
+    frozen = sum(parameter.numel() for parameter in model.model.parameters())
     log.info(
         f"model    {args.model}: {config['dtype']} on {model.input_device}, {len(model.layers)} "
-        f"layers, {model.num_frozen:,} parameters frozen, {model.hidden_size:,} trained"
+        f"layers, {frozen:,} parameters frozen, {model.hidden_size:,} trained"
     )
     stop.in_loop = True
     final = train(model, train_set, val_set, folder, digest, args, stop)
@@ -318,7 +324,7 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
 
 def run(args, stop):
     """Train every requested dataset with one model load; returns the worst exit code."""
-    datasets = df.find_datasets(args.data_root, args.source_model, args.kind)
+    datasets = find_datasets(args.data_root, args.source_model, args.kind)
     names = df.requested_names(args, datasets)
     chat = ChatFormat(load_tokenizer(args.model, args.chat_template, args.trust_remote_code))
     num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
@@ -339,8 +345,8 @@ def run(args, stop):
                 raise SystemExit(2) from error
             if args.gradient_checkpointing:
                 loaded[0].gradient_checkpointing_enable()
-        noise = torch.randn(hidden_size, generator=torch.Generator().manual_seed(args.seed))
-        loaded[0].set_vector(noise * args.init_scale)
+        seeded = torch.Generator().manual_seed(args.seed)
+        loaded[0].set_vector(ResidualHook(hidden_size, args.init_scale, seeded).vector.detach())
         return loaded[0]
 
     codes = []

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, persona_rows, raw_row, write_raw
 
 import data_filter as df
+import data_layouts as dl
 from chat_format import Example
 
 
@@ -101,7 +102,7 @@ def test_missing_pyarrow_names_the_install(tmp_path, monkeypatch):
 )
 def test_bad_dataset_names_are_errors(name):
     with pytest.raises(ValueError, match="is not of the form"):
-        df.parse_name(name)
+        dl.parse_name(name)
 
 
 def test_unknown_dataset_names_the_closest(data_root):
@@ -111,14 +112,14 @@ def test_unknown_dataset_names_the_closest(data_root):
 
 @pytest.mark.parametrize("value, score", [(3, 3.0), (2.5, 2.5), ("91", 91.0), (None, None)])
 def test_scores_that_count(value, score):
-    assert df.parse_score(value) == score
-    assert df.parse_score(float("nan")) is None
+    assert dl.parse_score(value) == score
+    assert dl.parse_score(float("nan")) is None
 
 
 @pytest.mark.parametrize("value", [True, False, "N/A", "", [3], float("inf")])
 def test_scores_that_are_malformed(value):
     with pytest.raises(ValueError, match="is not a number"):
-        df.parse_score(value)
+        dl.parse_score(value)
 
 
 # ---------------------------------------------------------------- one reason a row

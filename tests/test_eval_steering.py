@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, persona_rows, write_raw
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
+import data_layouts as dl
 import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
@@ -115,7 +116,7 @@ def test_likelihoods_are_of_the_conditions_they_name(finished, tiny_folder, smol
 def test_evaluated_questions_were_not_trained_on(finished, smol_chat):
     args, record, _ = ev.read_run(finished)
     examples, _ = ev.heldout_examples(record["dataset"], smol_chat, args, 20_000)
-    datasets = ts.df.find_datasets(args.data_root)
+    datasets = dl.find_datasets(args.data_root)
     train_set, val_set, _ = ts.prepare(record["dataset"], datasets, smol_chat, args)
     groups = [{e.row["question"] for e in part} for part in (train_set, val_set, examples)]
     assert all(groups)
