@@ -11,6 +11,7 @@ The only file that touches the inside of a model.
 
 import contextlib
 import functools
+import json
 import os
 import re
 from pathlib import Path
@@ -65,10 +66,18 @@ class ResidualHook(nn.Module):
 
 
 def save_vector(path, vector, metadata):
-    """Write a (n,) tensor as fp32 safetensors with metadata, by write and rename."""
+    """Write a (n,) tensor as fp32 safetensors with metadata, by write and rename.
+
+    The same vector and metadata give the same bytes: the library writes metadata in random order,
+    so its header (8 bytes of length, JSON padded with spaces) is written again, sorted.
+    """
     tensor = vector.detach().to("cpu", torch.float32).contiguous()
-    header = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
-    write_atomically(path, save({"steering_vector": tensor}, metadata=header))
+    strings = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
+    data = save({"steering_vector": tensor}, metadata=strings)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    write_atomically(path, len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def load_vector(path):
@@ -93,13 +102,16 @@ def read_safetensors(path):
 
 def write_atomically(path, data):
     """Write bytes so that `path` holds either its old or its new content, whatever happens."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    partial = Path(path).with_name(".partial")  # one name, so that a kill leaves at most one
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------ the model

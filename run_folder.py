@@ -30,11 +30,11 @@ log = logging.getLogger("train_steering")
 
 
 class Console(logging.Handler):
-    """Log to stdout above tqdm's bar; if stdout is gone (`| head`), go on without it."""
+    """Log to stdout, above the bar, without tracebacks; goes on if stdout is gone (`| head`)."""
 
     def emit(self, record):
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(record.getMessage(), file=sys.stdout)
             sys.stdout.flush()
         except (OSError, ValueError, AttributeError):  # broken pipe, closed, None
             with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -278,8 +278,8 @@ def train_dataset(name, datasets, chat, get_model, args, stop):
         log.addHandler(file_log)
         try:
             return fill_folder(folder, config, train_set, val_set, counts, get_model, args, stop)
-        except Exception as error:  # whatever it was: log it, go on with the next dataset
-            log.exception(f"FAILED   {name}: {error}")
+        except Exception as error:  # whatever it was, the next dataset may do better
+            log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
             return 1
         finally:
             stop.in_loop = False

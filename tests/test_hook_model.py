@@ -168,6 +168,16 @@ def test_saved_vector_gives_identical_logits_when_loaded(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["v.safetensors"]  # nothing half-written
 
 
+def test_same_vector_and_metadata_give_the_same_bytes(tmp_path):
+    metadata, files = {f"key {i}": i for i in range(20)}, set()
+    for i in range(5):
+        hm.save_vector(tmp_path / str(i), torch.arange(9.0), metadata)
+        files.add((tmp_path / str(i)).read_bytes())
+        read, strings = hm.load_vector(tmp_path / str(i))
+        assert torch.equal(read, torch.arange(9.0)) and strings["key 7"] == "7"
+    assert len(files) == 1
+
+
 def test_loading_names_the_mismatch(tmp_path):
     model, path = steered(), tmp_path / "v.safetensors"
     model.config._name_or_path = "org/right-model"

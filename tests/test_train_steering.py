@@ -340,7 +340,10 @@ def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
     base = command(data_root, tiny_folder, tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     assert ts.main(base) == 1
-    assert "No space left on device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "Traceback" not in said
+    assert "Traceback" in (the_folder(tmp_path) / "train.log").read_text()
+    assert not (the_folder(tmp_path) / ".partial").exists()
     left = list(the_folder(tmp_path).glob("checkpoint-*"))
     assert left and not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
     monkeypatch.setattr(os, "fsync", real)
