@@ -100,7 +100,7 @@ def test_likelihoods_are_of_the_conditions_they_name(finished, tiny_folder, smol
         ):
             ids = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
             ids = torch.tensor([tokenizer(ids, add_special_tokens=False)["input_ids"]])
-            count = len(tokenizer(answer["content"] + "<|im_end|>")["input_ids"])
+            count = len(smol_chat.tokenize([answer["content"] + "<|im_end|>"])[0])
             labels = ids.clone()
             labels[:, :-count] = -100
             off = model.steering_off() if condition != "steered" else torch.no_grad()
