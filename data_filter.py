@@ -72,6 +72,11 @@ class Filtered:
         dropped = [f"{self.dropped[r]:,} {r}" for r in REASONS if self.dropped[r]]
         return f"{self.total:,} rows: " + ", ".join([f"{len(self.rows):,} kept", *dropped])
 
+    @property
+    def is_baseline(self):
+        """Whether nothing is kept because nobody scored it: to be skipped, not an error."""
+        return not self.rows and not self.has_scores and self.dropped[MISSING_SCORE] > 0
+
 
 def drop_reason(row, kind, threshold, include_missing_scores, seen):
     """The first reason to drop a row, or None to keep it; `seen` collects what was kept."""
@@ -191,18 +196,13 @@ def add_data_arguments(parser):
 
 def check_data_arguments(args):
     """What is wrong with the data options, as a list of messages."""
+    fraction, roles, traits = args.heldout_fraction, args.role_min_score, args.trait_min_score
     checks = [
         (args.target_tokens >= 1, f"--target-tokens {args.target_tokens}: must be at least 1"),
         (args.max_length >= 2, f"--max-length {args.max_length}: must be at least 2"),
-        (
-            0 <= args.heldout_fraction < 1,
-            f"--heldout-fraction {args.heldout_fraction}: not in [0, 1)",
-        ),
-        (math.isfinite(args.role_min_score), f"--role-min-score {args.role_min_score}: not finite"),
-        (
-            math.isfinite(args.trait_min_score),
-            f"--trait-min-score {args.trait_min_score}: not finite",
-        ),
+        (0 <= fraction < 1, f"--heldout-fraction {fraction}: not in [0, 1)"),
+        (math.isfinite(roles), f"--role-min-score {roles}: not finite"),
+        (math.isfinite(traits), f"--trait-min-score {traits}: not finite"),
     ]
     return [message for passed, message in checks if not passed]
 
@@ -224,10 +224,10 @@ def inspect_dataset(name, datasets, chat, args):
     if chat:
         found, tokens = budgeted(filtered, chat, args)
         examples = len(found)
-    if not filtered.rows:
-        status = "no examples: " + ("none passes" if filtered.has_scores else "no scores")
-    elif examples == 0:
-        status = "no examples: none left to train on"
+    if filtered.is_baseline:
+        status = "no examples: no scores"
+    elif not filtered.rows or examples == 0:
+        status = "no examples: none passes" if not filtered.rows else "no examples: all held out"
     elif chat and tokens < args.target_tokens:
         status = f"under budget: {tokens:,} of {args.target_tokens:,}"
     if chat and tokens < args.target_tokens and filtered.dropped[BELOW]:
@@ -245,7 +245,7 @@ def print_table(lines):
     """The validation table: a line a dataset, then totals."""
     total = {"dataset": f"{len(lines)} datasets", "dropped": Counter()}
     for key in ("tokens", "examples", "rows", "kept"):
-        total[key] = None if lines[0][key] is None else sum(line[key] for line in lines)
+        total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
     for line in lines:
         total["dropped"].update(line["dropped"])
     total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
@@ -292,7 +292,16 @@ def run(args):
         chat = ChatFormat(load_tokenizer(args.model, args.chat_template, args.trust_remote_code))
     lines = []
     for name in tqdm(names, unit="dataset", disable=None):
-        line, problems = inspect_dataset(name, datasets, chat, args)
+        try:
+            line, problems = inspect_dataset(name, datasets, chat, args)
+        except (ValueError, OSError) as error:  # one unreadable file must not hide the others
+            if args.strict:
+                raise
+            zeros = dict.fromkeys(("tokens", "examples", "rows", "kept"), 0)
+            line, problems = (
+                {"dataset": name, "status": f"error: {error}", **zeros, "dropped": {}},
+                [],
+            )
         for problem in problems:
             tqdm.write(f"{name}: {problem}", file=sys.stderr)
         lines.append(line)
@@ -303,7 +312,8 @@ def run(args):
         good = [line["dataset"] for line in lines if line["status"] == "ok"]
         Path(args.write_list).write_text("".join(f"{name}\n" for name in good), encoding="utf-8")
         print(f"{len(good)} names -> {args.write_list}")
-    return 2 if any(line["status"].startswith("no examples: none") for line in lines) else 0
+    bad = ("no examples: none", "no examples: all", "error")
+    return 2 if any(line["status"].startswith(bad) for line in lines) else 0
 
 
 def main(argv=None):

@@ -74,8 +74,8 @@ log = logging.getLogger("train_steering")
 def prepare(name, datasets, chat, args):
     """(training examples, validation examples, counts for run.json) of one dataset.
 
-    Validation questions are cut from the training ones. Raises ValueError if rows have scores and
-    none is left to train on; without any score all is empty.
+    Validation questions are cut from the training ones. Raises ValueError if none is left to train
+    on; a baseline, whose rows nobody scored, gives empty lists.
     """
     filtered = df.filter_dataset(name, datasets, args)
     for problem in filtered.problems[:10]:
@@ -86,7 +86,7 @@ def prepare(name, datasets, chat, args):
     train_set, val_set = df.split_by_question(
         examples, args.val_fraction, args.split_seed, "validation"
     )
-    if filtered.has_scores and not sum(map(label_count, train_set)):
+    if not filtered.is_baseline and not sum(map(label_count, train_set)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     counts = {"rows": filtered.total, "kept": len(filtered.rows), "dropped": filtered.dropped}
     counts |= {"train": len(train_set), "validation": len(val_set), "tokens": tokens}

@@ -287,6 +287,22 @@ def test_table_says_what_each_dataset_is_worth(data_root, tiny_folder, tmp_path,
     assert "4 datasets" in printed and "2 ok" in printed
 
 
+def test_one_unreadable_dataset_is_a_line_of_the_table_not_its_end(tmp_path, capsys):
+    rows, scores = persona_rows(3)
+    write_raw(tmp_path, "good", rows, scores)
+    write_raw(tmp_path, "list", rows, [1, 2])
+    write_raw(tmp_path, "empty", [""], {})
+    write_raw(tmp_path, "words", rows, dict.fromkeys(scores, "N/A"))
+    assert df.main(["--data-root", str(tmp_path)]) == 2
+    printed = capsys.readouterr().out
+    assert "list.json: not one JSON object but list" in printed
+    for name, status in (("good", "not tokenized"), ("empty", "no examples: none passes")):
+        assert any(f"__{name} " in line and status in line for line in printed.splitlines())
+    assert "no examples: none passes; 3 malformed" in printed
+    assert df.main(["--data-root", str(tmp_path), "--strict"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_under_budget_tells_the_count_and_what_a_lower_threshold_gives(tmp_path, tiny_folder):
     rows, scores = persona_rows(20)
     scores |= {f"pos_p0_q{i}": 2 for i in range(10)}
