@@ -35,8 +35,9 @@ def load_tokenizer(model, chat_template=None, trust_remote_code=False):
             model, trust_remote_code=trust_remote_code, **gguf
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "" if path.exists() else "no such folder here, and "
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {model}: its tokenizer does not load ({reason})") from error
+        raise ValueError(f"--model {path}: {where}its tokenizer does not load: {reason}") from error
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -57,15 +58,19 @@ class ChatFormat:
         self.tokenizer = tokenizer
         thinks = "enable_thinking" in tokenizer.get_chat_template()
         self.options = {"enable_thinking": False} if thinks else {}
-        self.has_system_role = self._accepts_system_role()
-        user, answer = (
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": self.PROBE},
-        )
-        self.tail = self._render([user, answer]).rpartition(self.PROBE)[2]  # "<|im_end|>\n"
+        self.has_system_role = self._renders_text_of("system", "user")
+        if not (self._renders_text_of("user") and self._renders_text_of("assistant", after="user")):
+            raise ValueError("the chat template fails on, or leaves out, a user or assistant turn")
+        # What the template puts around an answer: nothing or a space, and "<|im_end|>\n" or such.
+        question = [{"role": "user", "content": "?"}]
+        full = self._render([*question, {"role": "assistant", "content": self.PROBE}])
+        before, _, self.tail = full.rpartition(self.PROBE)
+        prompt = self.prompt_text(question)
+        self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        self.end_of_turn = max(filter(self.tail.startswith, special), key=len, default="")
+        ends = filter(self.tail.lstrip().startswith, special)
+        self.end_of_turn = max(ends, key=len, default="")
         self.end_of_turn_id = special.get(self.end_of_turn)
         if not self.end_of_turn:
             self.tail = ""  # nothing there that an answer should end with
@@ -75,12 +80,14 @@ class ChatFormat:
             messages, tokenize=False, **self.options, **options
         )
 
-    def _accepts_system_role(self):
+    def _renders_text_of(self, role, *others, after=None):
+        """Whether the template writes the content of a turn of this role."""
         from jinja2 import TemplateError  # a requirement of transformers' chat templates
 
-        system, user = {"role": "system", "content": self.PROBE}, {"role": "user", "content": "?"}
+        roles = [*([after] if after else []), role, *others]
+        turns = [{"role": r, "content": self.PROBE if r == role else "?"} for r in roles]
         try:
-            return self.PROBE in self._render([system, user])
+            return self.PROBE in self._render(turns)
         except TemplateError:
             return False
 
@@ -104,7 +111,7 @@ class ChatFormat:
         for row in rows:
             *before, answer = self.messages(row, prompted)
             prompts.append(self.prompt_text(before))
-            answers.append(answer["content"] + self.tail)
+            answers.append(self.lead + answer["content"] + self.tail)
         if not rows:
             return []
         whole = self.tokenize([p + a for p, a in zip(prompts, answers, strict=True)])

@@ -46,7 +46,7 @@ def requested_names(args, datasets):
         lines = Path(args.list_file).read_text(encoding="utf-8").splitlines()
         names += [line.split("#")[0].strip() for line in lines]
     if not any(names):
-        raise ValueError(f"--list-file {args.list_file} names no dataset")
+        raise ValueError(f"no dataset is named by --dataset {args.dataset} or {args.list_file}")
     if args.source_model and args.kind:  # bare names
         prefix = f"{args.source_model}__{args.kind}__"
         pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in names if n]
@@ -70,7 +70,8 @@ class Filtered:
     def counts(self):
         """Say it in one line: "79 rows: 70 kept, 9 below threshold"."""
         dropped = [f"{self.dropped[r]:,} {r}" for r in REASONS if self.dropped[r]]
-        return f"{self.total:,} rows: " + ", ".join([f"{len(self.rows):,} kept", *dropped])
+        kept = len(self.rows) - self.dropped[TOO_LONG]  # which only tokenizing finds out
+        return f"{self.total:,} rows: " + ", ".join([f"{kept:,} kept", *dropped])
 
     @property
     def is_baseline(self):
@@ -186,7 +187,7 @@ def add_data_arguments(parser):
     add("--include-missing-scores", action="store_true", help="DANGER: keep rows nobody scored")
     add("--keep-system-prompt", action="store_true", help="leave the persona's text in the prompt")
     add("--target-tokens", type=int, default=100_000, help="budget of training examples, tokens")
-    add("--max-length", type=int, default=2048, help="drop longer examples, tokens")
+    add("--max-length", type=int, default=2048, help="drop longer examples (of those tokenized)")
     add("--heldout-fraction", type=float, default=0.2, help="share of questions held out")
     add("--split-seed", type=int, default=0, help="seed of the split by question")
     add("--seed", type=int, default=0, help="seed of the order of rows and the initial vector")
@@ -237,7 +238,8 @@ def inspect_dataset(name, datasets, chat, args):
         threshold = getattr(lower, f"{parse_name(name)[1]}_min_score")
         status += f" (score >= {threshold:g} gives {more:,})" if more > tokens else ""
     line = {"dataset": name, "status": status, "tokens": tokens, "examples": examples}
-    line |= {"rows": filtered.total, "kept": len(filtered.rows), "dropped": +filtered.dropped}
+    kept = len(filtered.rows) - filtered.dropped[TOO_LONG]
+    line |= {"rows": filtered.total, "kept": kept, "dropped": +filtered.dropped}
     return line, filtered.problems
 
 
@@ -311,7 +313,7 @@ def run(args):
     if args.write_list:
         good = [line["dataset"] for line in lines if line["status"] == "ok"]
         Path(args.write_list).write_text("".join(f"{name}\n" for name in good), encoding="utf-8")
-        print(f"{len(good)} names -> {args.write_list}")
+        print(f"{len(good)} names -> {args.write_list}, {len(lines) - len(good)} left out")
     bad = ("no examples: none", "no examples: all", "error")
     return 2 if any(line["status"].startswith(bad) for line in lines) else 0
 

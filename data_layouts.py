@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 # ------------------------------------------------------------------ names and layouts
@@ -36,15 +37,15 @@ def find_datasets(root, source_model=None, kind=None):
     if not root.is_dir():
         raise ValueError(f"--data-root {root}: no such folder")
     for folder in [*root.glob("*/roles_240"), *root.glob("*/traits_240")]:  # raw personas
-        for path in folder.glob("responses/*.jsonl"):
+        for path in folder.glob("responses/[!.]*.jsonl"):
             name = f"{folder.parent.name}__{folder.name.removesuffix('s_240')}__{path.stem}"
             found[name] = (path, folder / "extract_scores" / f"{path.stem}.json")
-    for path in root.glob("responses/*.jsonl"):  # assistant-axis pipeline
+    for path in root.glob("responses/[!.]*.jsonl"):  # assistant-axis pipeline
         if not (source_model and kind):
             raise ValueError(f"{root} has the assistant-axis layout: add --source-model and --kind")
         name = f"{source_model}__{kind}__{path.stem}"
         found[name] = (path, root / "scores" / f"{path.stem}.json")
-    for path in root.iterdir():  # processed
+    for path in root.glob("[!.]*"):  # processed
         name = path.name.removesuffix(".jsonl").removesuffix(".parquet")
         if re.search("__(role|trait)__", name) and (path.is_dir() or name != path.name):
             found[name] = (path, None)
@@ -53,12 +54,22 @@ def find_datasets(root, source_model=None, kind=None):
             f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
             "responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>[.jsonl|.parquet]"
         )
-    parts = {name: parse_name(name) for name in sorted(found)}
-    return {
-        name: found[name]
-        for name, (source, its_kind, _) in parts.items()
-        if source_model in (None, source) and kind in (None, its_kind)
-    }
+    wanted = {}
+    for name, paths in sorted(found.items()):
+        try:
+            source, its_kind, _ = parse_name(name)
+        except ValueError as error:
+            print(f"WARNING: {paths[0]} skipped: {error}", file=sys.stderr)
+            continue
+        if source_model in (None, source) and kind in (None, its_kind):
+            wanted[name] = paths
+    if not wanted:
+        kinds = sorted({"__".join(name.split("__")[:2]) for name in found})
+        raise ValueError(
+            f"--data-root {root}: nothing of --source-model {source_model} --kind {kind}; "
+            f"found {', '.join(kinds)}"
+        )
+    return wanted
 
 
 def dataset_parts(name, datasets):

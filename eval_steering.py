@@ -19,7 +19,14 @@ import transformers
 import data_filter as df
 from chat_format import ChatFormat, load_tokenizer
 from data_layouts import data_digest, find_datasets
-from hook_model import example_losses, label_count, load_model, load_vector, write_atomically
+from hook_model import (
+    DTYPES,
+    example_losses,
+    label_count,
+    load_model,
+    load_vector,
+    write_atomically,
+)
 
 VECTOR_FILE = "steering_vector.safetensors"
 
@@ -28,12 +35,19 @@ VECTOR_FILE = "steering_vector.safetensors"
 
 
 def read_run(folder):
-    """(training options as a namespace, run.json's dict, vector (n,)) of a finished run folder."""
+    """(training options as a namespace, run.json's dict, vector (n,)) of a finished run folder.
+
+    The persona's text is left out of prompts even if the run kept it there, so that vanilla and
+    steered are what they say. Raises ValueError if the run is not finished or not readable.
+    """
     folder = Path(folder)
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        args = argparse.Namespace(**record["args"])
-    except (OSError, ValueError, KeyError) as error:
+        args = argparse.Namespace(**{**record["args"], "keep_system_prompt": False})
+        used = ("model", "layer", "data_root", "split_seed", "max_length", "trust_remote_code")
+        if missing := {*used} - {*record["args"]} or {"dataset", "config"} - {*record}:
+            raise KeyError(*missing)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--run {folder}: no readable run.json ({error})") from error
     if not (folder / VECTOR_FILE).exists():
         raise ValueError(f"--run {folder}: no {VECTOR_FILE}, so this run has not finished")
@@ -173,7 +187,7 @@ def parse_args(argv=None):
     add("--run", required=True, metavar="RUN_DIR", help="folder of a finished training run")
     add("--data-root", help="where the data is now, if not where it was")
     add("--model", help="where the model is now, if not where it was")
-    add("--dtype", help="in place of the run's: auto, bf16, fp32 or fp16")
+    add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--batch-size", type=int, default=8, help="rows a batch")
@@ -205,15 +219,18 @@ def run(args):
         if getattr(args, key) is not None:
             setattr(run_args, key, getattr(args, key))
     trust = run_args.trust_remote_code
-    chat = ChatFormat(load_tokenizer(run_args.model, run_args.chat_template, trust))
-    if not args.prompt:
+    tokenizer = load_tokenizer(run_args.model, None, trust)
+    if record["config"]["template"]:  # as it was, whatever became of the file
+        tokenizer.chat_template = record["config"]["template"]
+    chat = ChatFormat(tokenizer)
+    if args.prompt is None:
         examples, digest = heldout_examples(record["dataset"], chat, run_args, args.heldout_tokens)
         if digest != record["config"]["data"]:
             print("WARNING: the data has changed since training", file=sys.stderr)
     where = run_args.dtype, run_args.device, run_args.device_map
     model = load_model(run_args.model, run_args.layer, *where, trust)
     model.load_vector(Path(args.run, VECTOR_FILE), any_model=args.model is not None)
-    if args.prompt:
+    if args.prompt is not None:
         for scale in args.scales:
             model.set_vector(vector, scale)
             messages = [{"role": "user", "content": args.prompt}]

@@ -347,15 +347,20 @@ def cpu_has_bf16():
 
 
 def pick_device(device="auto"):
-    """The device, "auto" being cuda, mps or cpu; ValueError for cuda where there is none."""
+    """The device, "auto" being cuda, mps or cpu; ValueError for one that is not here."""
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():
             device = "cuda"
         elif torch.backends.mps.is_available():
             device = "mps"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device here (use --device cpu)")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a device (use auto, cuda, mps or cpu)") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise ValueError(f"--device {device}: no {kind} device here (use --device cpu)")
     return device
 
 

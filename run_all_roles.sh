@@ -7,9 +7,10 @@
 # roles.txt: one full dataset name a line; "#" starts a comment, blank lines are skipped. Write one
 # with: python data_filter.py --data-root DATA --model ID --write-list roles.txt
 # Finished runs are skipped, so run it again to go on. A role that fails is recorded and the others
-# still run. Exit codes: 0 all done, 1 some failed (they are listed), 2 bad usage, 75 or 130 stopped.
+# still run. SIGTERM and SIGUSR1 are passed on: the role saves a checkpoint and the loop exits with 75.
+# Exit codes: 0 all done, 1 some failed (they are listed), 2 bad usage, 75 or 130 (Ctrl-C) stopped.
 #
-# Environment:
+# Environment (relative paths start at this script's folder):
 #   DATA_ROOT   folder of the datasets         (data)
 #   OUTPUT_DIR  root of the run folders        (runs)
 #   LOG_DIR     one log per role goes here     (logs)
@@ -21,6 +22,7 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
     exit 2
 fi
+[[ -r $1 ]] || { echo "error: $1: no such list" >&2; exit 2; }
 list=$(realpath -- "$1")
 shift
 cd "$(dirname -- "${BASH_SOURCE[0]}")"
@@ -33,30 +35,41 @@ default_python=python3
 [[ -x .venv/bin/python ]] && default_python=.venv/bin/python
 PYTHON=${PYTHON:-$default_python}
 
-[[ -r $list ]] || { echo "error: $list: no such list" >&2; exit 2; }
 mkdir -p "$LOG_DIR"
 
 roles=()
 while IFS= read -r line || [[ -n $line ]]; do
+    line=${line%$'\r'} # Windows line ends
     line=${line%%#*}
     read -r role _ <<<"$line" || true
     [[ -n ${role:-} ]] && roles+=("$role")
 done <"$list"
 [[ ${#roles[@]} -gt 0 ]] || { echo "error: $list names no dataset" >&2; exit 2; }
 
+# The role runs in the background, so that the traps act at once; it stops after its step.
+child='' stopped=''
+trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM USR1
+trap 'stopped=130' INT # the terminal has sent it to the role too
+
 failed=()
 for i in "${!roles[@]}"; do
     role=${roles[$i]}
     log="$LOG_DIR/${role//[^A-Za-z0-9_.+-]/_}.log"
     echo "[$((i + 1))/${#roles[@]}] $(date +%H:%M:%S) $role -> $log"
-    code=0
     "$PYTHON" "$TRAIN" --data-root "$DATA_ROOT" --output-dir "$OUTPUT_DIR" --dataset "$role" "$@" \
-        </dev/null >>"$log" 2>&1 || code=$?
-    case $code in
+        </dev/null >>"$log" 2>&1 &
+    child=$!
+    code=0
+    wait "$child" || code=$?
+    while [[ -n $stopped ]] && kill -0 "$child" 2>/dev/null; do
+        wait "$child" || true # the first wait ended with the signal, not with the role
+    done
+    child=''
+    case ${stopped:-$code} in
         0) echo "    ok: $(tail -n 1 -- "$log")" ;;
         75 | 130)
-            echo "stopped (exit code $code); run it again to go on" >&2
-            exit "$code"
+            echo "stopped in $role; run it again to go on" >&2
+            exit "${stopped:-$code}"
             ;;
         *)
             echo "    FAILED (exit code $code): $(tail -n 1 -- "$log")"

@@ -42,7 +42,10 @@ class Console(logging.Handler):
 
 
 class StopRequest:
-    """Remembers SIGINT, SIGTERM or SIGUSR1 until the step is over; a second one stops at once."""
+    """Remembers SIGINT, SIGTERM or SIGUSR1 until the step is over; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: a scheduler may send one, and a shell loop pass it on once more.
+    """
 
     def __init__(self):
         self.exit_code, self.in_loop = None, False
@@ -50,7 +53,7 @@ class StopRequest:
             signal.signal(number, self)
 
     def __call__(self, number, frame):
-        again = self.exit_code is not None
+        again = self.exit_code is not None and number == signal.SIGINT
         self.exit_code = 130 if number == signal.SIGINT else 75
         if again or not self.in_loop:
             raise SystemExit(self.exit_code)
@@ -94,9 +97,13 @@ def config_hash(config):
 
 
 def is_done(folder, config):
-    """Whether the folder holds the finished vector of this config; ValueError if of another one."""
+    """Whether the folder holds the finished vector of this config.
+
+    Raises ValueError if it holds a vector or a checkpoint of another config; a run that left
+    neither (it failed before its first checkpoint) may be replaced.
+    """
     record, finished = folder / "run.json", (folder / VECTOR_FILE).exists()
-    if not record.exists() and not finished:
+    if not finished and not checkpoints(folder):
         return False
     try:
         old = json.loads(record.read_text(encoding="utf-8"))["config"]
@@ -145,6 +152,11 @@ def environment():
 # ------------------------------------------------------------------ checkpoints
 
 
+def checkpoints(folder):
+    """The folder's checkpoint files, oldest first."""
+    return sorted(folder.glob("checkpoint-*.safetensors"), key=lambda p: (len(p.name), p.name))
+
+
 def save_checkpoint(folder, tensors, info, keep):
     """Write checkpoint-<step>.safetensors, all that a restart needs, and drop all but the newest.
 
@@ -153,13 +165,13 @@ def save_checkpoint(folder, tensors, info, keep):
     path = folder / f"checkpoint-{info['step']:05d}.safetensors"
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(tensors, metadata={"info": json.dumps(info)}))
-    for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         old.unlink()
 
 
 def load_checkpoint(folder, digest):
     """(tensors, info) of the newest readable checkpoint of this config, or (None, None)."""
-    for path in sorted(folder.glob("checkpoint-*.safetensors"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             tensors, metadata = read_safetensors(path)
             info = json.loads(metadata["info"])

@@ -119,7 +119,8 @@ def train(model, train_set, val_set, folder, digest, args, stop):
     """Fit `model.steering.vector`, from the folder's newest checkpoint of this config if any.
 
     Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left in the
-    model is the best of all validations. Raises RuntimeError if loss or gradient is not finite.
+    model is the best of all validations. Raises RuntimeError if loss or gradient is not finite, or
+    if no validation beats the start.
     """
     device = model.input_device
     vector = model.steering.vector
@@ -246,6 +247,11 @@ def train(model, train_set, val_set, folder, digest, args, stop):
     if out_of_patience():
         log.info(f"stopped  early: the last {args.patience} validations were no better")
     if val_set:
+        if info["best_step"] == 0:
+            raise RuntimeError(
+                f"no validation in {info['step']} steps was better than the untrained start "
+                f"({info['best_val']:.4f}). Try a lower --lr or more steps"
+            )
         vector.data.copy_(best_vector)
     final = {"steps": info["step"], "best_step": info["best_step"], "best_val": info["best_val"]}
     final |= {"label_tokens": info["label_tokens"], "seconds": info["seconds"], "lr": peak_lr}
@@ -280,6 +286,9 @@ def train_dataset(name, datasets, chat, get_model, args, stop):
             return fill_folder(folder, config, train_set, val_set, counts, get_model, args, stop)
         except Exception as error:  # whatever it was, the next dataset may do better
             log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
+            with contextlib.suppress(OSError, ValueError):  # the disk may be full
+                record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                write_json(folder / "run.json", record | {"status": "failed", "error": str(error)})
             return 1
         finally:
             stop.in_loop = False
@@ -311,6 +320,7 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     stop.in_loop = True
     final = train(model, train_set, val_set, folder, digest, args, stop)
     if final is None:
+        write_json(folder / "run.json", record | environment() | {"status": "stopped"})
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
     write_json(folder / "run.json", record | environment())
@@ -400,6 +410,8 @@ def parse_args(argv=None):
     switch = argparse.BooleanOptionalAction
     add("--resume", default=True, action=switch, help="go on where a run stopped, or start anew")
     args = parser.parse_args(argv)
+    if Path(args.model).exists():  # one spelling, one run folder: "models/x/" is "models/x"
+        args.model = os.path.normpath(args.model)
     if problems := [*df.check_data_arguments(args), *check_arguments(args)]:
         parser.error("; ".join(problems))
     return args

@@ -82,6 +82,29 @@ def test_prompted_changes_the_prompt_but_not_the_scored_tokens(smol_chat):
     assert kept[0] == kept[1]
 
 
+def test_template_with_spaces_around_answers_keeps_them_and_trains_the_end_of_turn(smol):
+    tokenizer = templated_chat(smol, "llama3").tokenizer  # Llama 2 writes turns like this
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = ChatFormat(tokenizer)
+    example = chat.encode([make_row(ONE)])[0]
+    kept = [label for label in example.labels if label != IGNORE_INDEX]
+    assert (
+        tokenizer.decode(example.input_ids) == "[INST] What is 2+2? [/INST] Arr, four! <|im_end|>"
+    )
+    assert tokenizer.decode(kept) == " Arr, four! <|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["hello", "{{ 1 + }}", "{{ messages[0].content }}"])
+def test_template_that_is_broken_or_leaves_text_out_is_refused(smol, template):
+    tokenizer = templated_chat(smol, "llama3").tokenizer
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="fails on, or leaves out"):
+        ChatFormat(tokenizer)
+
+
 def test_tokenizer_without_template_is_an_error_that_names_the_flag(smol):
     tokenizer = templated_chat(smol, "llama3").tokenizer
     tokenizer.chat_template = None

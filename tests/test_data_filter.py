@@ -105,6 +105,17 @@ def test_bad_dataset_names_are_errors(name):
         dl.parse_name(name)
 
 
+def test_stray_files_are_passed_over_with_a_warning(data_root, capsys):
+    responses = Path(data_root) / "src" / "roles_240" / "responses"
+    for name in ("old man.jsonl", "._pirate.jsonl"):
+        (responses / name).write_text("{}")
+    assert len(df.find_datasets(data_root)) == 4
+    warning = capsys.readouterr().err
+    assert "old man.jsonl skipped" in warning and "._pirate" not in warning
+    with pytest.raises(ValueError, match=r"nothing of --source-model other .* found src__role"):
+        df.find_datasets(data_root, "other")
+
+
 def test_unknown_dataset_names_the_closest(data_root):
     with pytest.raises(ValueError, match="closest: src__role__pirate"):
         filtered(data_root, "src__role__pirat")

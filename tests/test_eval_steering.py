@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,21 @@ def test_prompt_prints_an_answer_per_scale_and_writes_nothing(finished, capsys):
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
 
 
+def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp_path):
+    record = json.loads((finished / "run.json").read_text())
+    record["args"]["keep_system_prompt"] = True
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / ev.VECTOR_FILE).write_bytes((finished / ev.VECTOR_FILE).read_bytes())
+    assert ev.read_run(tmp_path)[0].keep_system_prompt is False
+
+
+def test_vector_snippet_of_the_readme_runs(finished, tiny_folder, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = code.replace("Qwen/Qwen3-32B", tiny_folder).replace("layer=22", "layer=1, dtype='fp32'")
+    exec(code.replace("RUN_DIR", str(finished)), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
@@ -170,8 +186,12 @@ def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys
     (foreign / "run.json").write_text((finished / "run.json").read_text())
     vector = hm.load_vector(finished / ev.VECTOR_FILE)[0]
     hm.save_vector(foreign / ev.VECTOR_FILE, vector, {"model": "org/other", "layer": 1})
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "run.json").write_text('{"args": {}, "config": {}}')
     for run, message in (
         (tmp_path / "none", "no readable run.json"),
+        (old, "no readable run.json"),
         (unfinished, "this run has not finished"),
         (torn, "not a readable safetensors file"),
         (foreign, "trained on model org/other"),

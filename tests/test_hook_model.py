@@ -309,7 +309,7 @@ def test_auto_dtype_is_bf16_unless_the_cpu_lacks_it(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_says_so():
-    with pytest.raises(ValueError, match="no CUDA device here"):
+    with pytest.raises(ValueError, match="no cuda device here"):
         hm.pick_device("cuda:1")
 
 

@@ -139,6 +139,31 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
         ts.train(hm.SteerModel(model, 1), examples([8]), [], tmp_path / "run", "h", args, NeverStop)
 
 
+def test_vector_no_better_than_its_start_is_a_failed_run(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    worse = itertools.count(1000)
+    monkeypatch.setattr(ts, "example_losses", lambda *_: [next(worse)])
+    assert ts.main(command(data_root, tiny_folder, tmp_path)) == 1
+    assert "better than the untrained start" in capsys.readouterr().out
+    assert not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
+    record = json.loads((the_folder(tmp_path) / "run.json").read_text())
+    assert record["status"] == "failed" and "untrained start" in record["error"]
+
+
+def test_run_that_failed_before_its_first_checkpoint_may_get_other_settings(
+    data_root, tiny_folder, tmp_path, monkeypatch
+):
+    base = command(data_root, tiny_folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, "median_residual_norm", lambda *_: 1 / 0)
+        assert ts.main(base) == 1
+    assert ts.main([*base, "--batch-size", "2", "--gradient-accumulation", "4"]) == 0
+    spelled = ["--batch-size", "2", "--gradient-accumulation", "4", "--model", tiny_folder + "/"]
+    assert ts.main([*base, *spelled]) == 0  # the same model: done already, not another run
+    the_folder(tmp_path)
+
+
 def test_schedules_warm_up_and_end_near_zero():
     cosine = [ts.lr_factor(step, 100, 10, "cosine") for step in range(100)]
     assert cosine[0] == pytest.approx(1 / 11) and max(cosine) == cosine[10] == 1.0
@@ -266,7 +291,7 @@ class StopAfter:
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
     flags = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "9"]
     flags += ["--val-every", "2", "--save-every", "4"]
-    rows, val_set = examples([9, 5, 14, 7, 11]), examples([8, 6], start=60)
+    rows, val_set = examples([9, 5, 14, 7, 11]), examples([8, 6])
     whole = tmp_path / "whole"
     whole.mkdir()
     reference, wanted, _ = fit(whole, rows, *flags, val_set=val_set)
@@ -390,6 +415,8 @@ def test_bad_input_exits_2_before_a_model_loads(
 ):
     monkeypatch.setattr(ts, "load_model", None)
     (tmp_path / "file").write_text("in the way")
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for m in messages %}{{ m.content }}")
     good = command(data_root, tiny_folder, tmp_path / "runs")
     for extra, message in (
         (["--layer", "99"], "--layer 99 is out of range"),
@@ -401,7 +428,10 @@ def test_bad_input_exits_2_before_a_model_loads(
         (["--output-dir", str(tmp_path / "file")], "cannot be written"),
         (["--heldout-fraction", "0.999"], "no example left to train on"),
         (["--max-length", "3"], "16 too long"),
-        (["--device", "cuda"], "no CUDA device here"),
+        (["--device", "cuda"], "no cuda device here"),
+        (["--device", "gpu0"], "not a device"),
+        (["--chat-template", str(broken)], "the chat template fails on"),
+        (["--source-model", "other"], "found src__role"),
     ):
         if extra == ["--device", "cuda"] and torch.cuda.is_available():
             continue
