@@ -74,7 +74,8 @@ def heldout_examples(name, chat, args, tokens):
 def likelihood(model, chat, examples, batch_size):
     """{condition: {"nll", "perplexity"}} per response token, the same tokens in every condition."""
     prompted = chat.encode([example.row for example in examples], prompted=True)
-    assert [label_count(e) for e in prompted] == [label_count(e) for e in examples]
+    counts = [[label_count(e) for e in group] for group in (prompted, examples)]
+    assert counts[0] == counts[1], "the prompt changed which tokens are scored"
     tokens = sum(map(label_count, examples))
     with model.steering_off():
         losses = {
@@ -126,8 +127,10 @@ def generate_answers(model, chat, conversations, options):
 
 def compare_answers(model, chat, examples, vector, options):
     """Answers to held-out questions: [{question, system_prompt, answers: {condition: text}}]."""
-    rows = list({e.row["question"]: e.row for e in reversed(examples)}.values())[::-1]
-    rows = rows[: options.num_samples]
+    first = {}
+    for example in examples:
+        first.setdefault(example.row["question"], example.row)
+    rows = list(first.values())[: options.num_samples]
     if not rows:
         return []
     plain = [row["messages"][:-1] for row in rows]
