@@ -67,11 +67,15 @@ class Filtered:
     problems: list = field(default_factory=list)
     has_scores: bool = False
 
+    @property
+    def kept(self):
+        """Number of rows kept; too long is found out, and counted, only by tokenizing."""
+        return len(self.rows) - self.dropped[TOO_LONG]
+
     def counts(self):
         """Say it in one line: "79 rows: 70 kept, 9 below threshold"."""
         dropped = [f"{self.dropped[r]:,} {r}" for r in REASONS if self.dropped[r]]
-        kept = len(self.rows) - self.dropped[TOO_LONG]  # which only tokenizing finds out
-        return f"{self.total:,} rows: " + ", ".join([f"{kept:,} kept", *dropped])
+        return f"{self.total:,} rows: " + ", ".join([f"{self.kept:,} kept", *dropped])
 
     @property
     def is_baseline(self):
@@ -238,8 +242,7 @@ def inspect_dataset(name, datasets, chat, args):
         threshold = getattr(lower, f"{parse_name(name)[1]}_min_score")
         status += f" (score >= {threshold:g} gives {more:,})" if more > tokens else ""
     line = {"dataset": name, "status": status, "tokens": tokens, "examples": examples}
-    kept = len(filtered.rows) - filtered.dropped[TOO_LONG]
-    line |= {"rows": filtered.total, "kept": kept, "dropped": +filtered.dropped}
+    line |= {"rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped}
     return line, filtered.problems
 
 

@@ -27,8 +27,7 @@ from hook_model import (
     load_vector,
     write_atomically,
 )
-
-VECTOR_FILE = "steering_vector.safetensors"
+from run_folder import VECTOR_FILE, write_json
 
 
 # ------------------------------------------------------------------ the run
@@ -172,7 +171,7 @@ def answers_text(sample):
 
 def write_results(folder, result):
     """Write eval.json and samples.md into the run folder."""
-    write_atomically(folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(folder / "eval.json", result)
     text = f"# {result['dataset']}\n\n```\n{nll_table(result['likelihood'])}\n```\n\n"
     text += "\n\n".join(answers_text(sample) for sample in result["samples"])
     write_atomically(folder / "samples.md", (text + "\n").encode())

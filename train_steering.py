@@ -88,7 +88,7 @@ def prepare(name, datasets, chat, args):
     )
     if not filtered.is_baseline and not sum(map(label_count, train_set)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
-    counts = {"rows": filtered.total, "kept": len(filtered.rows), "dropped": filtered.dropped}
+    counts = {"rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped}
     counts |= {"train": len(train_set), "validation": len(val_set), "tokens": tokens}
     return train_set, val_set, counts | {"summary": filtered.counts()}
 
@@ -300,8 +300,8 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     """Train and write run.json, then the vector, which exists only if all went well."""
     started, digest = time.time(), config_hash(config)
     record = {"dataset": config["name"], "status": "running", "config_hash": digest}
-    record |= {"config": config, "args": vars(args), "counts": counts}
-    write_json(folder / "run.json", record | environment())
+    record |= {"config": config, "args": vars(args), "counts": counts, **environment()}
+    write_json(folder / "run.json", record)
     log.info(f"dataset  {config['name']}: {counts['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
     budget = f"{counts['tokens']:,} tokens of --target-tokens {args.target_tokens:,}"
@@ -320,10 +320,10 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     stop.in_loop = True
     final = train(model, train_set, val_set, folder, digest, args, stop)
     if final is None:
-        write_json(folder / "run.json", record | environment() | {"status": "stopped"})
+        write_json(folder / "run.json", record | {"status": "stopped"})
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
-    write_json(folder / "run.json", record | environment())
+    write_json(folder / "run.json", record)
     header = {"dataset": config["name"], "steps": final["steps"], "seed": args.seed}
     header |= {"label_tokens": final["label_tokens"], "config_hash": digest}
     model.save_vector(folder / VECTOR_FILE, **header)
