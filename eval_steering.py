@@ -29,7 +29,6 @@ from hook_model import (
 )
 from run_folder import VECTOR_FILE, write_json
 
-
 # ------------------------------------------------------------------ the run
 
 
