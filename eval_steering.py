@@ -69,18 +69,19 @@ def heldout_examples(name, chat, args, tokens):
 # ------------------------------------------------------------------ likelihood
 
 
-def likelihood(model, chat, examples, batch_size):
+def likelihood(model, chat, examples, max_tokens):
     """{condition: {"nll", "perplexity"}} per response token, the same tokens in every condition."""
     prompted = chat.encode([example.row for example in examples], prompted=True)
     counts = [[label_count(e) for e in group] for group in (prompted, examples)]
     assert counts[0] == counts[1], "the prompt changed which tokens are scored"
     tokens = sum(map(label_count, examples))
+    model.cache_prefix(examples, max_tokens=max_tokens)  # the same rows, vanilla and steered
     with model.steering_off():
         losses = {
-            "vanilla": example_losses(model, examples, batch_size),
-            "prompted": example_losses(model, prompted, batch_size),
+            "vanilla": example_losses(model, examples, max_tokens),
+            "prompted": example_losses(model, prompted, max_tokens),
         }
-    losses["steered"] = example_losses(model, examples, batch_size)
+    losses["steered"] = example_losses(model, examples, max_tokens)
     means = {condition: sum(values) / tokens for condition, values in losses.items()}
     return {c: {"nll": nll, "perplexity": math.exp(nll)} for c, nll in means.items()}
 
@@ -191,7 +192,8 @@ def parse_args(argv=None):
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
-    add("--batch-size", type=int, default=8, help="rows a batch")
+    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
+    add("--batch-size", type=int, default=8, help="answers written at once")
     add("--num-samples", type=int, default=3, help="held-out questions to answer")
     add("--scales", type=float, nargs="+", default=[1.0], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=120, help="longest answer, tokens")
@@ -200,7 +202,7 @@ def parse_args(argv=None):
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     args = parser.parse_args(argv)
     lowest = {"heldout_tokens": 1, "batch_size": 1, "num_samples": 0, "max_new_tokens": 1}
-    lowest["temperature"] = 0
+    lowest |= {"micro_batch_tokens": 1, "temperature": 0}
     problems = [
         f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}"
         for key, least in lowest.items()
@@ -239,7 +241,7 @@ def run(args):
         return 0
     result = {"dataset": record["dataset"], "run": str(args.run), "config": vars(args)}
     result |= {"heldout_rows": len(examples), "heldout_tokens": sum(map(label_count, examples))}
-    result["likelihood"] = likelihood(model, chat, examples, args.batch_size)
+    result["likelihood"] = likelihood(model, chat, examples, args.micro_batch_tokens)
     print(f"{record['dataset']}: {len(examples)} rows of held-out questions")
     print(nll_table(result["likelihood"]), flush=True)
     result["samples"] = compare_answers(model, chat, examples, vector, args)

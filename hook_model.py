@@ -11,7 +11,10 @@ The only file that touches the inside of a model.
 
 import contextlib
 import functools
+import itertools
 import json
+import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -34,6 +37,8 @@ LAYER_PATHS = (  # where architectures keep their decoder layers, the first that
     "gpt_neox.layers",  # GPT-NeoX
     "model.decoder.layers",  # OPT
 )
+HEAD_TOKENS = 256  # logits of so many tokens exist at once
+log = logging.getLogger("train_steering")
 
 
 # ------------------------------------------------------------------ the vector
@@ -154,7 +159,8 @@ class SteerModel(nn.Module):
         self.layers = find_layers(model)
         self.hidden_size = model.config.get_text_config().hidden_size
         self.steering = ResidualHook(self.hidden_size)
-        self._handle, self._plain_forwards = None, {}
+        self.prefix, self.fast = None, None  # see cache_prefix and losses
+        self._handle, self._plain_forwards, self._tuples = None, {}, False
         self.set_layer(layer)
 
     @property
@@ -178,7 +184,7 @@ class SteerModel(nn.Module):
         self.gradient_checkpointing_disable()
         if self._handle is not None:
             self._handle.remove()
-        self.layer = layer
+        self.layer, self.prefix = layer, None
         self._handle = self.layers[layer].register_forward_hook(self.steering.hook)
         weight = next(self.layers[layer].parameters())
         if weight.device.type != "meta":  # offloaded layers have no device of their own
@@ -242,16 +248,130 @@ class SteerModel(nn.Module):
 
     @torch.no_grad()
     def layer_output(self, input_ids, **kwargs):
-        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size)."""
+        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
+
+        Layers above are passed through, so it costs a forward of layers 0..`layer` only.
+        """
         caught = []
-        handle = self.layers[self.layer].register_forward_hook(  # after the steering hook
-            lambda module, inputs, out: caught.append(out[0] if isinstance(out, tuple) else out)
-        )
+
+        def catch(module, inputs, output):
+            self._tuples = isinstance(output, tuple)
+            caught.append(output[0] if self._tuples else output)
+
+        above = dict.fromkeys(self.layers[self.layer + 1 :], self._pass_through)
+        handle = self.layers[self.layer].register_forward_hook(catch)  # after the steering hook
         try:
-            self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs)
+            with replaced_forwards(above):
+                self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs)
         finally:
             handle.remove()
         return caught[0]
+
+    def _pass_through(self, hidden_states, *args, **kwargs):
+        """Stands in for the forward of a layer that is not needed."""
+        return (hidden_states,) if self._tuples else hidden_states
+
+    # -------------------------------------------------------------- the fast path of training
+
+    def cache_prefix(self, examples, where="auto", max_tokens=1024):
+        """Compute the output of layers 0..`layer` of `examples` once; `losses` then starts there.
+
+        Those layers never see the vector, so nothing changes but the time and rounding. where:
+        "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
+        or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
+        tokens a forward pass.
+        """
+        self.prefix, self.fast = None, None
+        tokens = sum(len(example.input_ids) for example in examples)
+        dtype, device = self.model.dtype, next(self.layers[self.layer].parameters()).device
+        size = tokens * self.hidden_size * dtype.itemsize
+        place = cache_place(where, size, device)
+        about = f"prefix   {tokens:,} tokens x {self.hidden_size:,} = {size / 2**30:.2f} GiB"
+        if place is None:
+            reason = "turned off" if where == "off" else "does not fit, so not cached"
+            log.info(f"{about}: {reason}, every step runs all {len(self.layers)} layers")
+        elif tokens:
+            log.info(f"{about} on {place}: layers 0..{self.layer} run once")
+            cache = PrefixCache(examples, self.hidden_size, dtype, place)
+            with self.steering_off():
+                for batch in micro_batches(examples, max_tokens):
+                    ids = collate(batch)[0].to(self.input_device, non_blocking=True)
+                    cache.store(batch, self.layer_output(ids))
+            self.prefix = cache
+
+    @torch.no_grad()
+    def _check_fast_path(self, example):
+        """Set `fast` to whether the fast path computes what the plain forward does, on an example.
+
+        It does unless an architecture passes more between its layers than the residual stream.
+        """
+        self.fast = False
+        plain = self.losses([example])
+        self.fast, error = True, math.inf
+        with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
+            error = (self.losses([example]) - plain).abs().mean().item()
+        if not error <= (1e-4 if self.model.dtype == torch.float32 else 0.02):
+            self.fast = False
+            kind = type(self.model).__name__
+            log.warning(f"WARNING: no fast path for {kind} (off by {error:.2g}): plain forwards")
+
+    def losses(self, examples):
+        """Next-token loss in nats of every label token, row by row: (N,), N > 0.
+
+        Differentiable in the vector. Logits exist for label tokens only, HEAD_TOKENS at a time.
+        """
+        ids, labels = collate(examples)  # (B, T) both
+        at = (labels[:, 1:] >= 0).nonzero()  # (N, 2), on the host: no waiting for the device
+        if not len(at):
+            raise ValueError("no label token: nothing to compute a loss on")
+        if self.fast is None:
+            self._check_fast_path(min(examples, key=label_count))
+        if not self.fast:
+            logits = self.model(input_ids=ids.to(self.input_device), use_cache=False).logits
+            return token_loss(logits, labels, reduction="none")
+        head, caught = self.model.get_output_embeddings(), []
+
+        def catch(hidden_states):
+            caught.append(hidden_states)  # (B, T, n), after the final norm
+            return hidden_states[..., :1]  # in place of logits that nobody reads
+
+        with replaced_forwards({head: catch}):
+            self._forward_above(ids, examples)
+        hidden = caught[0]
+        position = (at[:, 0] * ids.shape[1] + at[:, 1]).to(hidden.device, non_blocking=True)
+        targets = labels[at[:, 0], at[:, 1] + 1].to(hidden.device, non_blocking=True)
+        hidden = hidden.flatten(0, 1).index_select(0, position)  # (N, n)
+        return HeadLoss.apply(hidden, targets, self._head_logits)
+
+    def _forward_above(self, ids, examples):
+        """The model's own forward, starting from the cache if that holds all the examples."""
+        skipped = {}
+        if self.prefix is not None and self.prefix.covers(examples):
+            device = next(self.layers[self.layer].parameters()).device
+            start = self.prefix.batch(examples, device)  # (B, T, n), without the vector
+            skipped = dict.fromkeys(self.layers[: self.layer], self._pass_through)
+            skipped[self.layers[self.layer]] = lambda *_, **__: self._pass_through(start)
+        with replaced_forwards(skipped):
+            ids = ids.to(self.input_device, non_blocking=True)
+            return self.model(input_ids=ids, use_cache=False)
+
+    def _head_logits(self, hidden):
+        """Logits (N, V) of states (N, n) after the final norm, soft-capped and scaled as usual.
+
+        Done by the model's own forward, over one token that no layer touches.
+        """
+        head = self.model.get_output_embeddings()
+        forward = head.forward
+        slots = dict.fromkeys(self.layers, self._pass_through)
+        slots[head] = lambda _: forward(hidden[None])
+        with replaced_forwards(slots), self.steering_off():
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.input_device)
+            return self.model(input_ids=token, use_cache=False).logits[0]
+
+    def compile_layers(self):
+        """torch.compile the layers above `layer`: worth its minute of compiling on a GPU."""
+        for layer in self.layers[self.layer + 1 :]:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def gradient_checkpointing_enable(self):
         """Recompute the layers above `layer` in the backward pass; those below keep nothing anyway.
@@ -270,6 +390,22 @@ class SteerModel(nn.Module):
         self._plain_forwards.clear()
 
 
+@contextlib.contextmanager
+def replaced_forwards(forwards):
+    """Context: each module of {module: function} computes with that function; its hooks still run."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:  # back to the method of its class
+                del module.forward
+            else:
+                module.forward = forward
+
+
 def base_name(model):
     """The last part of a model's name: "Qwen/Qwen3-32B" and "/models/Qwen3-32B/" -> "qwen3-32b"."""
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
@@ -278,7 +414,7 @@ def base_name(model):
 # ------------------------------------------------------------------ batches and loss
 
 
-def collate(examples, device):
+def collate(examples):
     """Right-padded input_ids and labels, both (B, T), of examples with those two lists.
 
     No mask: under causal attention pad tokens come after every real one, and carry no loss.
@@ -289,7 +425,70 @@ def collate(examples, device):
     for i, example in enumerate(examples):
         ids[i, : len(example.input_ids)] = torch.tensor(example.input_ids)
         labels[i, : len(example.labels)] = torch.tensor(example.labels)
-    return ids.to(device), labels.to(device)
+    return ids, labels
+
+
+def micro_batches(examples, max_tokens):
+    """Lists of examples of like length, each at most `max_tokens` padded tokens (or one row)."""
+    batches = []
+    for example in sorted(examples, key=lambda e: len(e.input_ids)):
+        length = len(example.input_ids)  # the longest of its batch so far
+        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
+class PrefixCache:
+    """The output of one layer for given examples, (T, hidden_size) each, in one tensor."""
+
+    def __init__(self, examples, hidden_size, dtype, device):
+        ends = list(itertools.accumulate(len(example.input_ids) for example in examples))
+        self.examples = examples  # kept, since rows are found by identity
+        self.ends = dict(zip(map(id, examples), ends, strict=True))
+        pinned = device.type == "cpu" and torch.cuda.is_available()  # fast to copy from
+        shape = ends[-1], hidden_size
+        self.states = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+    def covers(self, examples):
+        """Whether all the examples are in here."""
+        return all(id(example) in self.ends for example in examples)
+
+    def rows(self, example):
+        """The example's part of the tensor, a view (T, hidden_size)."""
+        end = self.ends[id(example)]
+        return self.states[end - len(example.input_ids) : end]
+
+    def store(self, examples, hidden):
+        """Keep what right-padded states (B, T, hidden_size) say of the examples."""
+        for example, states in zip(examples, hidden, strict=True):
+            self.rows(example).copy_(states[: len(example.input_ids)])
+
+    def batch(self, examples, device):
+        """The examples' states on a device, right-padded with zeros: (B, T, hidden_size)."""
+        rows = [self.rows(example).to(device, non_blocking=True) for example in examples]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def cache_place(where, size, device):
+    """The device that a cache of `size` bytes goes to; None where it is off or does not fit."""
+    host = torch.device("cpu")
+    if where == "off":
+        return None
+    if where != "host" and size <= free_memory(device) * (0.25 if where == "auto" else 0.9):
+        return device
+    return host if where != "device" and size <= free_memory(host) * 0.5 else None
+
+
+def free_memory(device):
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
 
 
 def label_count(example):
@@ -310,17 +509,43 @@ def token_loss(logits, labels, reduction="sum"):
     return F.cross_entropy(logits[:, :-1][carries].float(), targets[carries], reduction=reduction)
 
 
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
+
+    The gradient of each part is taken at once, so that logits never exist for all N tokens.
+    logits_of: (C, n) -> (C, V), differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, logits_of):
+        losses, gradients = [], []
+        for states, target in zip(
+            hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
+        ):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                states = states.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = F.cross_entropy(logits_of(states).float(), target, reduction="none")
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(loss, states, torch.ones_like(loss))
+            losses.append(loss.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):  # (N,)
+        (saved,) = ctx.saved_tensors
+        return (saved.float() * gradient[:, None]).to(saved.dtype), None, None
+
+
 @torch.no_grad()
-def example_losses(model, examples, batch_size):
+def example_losses(model, examples, max_tokens):
     """Loss in nats of every example, summed over its label tokens: a list of floats."""
-    losses = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        ids, labels = collate(batch, model.input_device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        per_token = token_loss(logits, labels, reduction="none")
-        losses += [part.sum().item() for part in per_token.split([label_count(e) for e in batch])]
-    return losses
+    sums = {}
+    for batch in micro_batches(examples, max_tokens):
+        parts = model.losses(batch).split([label_count(example) for example in batch])
+        sums |= {id(e): part.sum() for e, part in zip(batch, parts, strict=True)}
+    return torch.stack([sums[id(example)] for example in examples]).tolist()
 
 
 @torch.no_grad()
@@ -329,9 +554,14 @@ def median_residual_norm(model, examples):
 
     The unit of learning rates and vector norms; massive activations would inflate a mean.
     """
-    with model.steering_off():
-        hidden = [model.layer_output(collate([e], model.input_device)[0])[0] for e in examples]
-    return torch.cat([h.float().norm(dim=-1) for h in hidden]).median().item()  # h: (T, n)
+    if model.prefix is not None and model.prefix.covers(examples):
+        states = [model.prefix.rows(example) for example in examples]
+    else:
+        ids = [collate([example])[0].to(model.input_device) for example in examples]
+        with model.steering_off():
+            states = [model.layer_output(row)[0] for row in ids]  # (T, n) each
+    norms = [rows.float().norm(dim=-1) for rows in states]
+    return torch.cat(norms).median().item()
 
 
 # ------------------------------------------------------------------ loading

@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -57,6 +58,32 @@ class StopRequest:
         self.exit_code = 130 if number == signal.SIGINT else 75
         if again or not self.in_loop:
             raise SystemExit(self.exit_code)
+
+
+class Laps(dict):
+    """Seconds of each phase before the first step; the first lap starts with the process."""
+
+    def __init__(self):
+        self.last = time.perf_counter() - process_age()
+
+    def lap(self, name):
+        """Book the time since the last lap (or `restart`) under `name`."""
+        now = time.perf_counter()
+        self[name], self.last = round(now - self.last, 2), now
+
+    def restart(self):
+        """Forget the laps and start the next one now."""
+        self.clear()
+        self.last = time.perf_counter()
+
+
+def process_age():
+    """Seconds since this process started; 0 where /proc does not say."""
+    with contextlib.suppress(OSError, AttributeError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds since boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start
+    return 0.0
 
 
 def run_folder(args, name):

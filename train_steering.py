@@ -31,19 +31,19 @@ from hook_model import (
     FORMAT_VERSION,
     ResidualHook,
     check_layer,
-    collate,
     example_losses,
     label_count,
     load_model,
     median_residual_norm,
+    micro_batches,
     model_shape,
     pick_device,
     pick_dtype,
-    token_loss,
 )
 from run_folder import (
     VECTOR_FILE,
     Console,
+    Laps,
     StopRequest,
     config_hash,
     environment,
@@ -62,8 +62,8 @@ AUTO_LR = 0.1  # --lr auto, in units of median residual norm / sqrt(hidden_size)
 # Options that do not change the vector: not in the hash that decides "done" and "may resume".
 NOT_HASHED = (
     *("data_root", "dataset", "list_file", "source_model", "kind", "strict", "chat_template"),
-    *("device", "device_map", "gradient_checkpointing", "save_every", "keep_checkpoints"),
-    *("resume", "output_dir", "run_name"),
+    *("device", "device_map", "compile", "gradient_checkpointing", "prefix_cache"),
+    *("micro_batch_tokens", "save_every", "keep_checkpoints", "resume", "output_dir", "run_name"),
 )
 log = logging.getLogger("train_steering")
 
@@ -115,14 +115,13 @@ def result_config(args, name, datasets):
 # ------------------------------------------------------------------ the loop
 
 
-def train(model, train_set, val_set, folder, digest, args, stop):
+def train(model, train_set, val_set, folder, digest, args, laps, stop):
     """Fit `model.steering.vector`, from the folder's newest checkpoint of this config if any.
 
     Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left in the
     model is the best of all validations. Raises RuntimeError if loss or gradient is not finite, or
     if no validation beats the start.
     """
-    device = model.input_device
     vector = model.steering.vector
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
@@ -145,9 +144,14 @@ def train(model, train_set, val_set, folder, digest, args, stop):
         optimizer.state[vector] = {"step": tensors["adam_step"], **moments}
         shuffle.set_state(tensors["shuffle_state"])
         log.info(f"resume   after step {info['step']} of {total}")
-    else:
-        info["residual_norm"] = median_residual_norm(model, train_set[:8])
     trim_metrics(folder / "metrics.jsonl", info["step"] if tensors else -1)
+
+    # Layers 0..k never see the vector: run them once for every row that comes up more than once.
+    again = [*(train_set if total > steps_per_epoch else []), *val_set]
+    model.cache_prefix(again, args.prefix_cache, args.micro_batch_tokens)
+    if not tensors:
+        info["residual_norm"] = median_residual_norm(model, train_set[:8])
+    laps.lap("prefix")
 
     # What is about to happen.
     unit = info["residual_norm"] / math.sqrt(model.hidden_size)
@@ -157,9 +161,11 @@ def train(model, train_set, val_set, folder, digest, args, stop):
     epoch_tokens = sum(len(example.input_ids) for example in train_set)
     log.info(f"steps    {total}, {steps_per_epoch} an epoch of {epoch_tokens:,} tokens")
     log.info(f"rows     {rows_per_step} a step ({args.batch_size} x {args.gradient_accumulation})")
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in laps.items())
+    log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        losses = example_losses(model, val_set, args.batch_size)
+        losses = example_losses(model, val_set, args.micro_batch_tokens)
         loss = sum(losses) / sum(map(label_count, val_set))
         if info["best_val"] is None or loss < info["best_val"]:
             best_vector.copy_(vector.detach())
@@ -191,17 +197,15 @@ def train(model, train_set, val_set, folder, digest, args, stop):
             if info["position"] >= len(train_set):
                 order = torch.randperm(len(train_set), generator=shuffle)
                 info["epoch"], info["position"] = info["epoch"] + 1, 0
-            rows = order[info["position"] : info["position"] + rows_per_step].tolist()
-            batch = [train_set[row] for row in rows]
+            window = order[info["position"] : info["position"] + rows_per_step].tolist()
+            batch = [train_set[i] for i in window]
             label_tokens = sum(map(label_count, batch))
 
             # Gradient accumulation: loss summed over label tokens / label tokens of the whole step,
             # since a mean of micro-batch means would weigh short rows more.
             step_loss = 0.0
-            for start in range(0, len(batch), args.batch_size):
-                ids, labels = collate(batch[start : start + args.batch_size], device)  # (B, T)
-                logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-                loss = token_loss(logits, labels) / label_tokens
+            for rows in micro_batches(batch, args.micro_batch_tokens):
+                loss = model.losses(rows).sum() / label_tokens
                 loss.backward()
                 step_loss += loss.detach()
 
@@ -220,13 +224,13 @@ def train(model, train_set, val_set, folder, digest, args, stop):
 
             # Account, validate, log.
             seconds = time.perf_counter() - started
-            info["step"], info["position"] = info["step"] + 1, info["position"] + len(rows)
+            info["step"], info["position"] = info["step"] + 1, info["position"] + len(batch)
             info["label_tokens"] += label_tokens
             info["seconds"] += seconds
             tokens, norm = sum(len(e.input_ids) for e in batch), vector.detach().norm().item()
             row = {"step": info["step"], "epoch": info["epoch"], "loss": step_loss, "lr": lr}
             row |= {"grad_norm": grad_norm, "vector_norm": norm, "label_tokens": label_tokens}
-            row |= {"tokens": tokens, "seconds": round(seconds, 4)}
+            row |= {"tokens": tokens, "seconds": round(seconds, 4), "time": time.time()}
             print(json.dumps(row), file=metrics, flush=True)
             last = info["step"] == total
             val = validate() if val_set and (last or info["step"] % args.val_every == 0) else ""
@@ -262,13 +266,14 @@ def train(model, train_set, val_set, folder, digest, args, stop):
 # ------------------------------------------------------------------ one dataset, many datasets
 
 
-def train_dataset(name, datasets, chat, get_model, args, stop):
+def train_dataset(name, datasets, chat, get_model, args, laps, stop):
     """Train one dataset in its run folder; returns the exit code. ValueError: bad input."""
     folder, config = run_folder(args, name), result_config(args, name, datasets)
     if args.resume and is_done(folder, config):
         log.info(f"{name}: done already, {folder}")
         return 0
     train_set, val_set, counts = prepare(name, datasets, chat, args)
+    laps.lap("tokenize")
     if not train_set:
         log.info(f"{name}: skipped, no examples: no scores ({counts['summary']})")
         return 0
@@ -283,7 +288,8 @@ def train_dataset(name, datasets, chat, get_model, args, stop):
         file_log = logging.FileHandler(folder / "train.log", encoding="utf-8")
         log.addHandler(file_log)
         try:
-            return fill_folder(folder, config, train_set, val_set, counts, get_model, args, stop)
+            data = train_set, val_set, counts
+            return fill_folder(folder, config, data, get_model, args, laps, stop)
         except Exception as error:  # whatever it was, the next dataset may do better
             log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
             with contextlib.suppress(OSError, ValueError):  # the disk may be full
@@ -296,8 +302,12 @@ def train_dataset(name, datasets, chat, get_model, args, stop):
             file_log.close()
 
 
-def fill_folder(folder, config, train_set, val_set, counts, get_model, args, stop):
-    """Train and write run.json, then the vector, which exists only if all went well."""
+def fill_folder(folder, config, data, get_model, args, laps, stop):
+    """Train and write run.json, then the vector, which exists only if all went well.
+
+    data: what `prepare` returns.
+    """
+    train_set, val_set, counts = data
     started, digest = time.time(), config_hash(config)
     record = {"dataset": config["name"], "status": "running", "config_hash": digest}
     record |= {"config": config, "args": vars(args), "counts": counts, **environment()}
@@ -312,13 +322,15 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
     model = get_model()
+    laps.lap("load")
     frozen = sum(parameter.numel() for parameter in model.model.parameters())
     log.info(
         f"model    {args.model}: {config['dtype']} on {model.input_device}, {len(model.layers)} "
         f"layers, {frozen:,} parameters frozen, {model.hidden_size:,} trained"
     )
     stop.in_loop = True
-    final = train(model, train_set, val_set, folder, digest, args, stop)
+    final = train(model, train_set, val_set, folder, digest, args, laps, stop)
+    record["startup"] = dict(laps)
     if final is None:
         write_json(folder / "run.json", record | {"status": "stopped"})
         return stop.exit_code
@@ -332,7 +344,7 @@ def fill_folder(folder, config, train_set, val_set, counts, get_model, args, sto
     return 0
 
 
-def run(args, stop):
+def run(args, laps, stop):
     """Train every requested dataset with one model load; returns the worst exit code."""
     datasets = find_datasets(args.data_root, args.source_model, args.kind)
     names = df.requested_names(args, datasets)
@@ -353,6 +365,8 @@ def run(args, stop):
             except ValueError as error:  # no use in trying the other datasets
                 log.error(f"error: {error}")
                 raise SystemExit(2) from error
+            if args.compile:
+                loaded[0].compile_layers()
             if args.gradient_checkpointing:
                 loaded[0].gradient_checkpointing_enable()
         seeded = torch.Generator().manual_seed(args.seed)
@@ -362,12 +376,13 @@ def run(args, stop):
     codes = []
     for name in names:
         try:
-            codes.append(train_dataset(name, datasets, chat, get_model, args, stop))
+            codes.append(train_dataset(name, datasets, chat, get_model, args, laps, stop))
         except (ValueError, OSError) as error:
             log.error(f"error: {error}")
             codes.append(2)
         if stop.exit_code:
             return stop.exit_code
+        laps.restart()
     return max(codes)
 
 
@@ -386,7 +401,10 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--prefix-cache", default="auto", choices=("auto", "device", "host", "off"), help="where")
+    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
+    add("--compile", action="store_true", help="torch.compile the layers above --layer")
     add = parser.add_argument_group("steering").add_argument
     add("--layer", type=int, default=22, help="0-based decoder layer whose output gets the vector")
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
@@ -394,8 +412,8 @@ def parse_args(argv=None):
     add("--lr", default="auto", help=f"peak; auto: {AUTO_LR} x median residual norm / sqrt(n)")
     add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="shape")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
-    add("--batch-size", type=int, default=4, help="rows a micro-batch")
-    add("--gradient-accumulation", type=int, default=2, help="micro-batches a step")
+    add("--batch-size", type=int, default=4, help="rows a step / --gradient-accumulation")
+    add("--gradient-accumulation", type=int, default=2, help="rows a step / --batch-size")
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
@@ -423,7 +441,7 @@ def check_arguments(args):
     if not (args.dataset or args.list_file):
         problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
     counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps")
-    for key in (*counts, "val_every", "patience", "save_every", "keep_checkpoints"):
+    for key in (*counts, "micro_batch_tokens", "val_every", "patience", "save_every", "keep_checkpoints"):
         if (value := getattr(args, key)) is not None and value < 1:
             problems.append(f"--{key.replace('_', '-')} {value}: must be at least 1")
     for key in ("val_fraction", "warmup_ratio"):
@@ -444,13 +462,15 @@ def check_arguments(args):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
+    laps = Laps()
+    laps.lap("import")
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     log.setLevel(logging.INFO)
     log.handlers[:] = [Console()]
     logging.raiseExceptions = False  # a full disk or a closed console must not stop a run
     try:
-        return run(args, StopRequest())
+        return run(args, laps, StopRequest())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,214 @@
+"""Training speed, side by side: TRL's SFTTrainer, our loop without the prefix cache, our loop.
+
+    make bench                           # layer 12 x 3 epochs, layer 20 x 5: under 20 minutes
+    make bench ARGS="--rows 40 --repeats 3"                               # the longer version
+
+Every run is a process of its own, with the same model, rows, order of rows, dtype, layer, learning
+rates and optimizer steps; TRL gets our token ids and labels. The three take turns. The speed is
+tokens (pads not counted) over seconds of training, the prefix pass included, start-up not.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+VARIANTS = ("trl", "trl-no-ckpt", "cache off", "ours")
+LR, ROWS_PER_MICRO_BATCH, ACCUMULATION = 0.5, 4, 2
+
+
+# ------------------------------------------------------------------ one run, in its own process
+
+
+def training_arguments(args, folder):
+    """Command line of train_steering.py, which all variants follow."""
+    return [
+        *("--model", args.model, "--data-root", args.data_root, "--dataset", args.dataset),
+        *("--layer", str(args.layer), "--num-epochs", str(args.epochs), "--dtype", args.dtype),
+        *("--target-tokens", str(args.tokens), "--val-fraction", "0", "--lr", str(LR)),
+        *("--batch-size", str(ROWS_PER_MICRO_BATCH), "--warmup-ratio", "0"),
+        *("--gradient-accumulation", str(ACCUMULATION), "--lr-scheduler", "constant"),
+        *("--output-dir", str(folder), "--save-every", "1000000"),
+    ]
+
+
+def run_ours(args, folder):
+    """Train with train_steering.py; returns what every variant reports."""
+    import train_steering
+
+    extra = ["--prefix-cache", "off"] if args.variant == "cache off" else []
+    if code := train_steering.main([*training_arguments(args, folder), *extra]):
+        raise SystemExit(code)
+    (record,) = Path(folder).rglob("run.json")
+    rows = [json.loads(line) for line in (record.parent / "metrics.jsonl").open()]
+    startup = json.loads(record.read_text())["startup"]
+    seconds = startup["prefix"] + sum(row["seconds"] for row in rows)
+    result = {"losses": [row["loss"] for row in rows], "seconds": seconds}
+    result |= {"tokens": sum(row["tokens"] for row in rows), "first_step": rows[0]["time"]}
+    return result | {"startup": startup}
+
+
+def run_trl(args, folder):
+    """Train the same with SFTTrainer, a frozen model and a hooked vector; returns the same."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    import train_steering
+    from chat_format import ChatFormat, load_tokenizer
+    from data_layouts import find_datasets
+    from hook_model import DTYPES, ResidualHook, find_layers, pick_dtype
+
+    options = train_steering.parse_args(training_arguments(args, folder))
+    chat = ChatFormat(load_tokenizer(args.model))
+    datasets = find_datasets(args.data_root, None, None)
+    examples, _, _ = train_steering.prepare(args.dataset, datasets, chat, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    order = [i for _ in range(args.epochs) for i in torch.randperm(len(examples), generator=generator)]
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in (examples[i] for i in order)]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=DTYPES[pick_dtype(args.dtype, "cpu")]
+    ).requires_grad_(False)
+    model.steering = ResidualHook(model.config.hidden_size)
+    find_layers(model)[args.layer].register_forward_hook(model.steering.hook)
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.time())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.time())
+
+    config = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=1,  # the rows are all epochs, one after the other
+        per_device_train_batch_size=ROWS_PER_MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=options.max_grad_norm,
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,  # the model has its dtype already
+        max_length=None,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=args.variant == "trl",  # TRL's default
+    )
+    trainer = InOrder(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=chat.tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    result = {"losses": losses, "seconds": times[-1] - times[0], "first_step": times[1]}
+    return result | {"tokens": sum(len(row["input_ids"]) for row in rows)}
+
+
+# ------------------------------------------------------------------ all runs
+
+
+def measure(variant, layer, epochs, args):
+    """Run one variant in a process of its own: its report, wall seconds and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder, "report.json"), Path(folder, "log")
+        command = [sys.executable, __file__, "--variant", variant, "--report", str(report)]
+        command += ["--layer", str(layer), "--epochs", str(epochs), "--tokens", str(args.tokens)]
+        command += ["--model", args.model, "--dtype", args.dtype]
+        command += ["--data-root", args.data_root, "--dataset", args.dataset]
+        started = time.time()
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{variant} failed:\n{log.read_text()[-3000:]}")
+        result = json.loads(report.read_text())
+    result["first_step"] -= started
+    return result | {"wall": time.time() - started, "gib": usage.ru_maxrss / 2**20}
+
+
+def compare(layer, epochs, args):
+    """Run all variants, interleaved, and print the table of one setting; returns its numbers."""
+    runs = {variant: [] for variant in args.variants}
+    for _ in range(args.repeats):
+        for variant in args.variants:
+            runs[variant].append(measure(variant, layer, epochs, args))
+            last = runs[variant][-1]
+            speed = last["tokens"] / last["seconds"]
+            print(f"  {variant:<12} {speed:7.1f} tok/s, {last['wall']:.0f} s in all", flush=True)
+    reference = runs[args.variants[0]][0]
+    steps = len(reference["losses"])
+    print(f"\nlayer {layer}, {epochs} epochs of {reference['tokens'] // epochs:,} tokens, {steps} steps")
+    print(f"{'variant':<12} {'tok/s':>7} {'ratio':>6} {'first step s':>12} {'all s':>6} "
+          f"{'peak GiB':>8} {'final loss':>10} {'curve differs':>13}")  # fmt: skip
+    table = {}
+    for variant, results in runs.items():
+        row = {key: statistics.median(r[key] for r in results) for key in ("first_step", "wall", "gib")}
+        row["tok/s"] = statistics.median(r["tokens"] / r["seconds"] for r in results)
+        row["ratio"] = row["tok/s"] / table[args.variants[0]]["tok/s"] if table else 1.0
+        row["final_loss"] = results[0]["losses"][-1]
+        pairs = zip(results[0]["losses"], reference["losses"], strict=True)
+        row["curve"] = max(abs(a - b) / b for a, b in pairs)
+        table[variant] = row
+        print(f"{variant:<12} {row['tok/s']:7.1f} {row['ratio']:6.2f} {row['first_step']:12.1f} "
+              f"{row['wall']:6.1f} {row['gib']:8.2f} {row['final_loss']:10.4f} {row['curve']:13.1e}")  # fmt: skip
+    if max(row["curve"] for row in table.values()) > 1e-2:
+        raise SystemExit("the loss curves differ by more than 1e-2: this comparison is void")
+    return table
+
+
+def parse_args(argv=None):
+    """Command line of bench.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="models/SmolLM2-135M-Instruct", help="local folder")
+    add("--data-root", default="sample_data", help="as in train_steering.py")
+    add("--dataset", default="sample__role__pirate", help="as in train_steering.py")
+    add("--dtype", default="auto", help="auto: bf16 where it is native")
+    add("--tokens", type=int, default=2100, help="tokens an epoch (a whole number of steps)")
+    add("--repeats", type=int, default=2, help="runs of each variant, in turns")
+    add("--settings", nargs="+", default=["12x3", "20x5"], metavar="LxE", help="layer x epochs")
+    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="first: reference")
+    add("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # one run, for ourselves
+    for name in ("--layer", "--epochs"):
+        add(name, type=int, help=argparse.SUPPRESS)
+    add("--report", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Command line entry."""
+    args = parse_args(argv)
+    if args.variant:
+        run = run_trl if args.variant.startswith("trl") else run_ours
+        result = run(args, Path(args.report).parent / "run")
+        Path(args.report).write_text(json.dumps(result))
+        return
+    for setting in args.settings:
+        layer, epochs = map(int, setting.split("x"))
+        compare(layer, epochs, args)
+
+
+if __name__ == "__main__":
+    main()
