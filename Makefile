@@ -4,7 +4,7 @@ PY = .venv/bin/python
 MODEL = models/SmolLM2-135M-Instruct
 DEMO_RUN = runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
 # Scale 1.3 was fixed on training questions: 28 of 30 answers there had a pirate word, 19 at scale 1.
@@ -20,6 +20,15 @@ test: .venv/ready $(MODEL)/config.json
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Speed against TRL's SFTTrainer, in an environment of its own; ARGS="--help" lists the options.
+bench: .venv-bench/ready $(MODEL)/config.json
+	.venv-bench/bin/python bench/bench.py $(ARGS)
+
+.venv-bench/ready: requirements.txt bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -r bench/requirements.txt
+	touch $@
+
 # The environment: made once, again when a requirements file changes.
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed")'
@@ -33,4 +42,4 @@ $(MODEL)/config.json: .venv/ready demo/get_model.py
 	$(PY) demo/get_model.py $(MODEL)
 
 clean:
-	rm -rf .venv models runs/demo
+	rm -rf .venv .venv-bench models runs/demo

@@ -283,7 +283,7 @@ class SteerModel(nn.Module):
         """
         self.prefix, self.fast = None, None
         tokens = sum(len(example.input_ids) for example in examples)
-        dtype, device = self.model.dtype, next(self.layers[self.layer].parameters()).device
+        dtype, device = self.model.dtype, self.steering.vector.device
         size = tokens * self.hidden_size * dtype.itemsize
         place = cache_place(where, size, device)
         about = f"prefix   {tokens:,} tokens x {self.hidden_size:,} = {size / 2**30:.2f} GiB"
@@ -347,8 +347,7 @@ class SteerModel(nn.Module):
         """The model's own forward, starting from the cache if that holds all the examples."""
         skipped = {}
         if self.prefix is not None and self.prefix.covers(examples):
-            device = next(self.layers[self.layer].parameters()).device
-            start = self.prefix.batch(examples, device)  # (B, T, n), without the vector
+            start = self.prefix.batch(examples, self.steering.vector.device)  # (B, T, n), no vector
             skipped = dict.fromkeys(self.layers[: self.layer], self._pass_through)
             skipped[self.layers[self.layer]] = lambda *_, **__: self._pass_through(start)
         with replaced_forwards(skipped):
@@ -392,7 +391,7 @@ class SteerModel(nn.Module):
 
 @contextlib.contextmanager
 def replaced_forwards(forwards):
-    """Context: each module of {module: function} computes with that function; its hooks still run."""
+    """Context: every module of {module: function} computes that function; its hooks still run."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -519,15 +518,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, logits_of):
         losses, gradients = [], []
-        for states, target in zip(
-            hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
-        ):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                states = states.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = F.cross_entropy(logits_of(states).float(), target, reduction="none")
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(loss, states, torch.ones_like(loss))
-            losses.append(loss.detach())
+        parts = hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)
+        for states, target in zip(*parts, strict=True):
+            states = states.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(states.requires_grad):
+                logits = logits_of(states)  # (C, V)
+            log_p = logits.detach().float().log_softmax(-1)
+            losses.append(-log_p.gather(-1, target[:, None])[:, 0])
+            if states.requires_grad:
+                slope = log_p.exp_()  # of the loss by the logits: probabilities, less 1 at target
+                slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), -1.0))
+                gradients += torch.autograd.grad(logits, states, slope.to(logits.dtype))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

@@ -10,6 +10,7 @@ after a checkpoint (start again to go on), 130 Ctrl-C. Several datasets: the wor
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ from hook_model import (
     example_losses,
     label_count,
     load_model,
+    load_vector,
     median_residual_norm,
     micro_batches,
     model_shape,
@@ -109,6 +111,9 @@ def result_config(args, name, datasets):
     dtype = pick_dtype(args.dtype, pick_device(args.device))
     data = data_digest(name, datasets)
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
+    if args.init_vector:  # what it holds counts, not where it lies
+        start = load_vector(args.init_vector)[0]
+        config["init_vector"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
     return config | {"format_version": FORMAT_VERSION}
 
 
@@ -356,19 +361,22 @@ def run(args, laps, stop):
     loaded = []
 
     def get_model():
-        """The model, loaded at its first use, with the vector at its seeded start."""
-        if not loaded:
-            log.info(f"loading  {args.model}")
-            where = args.dtype, args.device, args.device_map
-            try:
+        """The model, loaded at its first use, with the vector at its start."""
+        try:
+            if not loaded:
+                log.info(f"loading  {args.model}")
+                where = args.dtype, args.device, args.device_map
                 loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
-            except ValueError as error:  # no use in trying the other datasets
-                log.error(f"error: {error}")
-                raise SystemExit(2) from error
-            if args.compile:
-                loaded[0].compile_layers()
-            if args.gradient_checkpointing:
-                loaded[0].gradient_checkpointing_enable()
+                if args.compile:
+                    loaded[0].compile_layers()
+                if args.gradient_checkpointing:
+                    loaded[0].gradient_checkpointing_enable()
+            if args.init_vector:
+                loaded[0].load_vector(args.init_vector)
+                return loaded[0]
+        except ValueError as error:  # no use in trying the other datasets
+            log.error(f"error: {error}")
+            raise SystemExit(2) from error
         seeded = torch.Generator().manual_seed(args.seed)
         loaded[0].set_vector(ResidualHook(hidden_size, args.init_scale, seeded).vector.detach())
         return loaded[0]
@@ -408,6 +416,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("steering").add_argument
     add("--layer", type=int, default=22, help="0-based decoder layer whose output gets the vector")
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
+    add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
     add("--lr", default="auto", help=f"peak; auto: {AUTO_LR} x median residual norm / sqrt(n)")
     add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="shape")
@@ -440,8 +449,9 @@ def check_arguments(args):
     problems = []
     if not (args.dataset or args.list_file):
         problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
-    counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps")
-    for key in (*counts, "micro_batch_tokens", "val_every", "patience", "save_every", "keep_checkpoints"):
+    counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "patience")
+    counts += ("micro_batch_tokens", "val_every", "save_every", "keep_checkpoints")
+    for key in counts:
         if (value := getattr(args, key)) is not None and value < 1:
             problems.append(f"--{key.replace('_', '-')} {value}: must be at least 1")
     for key in ("val_fraction", "warmup_ratio"):

@@ -1,11 +1,12 @@
 """Training speed, side by side: TRL's SFTTrainer, our loop without the prefix cache, our loop.
 
     make bench                           # layer 12 x 3 epochs, layer 20 x 5: under 20 minutes
-    make bench ARGS="--rows 40 --repeats 3"                               # the longer version
+    make bench ARGS="--tokens 5300 --repeats 5"                # the longer version
 
 Every run is a process of its own, with the same model, rows, order of rows, dtype, layer, learning
 rates and optimizer steps; TRL gets our token ids and labels. The three take turns. The speed is
 tokens (pads not counted) over seconds of training, the prefix pass included, start-up not.
+"one batch" loads the model and does one micro-batch without the cache: what memory must hold.
 """
 
 import argparse
@@ -21,6 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 VARIANTS = ("trl", "trl-no-ckpt", "cache off", "ours")
+MEMORY = "one batch"
+HEADER = (
+    f"{'variant':<12} {'tok/s':>7} {'ratio':>6} {'first step s':>12} {'all s':>6} {'peak GiB':>8} "
+    f"{'final loss':>10} {'curve differs':>13}"
+)
 LR, ROWS_PER_MICRO_BATCH, ACCUMULATION = 0.5, 4, 2
 
 
@@ -55,6 +61,34 @@ def run_ours(args, folder):
     return result | {"startup": startup}
 
 
+def load_examples(args, folder):
+    """(examples, chat format, training options), as train_steering.py has them."""
+    import train_steering
+    from chat_format import ChatFormat, load_tokenizer
+    from data_layouts import find_datasets
+
+    options = train_steering.parse_args(training_arguments(args, folder))
+    chat = ChatFormat(load_tokenizer(args.model))
+    datasets = find_datasets(args.data_root, None, None)
+    examples, _, _ = train_steering.prepare(args.dataset, datasets, chat, options)
+    if len(examples) % (ROWS_PER_MICRO_BATCH * ACCUMULATION):
+        raise SystemExit(f"{len(examples)} rows are no whole number of steps: change --tokens")
+    return examples, chat, options
+
+
+def run_one_batch(args, folder):
+    """Load the model and do the largest micro-batch, uncached; returns the cache's size in GiB."""
+    from hook_model import load_model, micro_batches
+
+    examples, _, options = load_examples(args, folder)
+    model = load_model(args.model, args.layer, args.dtype)
+    batches = micro_batches(examples, options.micro_batch_tokens)
+    largest = max(batches, key=lambda b: len(b) * max(len(e.input_ids) for e in b))
+    model.losses(largest).sum().backward()
+    tokens = sum(len(example.input_ids) for example in examples)
+    return {"cache": tokens * model.hidden_size * model.model.dtype.itemsize / 2**30}
+
+
 def run_trl(args, folder):
     """Train the same with SFTTrainer, a frozen model and a hooked vector; returns the same."""
     import torch
@@ -62,17 +96,13 @@ def run_trl(args, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    import train_steering
-    from chat_format import ChatFormat, load_tokenizer
-    from data_layouts import find_datasets
     from hook_model import DTYPES, ResidualHook, find_layers, pick_dtype
 
-    options = train_steering.parse_args(training_arguments(args, folder))
-    chat = ChatFormat(load_tokenizer(args.model))
-    datasets = find_datasets(args.data_root, None, None)
-    examples, _, _ = train_steering.prepare(args.dataset, datasets, chat, options)
+    examples, chat, options = load_examples(args, folder)
     generator = torch.Generator().manual_seed(options.seed)
-    order = [i for _ in range(args.epochs) for i in torch.randperm(len(examples), generator=generator)]
+    order = [
+        i for _ in range(args.epochs) for i in torch.randperm(len(examples), generator=generator)
+    ]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in (examples[i] for i in order)]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -142,12 +172,13 @@ def measure(variant, layer, epochs, args):
         if status:
             raise SystemExit(f"{variant} failed:\n{log.read_text()[-3000:]}")
         result = json.loads(report.read_text())
-    result["first_step"] -= started
+    if "first_step" in result:
+        result["first_step"] -= started
     return result | {"wall": time.time() - started, "gib": usage.ru_maxrss / 2**20}
 
 
 def compare(layer, epochs, args):
-    """Run all variants, interleaved, and print the table of one setting; returns its numbers."""
+    """Run all variants, interleaved, and print the table of one setting."""
     runs = {variant: [] for variant in args.variants}
     for _ in range(args.repeats):
         for variant in args.variants:
@@ -156,24 +187,31 @@ def compare(layer, epochs, args):
             speed = last["tokens"] / last["seconds"]
             print(f"  {variant:<12} {speed:7.1f} tok/s, {last['wall']:.0f} s in all", flush=True)
     reference = runs[args.variants[0]][0]
-    steps = len(reference["losses"])
-    print(f"\nlayer {layer}, {epochs} epochs of {reference['tokens'] // epochs:,} tokens, {steps} steps")
-    print(f"{'variant':<12} {'tok/s':>7} {'ratio':>6} {'first step s':>12} {'all s':>6} "
-          f"{'peak GiB':>8} {'final loss':>10} {'curve differs':>13}")  # fmt: skip
+    tokens, steps = reference["tokens"] // epochs, len(reference["losses"])
+    print(f"\nlayer {layer}, {epochs} epochs of {tokens:,} tokens, {steps} steps\n{HEADER}")
     table = {}
     for variant, results in runs.items():
-        row = {key: statistics.median(r[key] for r in results) for key in ("first_step", "wall", "gib")}
-        row["tok/s"] = statistics.median(r["tokens"] / r["seconds"] for r in results)
-        row["ratio"] = row["tok/s"] / table[args.variants[0]]["tok/s"] if table else 1.0
-        row["final_loss"] = results[0]["losses"][-1]
+        keys = ("first_step", "wall", "gib")
+        row = {key: statistics.median(result[key] for result in results) for key in keys}
+        row["speed"] = statistics.median(r["tokens"] / r["seconds"] for r in results)
+        row["loss"] = results[0]["losses"][-1]
         pairs = zip(results[0]["losses"], reference["losses"], strict=True)
         row["curve"] = max(abs(a - b) / b for a, b in pairs)
         table[variant] = row
-        print(f"{variant:<12} {row['tok/s']:7.1f} {row['ratio']:6.2f} {row['first_step']:12.1f} "
-              f"{row['wall']:6.1f} {row['gib']:8.2f} {row['final_loss']:10.4f} {row['curve']:13.1e}")  # fmt: skip
+        ratio = row["speed"] / table[args.variants[0]]["speed"]
+        print(
+            f"{variant:<12} {row['speed']:7.1f} {ratio:6.2f} {row['first_step']:12.1f} "
+            f"{row['wall']:6.1f} {row['gib']:8.2f} {row['loss']:10.4f} {row['curve']:13.1e}"
+        )
     if max(row["curve"] for row in table.values()) > 1e-2:
         raise SystemExit("the loss curves differ by more than 1e-2: this comparison is void")
-    return table
+    if "ours" in table:
+        need, peak = measure(MEMORY, layer, epochs, args), table["ours"]["gib"]
+        print(
+            f"peak memory: ours {peak:.2f} GiB; model and one micro-batch {need['gib']:.2f} GiB "
+            f"+ cache {need['cache']:.3f} GiB\n",
+            flush=True,
+        )
 
 
 def parse_args(argv=None):
@@ -190,7 +228,7 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=2, help="runs of each variant, in turns")
     add("--settings", nargs="+", default=["12x3", "20x5"], metavar="LxE", help="layer x epochs")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="first: reference")
-    add("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # one run, for ourselves
+    add("--variant", choices=(*VARIANTS, MEMORY), help=argparse.SUPPRESS)  # one run, for ourselves
     for name in ("--layer", "--epochs"):
         add(name, type=int, help=argparse.SUPPRESS)
     add("--report", help=argparse.SUPPRESS)
@@ -201,7 +239,8 @@ def main(argv=None):
     """Command line entry."""
     args = parse_args(argv)
     if args.variant:
-        run = run_trl if args.variant.startswith("trl") else run_ours
+        trl = dict.fromkeys(VARIANTS[:2], run_trl)
+        run = {**trl, MEMORY: run_one_batch}.get(args.variant, run_ours)
         result = run(args, Path(args.report).parent / "run")
         Path(args.report).write_text(json.dumps(result))
         return

@@ -32,6 +32,8 @@ CONFIGS = {
     ),
     "gemma2": lambda: hf.Gemma2Config(**SMALL, **HEADS, sliding_window=8),
     "gemma3": lambda: hf.Gemma3TextConfig(**SMALL, **HEADS, sliding_window=8),
+    "granite": lambda: hf.GraniteConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "cohere": lambda: hf.CohereConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
     "gpt2": lambda: hf.GPT2Config(n_layer=4, n_embd=32, n_head=4, **OLD),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SMALL, num_attention_heads=4),
     "opt": lambda: hf.OPTConfig(

@@ -86,7 +86,7 @@ def test_likelihoods_are_of_the_conditions_they_name(finished, tiny_folder, smol
     examples, _ = ev.heldout_examples(record["dataset"], smol_chat, args, 20_000)
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     model.set_vector(vector)
-    result = ev.likelihood(model, smol_chat, examples, batch_size=2)
+    result = ev.likelihood(model, smol_chat, examples, max_tokens=60)
     # The reference: the model's own loss, row by row, on text that the template renders whole.
     tokenizer, plain = smol_chat.tokenizer, model.model
     nll = dict.fromkeys(("vanilla", "prompted", "steered"), 0.0)

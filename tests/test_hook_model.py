@@ -1,5 +1,6 @@
 """hook_model.py: the vector is added where it should be, and nowhere and to nothing else."""
 
+import functools
 import math
 import types
 
@@ -251,8 +252,8 @@ def test_right_padding_without_a_mask_does_not_change_losses():
     rows = [example(list(range(3, 3 + n)), [-100, *range(4, 3 + n)]) for n in (10, 6, 3)]
     for architecture in ("llama", "qwen3", "gemma2", "gemma3"):
         model = steered(architecture)
-        together = hm.example_losses(model, rows, batch_size=3)
-        alone = hm.example_losses(model, rows, batch_size=1)
+        together = hm.example_losses(model, rows, max_tokens=30)
+        alone = hm.example_losses(model, rows, max_tokens=1)
         assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -273,6 +274,190 @@ def test_residual_norm_is_the_median_over_tokens_of_the_plain_stream():
     with model.steering_off():
         norms = torch.cat([model.layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)])
     assert hm.median_residual_norm(model, rows) == pytest.approx(norms.median().item())
+
+
+# ---------------------------------------------------------------- the fast path
+
+
+def rows_of(*lengths, prompt=3):
+    """Rows of these lengths, the first `prompt` tokens and the last one without loss."""
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = [(7 * i + 5 * t) % 150 + 3 for t in range(length)]
+        rows.append(example(ids, [-100] * prompt + ids[prompt:-1] + [-100]))
+    return rows
+
+
+def gradient_of(model, loss):
+    model.steering.vector.grad = None
+    loss.backward()
+    return model.steering.vector.grad.clone()
+
+
+def plain_loss(model, rows):
+    """The reference: hooked full forward of the model, logits of all tokens."""
+    ids, labels = hm.collate(rows)
+    return hm.token_loss(model(input_ids=ids, use_cache=False).logits, labels)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_cached_prefix_gives_the_same_loss_and_gradient_bit_for_bit(architecture):
+    model, rows = steered(architecture), rows_of(14, 9, 12)  # longer than the sliding window of 8
+    ids, labels = hm.collate(rows)
+    plain = plain_loss(model, rows)
+    expected = gradient_of(model, plain)
+    model.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
+    assert model.prefix.covers(rows)
+    cached = hm.token_loss(model._forward_above(ids, rows).logits, labels)
+    assert torch.equal(cached, plain)
+    assert torch.equal(gradient_of(model, cached), expected) and expected.norm() > 0
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_fast_loss_and_gradient_equal_the_full_forward(architecture, monkeypatch):
+    monkeypatch.setattr(hm, "HEAD_TOKENS", 5)  # several parts
+    model, rows = steered(architecture), rows_of(9, 14, 11)
+    plain = plain_loss(model, rows)
+    expected = gradient_of(model, plain)
+    for place in ("off", "auto"):
+        model.cache_prefix(rows, place, max_tokens=14)  # one row a batch: other padded shapes
+        losses = model.losses(rows)
+        assert losses.shape == (sum(map(hm.label_count, rows)),) and model.fast
+        assert torch.allclose(losses.sum(), plain, rtol=1e-5)
+        error = (gradient_of(model, losses.sum()) - expected).norm() / expected.norm()
+        assert error < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
+def test_softcapped_and_scaled_logits_stay_right(architecture):
+    changes = {"gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 7.0}}
+    model = steered(architecture, **changes.get(architecture, {"logit_scale": 0.2}))
+    model.model.get_output_embeddings().weight.data *= 20  # logits large enough to matter
+    rows = rows_of(9, 14)
+    plain = plain_loss(model, rows)
+    expected = gradient_of(model, plain)
+    got = model.losses(rows).sum()
+    assert torch.allclose(got, plain, rtol=1e-5)
+    assert torch.allclose(gradient_of(model, got), expected, rtol=1e-4, atol=1e-6)
+    head, caught = model.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, inputs, logits: caught.append(logits))
+    ids, labels = hm.collate(rows)
+    model(input_ids=ids)
+    assert not torch.allclose(hm.token_loss(caught[0], labels), plain, rtol=1e-2)
+
+
+def test_head_sees_label_tokens_only_and_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(hm, "HEAD_TOKENS", 4)
+    model, rows, seen = steered("llama"), rows_of(9, 14, 11), []
+    model.losses(rows)  # the check against the plain path is behind us
+    linear = torch.nn.functional.linear
+
+    def record(states, weight, bias=None):
+        if weight is model.model.lm_head.weight:
+            seen.append(states.shape[:-1].numel())
+        return linear(states, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", record)
+    model.losses(rows).sum().backward()
+    assert sum(seen) == sum(map(hm.label_count, rows)) and max(seen) <= 4
+
+
+def test_cached_layers_do_no_work_and_upper_layers_get_no_dense_mask():
+    model, rows, worked, masks = steered("qwen3", layer=2), rows_of(9, 14), [], []
+    for i, layer in enumerate(model.layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: worked.append(i))
+    model.layers[3].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model.cache_prefix(rows)
+    assert worked == [0, 1, 2]  # the fill stops at the layer
+    model.losses(rows)
+    worked.clear()
+    model.losses(rows).sum().backward()
+    assert worked == [3] and set(masks) == {None}
+    worked.clear()
+    model.losses(rows_of(5))  # not in the cache
+    assert worked == [0, 1, 2, 3]
+
+
+def test_cache_is_dropped_when_the_layer_moves_and_obeys_the_switch():
+    model, rows = steered("llama"), rows_of(9, 14)
+    with model.steering_off():
+        vanilla = plain_loss(model, rows).item()
+    model.cache_prefix(rows)
+    with model.steering_off():
+        assert model.losses(rows).sum().item() == pytest.approx(vanilla, rel=1e-5)
+    model.set_layer(2)
+    assert model.prefix is None
+    assert model.losses(rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+
+
+def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
+    model, rows = steered("llama"), rows_of(9, 14)
+    size = 23 * 32 * 4
+    free = {"cuda": 0, "cpu": 0}
+    monkeypatch.setattr(hm, "free_memory", lambda device: free[device.type])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for on_gpu, on_host, where, place in (
+        (4 * size, 0, "auto", cuda),
+        (4 * size - 1, 2 * size, "auto", cpu),
+        (4 * size - 1, 2 * size - 1, "auto", None),
+        (2 * size, 0, "device", cuda),
+        (0, 9 * size, "device", None),
+        (9 * size, 2 * size, "host", cpu),
+        (9 * size, 0, "host", None),
+        (9 * size, 9 * size, "off", None),
+    ):
+        free.update(cuda=on_gpu, cpu=on_host)
+        assert hm.cache_place(where, size, cuda) == place
+    free["cpu"] = 0
+    with caplog.at_level("INFO", logger="train_steering"):
+        model.cache_prefix(rows, "host")
+    assert model.prefix is None and "does not fit, so not cached" in caplog.text
+    assert model.losses(rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+
+
+def test_an_architecture_that_passes_more_than_the_stream_falls_back(caplog):
+    model, rows, first = steered("llama"), rows_of(9, 14), []
+    model.layers[0].register_forward_pre_hook(lambda module, args: first.append(args[0]))
+    model.layers[0].mlp.register_forward_hook(lambda module, args, out: first.append(out))
+    model.layers[3].register_forward_hook(lambda module, args, out: out + 3 * first[-1].mean())
+    model.cache_prefix(rows)
+    expected = plain_loss(model, rows)
+    assert model.losses(rows).sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not model.fast and "no fast path for LlamaForCausalLM" in caplog.text
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    rows = rows_of(9, 14, 5, 11, 6, 30)
+    batches = hm.micro_batches(rows, 28)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, rows))
+    lengths = [[len(e.input_ids) for e in batch] for batch in batches]
+    assert lengths == [[5, 6, 9], [11, 14], [30]]  # the longest row is over the budget: alone
+
+
+def test_compiled_layers_give_the_same_gradient(monkeypatch):
+    without_gcc = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", without_gcc)
+    model, rows = steered("llama", layer=2), rows_of(9, 14)
+    expected = gradient_of(model, model.losses(rows).sum())
+    model.compile_layers()
+    got = gradient_of(model, model.losses(rows).sum())
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert hasattr(model.layers[3].forward, "_torchdynamo_orig_callable")
+
+
+def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
+    model = hm.load_model(smol, 12, dtype="bf16", device="cpu")
+    rows = rows_of(20, 33, 27)
+    model.set_vector(torch.randn(576, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        plain = plain_loss(model, rows).item()
+    model.cache_prefix(rows, max_tokens=66)
+    tokens = sum(map(hm.label_count, rows))
+    fast = sum(hm.example_losses(model, rows, max_tokens=40))
+    assert model.fast and model.prefix.states.dtype == torch.bfloat16
+    assert fast / tokens == pytest.approx(plain / tokens, abs=0.01)
 
 
 # ---------------------------------------------------------------- loading

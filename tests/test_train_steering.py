@@ -71,7 +71,7 @@ def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="l
     model = hm.SteerModel(tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    return model, ts.train(model, train_set, list(val_set), folder, "hash", args, stop), folder
+    return model, ts.train(model, train_set, list(val_set), folder, "hash", args, rf.Laps(), stop), folder
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -80,8 +80,10 @@ def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="l
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gemma3"])
 def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
     rows, vectors, losses = examples([4, 19, 7, 12, 5, 30]), [], []
-    for name, batch, accumulation in (("a", "6", "1"), ("b", "1", "6"), ("c", "4", "2")):
+    settings = (("a", "6", "1", "1000"), ("b", "1", "6", "1"), ("c", "4", "2", "38"))
+    for name, batch, accumulation, tokens in settings:
         flags = ["--batch-size", batch, "--gradient-accumulation", accumulation, "--max-steps", "1"]
+        flags += ["--micro-batch-tokens", tokens]  # one batch of 6, 6 of one, 3 of like length
         (tmp_path / name).mkdir()
         model, _, folder = fit(tmp_path / name, rows, *flags, architecture=architecture)
         saved, _ = hm.read_safetensors(folder / "checkpoint-00001.safetensors")
@@ -89,13 +91,41 @@ def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
         losses.append(json.loads((folder / "metrics.jsonl").read_text())["loss"])
     # The reference: one padded batch, loss by the model's own head and labels argument.
     model = hm.SteerModel(tiny(architecture), 1)
-    ids, labels = hm.collate(rows, "cpu")
+    ids, labels = hm.collate(rows)
     loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     for vector, value in zip(vectors, losses, strict=True):
         error = (vector - model.steering.vector.grad).norm() / model.steering.vector.grad.norm()
         assert error < 1e-4
         assert value == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_cache_and_micro_batches_change_nothing_but_rounding(tmp_path, caplog, architecture):
+    rows, val_set, vectors, bests = examples([4, 19, 7, 12, 5, 30]), examples([9, 6], 40), [], []
+    for i, (cache, tokens) in enumerate((("off", "1000"), ("auto", "1000"), ("host", "20"))):
+        flags = ["--batch-size", "3", "--gradient-accumulation", "1", "--num-epochs", "3"]
+        flags += ["--prefix-cache", cache, "--micro-batch-tokens", tokens]
+        (tmp_path / str(i)).mkdir()
+        with caplog.at_level("INFO", logger="train_steering"):
+            caplog.clear()
+            model, final, _ = fit(
+                tmp_path / str(i), rows, *flags, val_set=val_set, architecture=architecture
+            )
+        assert (model.prefix is None) == (cache == "off")
+        assert ("turned off" in caplog.text) == (cache == "off")
+        assert "prefix   92 tokens x 32 = 0.00 GiB" in caplog.text  # 77 to train on, 15 to validate
+        vectors.append(model.steering.vector.detach().clone())
+        bests.append(final["best_val"])
+    for vector, best in zip(vectors[1:], bests[1:], strict=True):
+        assert (vector - vectors[0]).norm() < 1e-3 * vectors[0].norm()
+        assert best == pytest.approx(bests[0], rel=1e-5)
+
+
+def test_one_epoch_caches_only_what_is_validated_again(tmp_path):
+    rows, val_set = examples([8] * 4), examples([9], 40)
+    model, _, _ = fit(tmp_path, rows, "--num-epochs", "1", val_set=val_set)
+    assert model.prefix.covers(val_set) and not model.prefix.covers(rows[:1])
 
 
 def test_every_row_is_used_once_an_epoch_and_the_last_window_is_kept(tmp_path):
@@ -118,7 +148,7 @@ def test_base_model_is_bit_unchanged_and_has_no_gradient(tmp_path):
 def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, monkeypatch):
     scripted, seen = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0]), []
 
-    def losses(model, val_set, batch_size):
+    def losses(model, val_set, max_tokens):
         seen.append(model.steering.vector.detach().clone())
         return [next(scripted)]
 
@@ -136,7 +166,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
     (tmp_path / "run").mkdir()
     args = ts.parse_args(["--dataset", "x", "--lr", "1"])
     with pytest.raises(RuntimeError, match=r"step 1: loss nan.*--lr"):
-        ts.train(hm.SteerModel(model, 1), examples([8]), [], tmp_path / "run", "h", args, NeverStop)
+        ts.train(hm.SteerModel(model, 1), examples([8]), [], tmp_path / "run", "h", args, rf.Laps(), NeverStop)
 
 
 def test_vector_no_better_than_its_start_is_a_failed_run(
