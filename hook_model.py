@@ -185,12 +185,16 @@ class SteerModel(nn.Module):
         if self._handle is not None:
             self._handle.remove()
         self.layer, self.prefix = layer, None
-        self._handle = self.layers[layer].register_forward_hook(self.steering.hook)
+        self._handle = self.layers[layer].register_forward_hook(self._steer)
         weight = next(self.layers[layer].parameters())
         if weight.device.type != "meta":  # offloaded layers have no device of their own
             self.steering.to(weight.device)
         if checkpointing:
             self.gradient_checkpointing_enable()
+
+    def _steer(self, module, inputs, output):
+        self._tuples = isinstance(output, tuple)
+        return self.steering.hook(module, inputs, output)
 
     def set_vector(self, vector, scale=1.0):
         """Use `scale * vector`, shape (hidden_size,); ValueError on another shape or NaN."""
@@ -255,8 +259,7 @@ class SteerModel(nn.Module):
         caught = []
 
         def catch(module, inputs, output):
-            self._tuples = isinstance(output, tuple)
-            caught.append(output[0] if self._tuples else output)
+            caught.append(output[0] if isinstance(output, tuple) else output)
 
         above = dict.fromkeys(self.layers[self.layer + 1 :], self._pass_through)
         handle = self.layers[self.layer].register_forward_hook(catch)  # after the steering hook
