@@ -132,6 +132,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
     total = args.max_steps or args.num_epochs * steps_per_epoch
     warmup = int(args.warmup_ratio * total)
+    val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     shuffle = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(train_set), generator=shuffle)
     optimizer = torch.optim.AdamW([vector], lr=0.0, weight_decay=0.0)
@@ -164,8 +165,10 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     log.info(f"steering layer {model.layer} | median residual norm {info['residual_norm']:.4g}")
     log.info(f"lr       {peak_lr:.3g} = {peak_lr / unit:.3g} x norm/sqrt(n), {args.lr_scheduler}")
     epoch_tokens = sum(len(example.input_ids) for example in train_set)
-    log.info(f"steps    {total}, {steps_per_epoch} an epoch of {epoch_tokens:,} tokens")
-    log.info(f"rows     {rows_per_step} a step ({args.batch_size} x {args.gradient_accumulation})")
+    log.info(
+        f"steps    {total} of {rows_per_step} rows ({args.batch_size} x "
+        f"{args.gradient_accumulation}), {steps_per_epoch} an epoch of {epoch_tokens:,} tokens"
+    )
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in laps.items())
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
@@ -238,7 +241,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
             row |= {"tokens": tokens, "seconds": round(seconds, 4), "time": time.time()}
             print(json.dumps(row), file=metrics, flush=True)
             last = info["step"] == total
-            val = validate() if val_set and (last or info["step"] % args.val_every == 0) else ""
+            val = validate() if val_set and (last or info["step"] % val_every == 0) else ""
             log.info(
                 f"step {info['step']:05d}/{total:05d} | loss {step_loss:.4f} | {val}lr {lr:.1e} | "
                 f"|v| {norm:.2f} ({norm / info['residual_norm']:.2f} of residual) | "
@@ -423,7 +426,7 @@ def parse_args(argv=None):
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
     add("--val-fraction", type=float, default=0.1, help="share of training questions to validate")
-    add("--val-every", type=int, default=5, help="steps between validations")
+    add("--val-every", type=int, help="steps between validations; default: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")

@@ -114,7 +114,8 @@ def run_plan(plan, out):
             mean_difference(args.init_vector, args.model, args.dataset[0], args.layer)
         print(f"=== {name}: {options}", flush=True)
         train_steering.AUTO_LR = float(units)
-        train_steering.main(argv)
+        if (code := train_steering.main(argv)) > 2:  # a signal: stop here, go on another time
+            raise SystemExit(code)
 
 
 def report(folders):

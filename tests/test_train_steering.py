@@ -71,7 +71,8 @@ def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="l
     model = hm.SteerModel(tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    return model, ts.train(model, train_set, list(val_set), folder, "hash", args, rf.Laps(), stop), folder
+    final = ts.train(model, train_set, list(val_set), folder, "hash", args, rf.Laps(), stop)
+    return model, final, folder
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -165,8 +166,9 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
     model.lm_head.weight.data.fill_(float("nan"))
     (tmp_path / "run").mkdir()
     args = ts.parse_args(["--dataset", "x", "--lr", "1"])
+    steered, folder = hm.SteerModel(model, 1), tmp_path / "run"
     with pytest.raises(RuntimeError, match=r"step 1: loss nan.*--lr"):
-        ts.train(hm.SteerModel(model, 1), examples([8]), [], tmp_path / "run", "h", args, rf.Laps(), NeverStop)
+        ts.train(steered, examples([8]), [], folder, "h", args, rf.Laps(), NeverStop)
 
 
 def test_vector_no_better_than_its_start_is_a_failed_run(
@@ -219,6 +221,9 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     names = {path.name for path in folder.iterdir()}
     kept = {f"checkpoint-0000{step}.safetensors" for step in (2, 4, 6)}
     assert names == kept | {"steering_vector.safetensors", "run.json", "metrics.jsonl", "train.log"}
+    startup = json.loads((folder / "run.json").read_text())["startup"]
+    assert set(startup) == {"import", "tokenize", "load", "prefix"} and min(startup.values()) >= 0
+    assert "tokenize" in (folder / "train.log").read_text().split("ready    after")[1]
     assert (folder / rf.VECTOR_FILE).stat().st_size < 100_000
     assert all((folder / name).stat().st_size < 1_000_000 for name in kept)
     with safe_open(folder / rf.VECTOR_FILE, framework="pt") as file:
@@ -246,6 +251,23 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
         "steps    6",
     ):
         assert fact in log
+
+
+def test_run_may_start_from_another_runs_vector(data_root, tiny_folder, tmp_path, capsys):
+    base = command(data_root, tiny_folder, tmp_path)
+    assert ts.main(base) == 0
+    folder = the_folder(tmp_path)
+    best = json.loads((folder / "run.json").read_text())["final"]["best_val"]
+    start = shutil.copy(folder / rf.VECTOR_FILE, tmp_path / "start.safetensors")
+    more = ["--init-vector", start, "--run-name", "again", "--lr", "0.001"]
+    assert ts.main([*base, *more]) in (0, 1)  # it may not get any better
+    first = json.loads((folder / "again" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first == {"step": 0, "val_loss": pytest.approx(best, rel=1e-5)}
+    capsys.readouterr()
+    assert ts.main([*base, *more, "--layer", "2"]) == 2
+    assert "was trained at layer 1, the model is set to 2" in capsys.readouterr().out
+    assert ts.main([*base, "--init-vector", "nowhere", "--run-name", "b"]) == 2
+    assert "nowhere: not a readable safetensors file" in capsys.readouterr().out
 
 
 def test_console_that_goes_away_costs_nothing(data_root, tiny_folder, tmp_path):
