@@ -10,7 +10,7 @@ DEMO_RUN = runs/demo
 # Scale 1.3 was fixed on training questions: 28 of 30 answers there had a pirate word, 19 at scale 1.
 demo: .venv/ready $(MODEL)/config.json
 	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
-	    --dataset sample__role__pirate --layer 12 --gradient-accumulation 1 --output-dir $(DEMO_RUN)
+	    --dataset sample__role__pirate --layer 12 --output-dir $(DEMO_RUN)
 	$(PY) eval_steering.py --run $(DEMO_RUN)/*/layer12/sample__role__pirate \
 	    --num-samples 10 --temperature 0 --max-new-tokens 80 --scales 1.3
 	$(PY) demo/count_lexicon.py $(DEMO_RUN)/*/layer12/sample__role__pirate demo/pirate_lexicon.txt

@@ -60,7 +60,7 @@ from run_folder import (
     write_json,
 )
 
-AUTO_LR = 0.1  # --lr auto, in units of median residual norm / sqrt(hidden_size)
+AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
 # Options that do not change the vector: not in the hash that decides "done" and "may resume".
 NOT_HASHED = (
     *("data_root", "dataset", "list_file", "source_model", "kind", "strict", "chat_template"),
@@ -420,8 +420,8 @@ def parse_args(argv=None):
     add("--lr", default="auto", help=f"peak; auto: {AUTO_LR} x median residual norm / sqrt(n)")
     add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="shape")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
-    add("--batch-size", type=int, default=4, help="a step takes this many rows ...")
-    add("--gradient-accumulation", type=int, default=2, help="... times this")
+    add("--batch-size", type=int, default=2, help="a step takes this many rows ...")
+    add("--gradient-accumulation", type=int, default=1, help="... times this")
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
@@ -437,7 +437,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="runs", help="root of the run folders")
     add("--run-name", help="subfolder for a second setting on the same dataset")
-    add("--save-every", type=int, default=5, help="steps between checkpoints")
+    add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints to keep")
     switch = argparse.BooleanOptionalAction
     add("--resume", default=True, action=switch, help="go on where a run stopped, or start anew")

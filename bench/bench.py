@@ -89,6 +89,27 @@ def run_one_batch(args, folder):
     return {"cache": tokens * model.hidden_size * model.model.dtype.itemsize / 2**30}
 
 
+def profile(args):
+    """Print where the time of one cached epoch of ours goes, by operator."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    from hook_model import load_model, micro_batches
+
+    args.layer, args.epochs = args.profile, 2
+    examples, _, options = load_examples(args, "unused")
+    model = load_model(args.model, args.layer, args.dtype)
+    model.cache_prefix(examples)
+    model.losses(examples[:1])
+    with record(activities=[ProfilerActivity.CPU]) as profiler:
+        for batch in micro_batches(examples, options.micro_batch_tokens):
+            model.losses(batch).sum().backward()
+    table = profiler.key_averages()
+    total = sum(row.self_cpu_time_total for row in table)
+    for row in sorted(table, key=lambda row: -row.self_cpu_time_total)[:12]:
+        print(f"{row.key:<48} {row.self_cpu_time_total / total:6.1%} {row.count:>6} calls")
+
+
 def run_trl(args, folder):
     """Train the same with SFTTrainer, a frozen model and a hooked vector; returns the same."""
     import torch
@@ -228,6 +249,7 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=2, help="runs of each variant, in turns")
     add("--settings", nargs="+", default=["12x3", "20x5"], metavar="LxE", help="layer x epochs")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="first: reference")
+    add("--profile", type=int, metavar="LAYER", help="only profile our loop at this layer")
     add("--variant", choices=(*VARIANTS, MEMORY), help=argparse.SUPPRESS)  # one run, for ourselves
     for name in ("--layer", "--epochs"):
         add(name, type=int, help=argparse.SUPPRESS)
@@ -243,6 +265,9 @@ def main(argv=None):
         run = {**trl, MEMORY: run_one_batch}.get(args.variant, run_ours)
         result = run(args, Path(args.report).parent / "run")
         Path(args.report).write_text(json.dumps(result))
+        return
+    if args.profile is not None:
+        profile(args)
         return
     for setting in args.settings:
         layer, epochs = map(int, setting.split("x"))

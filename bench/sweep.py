@@ -58,7 +58,7 @@ def mean_difference(path, model_name, name, layer):
 def read(folder):
     """What a finished run says: recipe, validation curve over tokens and seconds, vector size."""
     record = json.loads((folder / "run.json").read_text())
-    curve, tokens, seconds = [], 0, record["startup"]["prefix"]
+    curve, tokens, seconds = [], 0, record.get("startup", {}).get("prefix", 0.0)
     for line in (folder / "metrics.jsonl").open():
         row = json.loads(line)
         if "loss" in row:
@@ -78,7 +78,7 @@ def table(out):
     groups = {}
     for path in sorted(out.rglob("run.json")):
         record, curve = read(path.parent)
-        if record["status"] == "done" or record["status"] == "failed":
+        if record["status"] in ("done", "failed"):  # failed: never better than the start
             key = record["args"]["model"], record["dataset"], record["args"]["layer"]
             groups.setdefault(key, []).append((path.parent.name, record, curve))
     for (model, dataset, layer), runs in groups.items():
