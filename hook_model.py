@@ -10,6 +10,7 @@ The only file that touches the inside of a model.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -604,6 +605,17 @@ def pick_dtype(dtype, device):
     return "fp32" if slow else "bf16" if dtype == "auto" else dtype
 
 
+def keep_freed_memory():
+    """Have glibc keep freed blocks for the next tensors; a tenth to a fifth of a CPU step.
+
+    By default every large one is mapped, zeroed page by page, and unmapped again.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: map none
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back
+
+
 def gguf_arguments(name):
     """from_pretrained arguments that read `name`: a .gguf file is a folder plus `gguf_file`."""
     path = Path(name)
@@ -631,6 +643,8 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
     """
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
     device = pick_device(device)
+    if device == "cpu":
+        keep_freed_memory()
     options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
     if name.endswith(".gguf"):
         with contextlib.suppress(ImportError, TypeError):  # older versions always dequantize
