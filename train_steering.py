@@ -114,7 +114,7 @@ def result_config(args, name, datasets):
     if args.init_vector:  # what it holds counts, not where it lies
         start = load_vector(args.init_vector)[0]
         config["init_vector"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
-    return config | {"format_version": FORMAT_VERSION}
+    return config | {"auto_lr": AUTO_LR, "format_version": FORMAT_VERSION}
 
 
 # ------------------------------------------------------------------ the loop

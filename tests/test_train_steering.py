@@ -264,7 +264,8 @@ def test_run_may_start_from_another_runs_vector(data_root, tiny_folder, tmp_path
     first = json.loads((folder / "again" / "metrics.jsonl").read_text().splitlines()[0])
     assert first == {"step": 0, "val_loss": pytest.approx(best, rel=1e-5)}
     capsys.readouterr()
-    assert ts.main([*base, *more, "--layer", "2"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        ts.main([*base, *more, "--layer", "2"])
     assert "was trained at layer 1, the model is set to 2" in capsys.readouterr().out
     assert ts.main([*base, "--init-vector", "nowhere", "--run-name", "b"]) == 2
     assert "nowhere: not a readable safetensors file" in capsys.readouterr().out
