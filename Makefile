@@ -7,7 +7,7 @@ DEMO_RUN = runs/demo
 .PHONY: demo test bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
-# Scale 1.3 was fixed on training questions: 28 of 30 answers there had a pirate word, 19 at scale 1.
+# Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
 demo: .venv/ready $(MODEL)/config.json
 	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
 	    --dataset sample__role__pirate --layer 12 --output-dir $(DEMO_RUN)

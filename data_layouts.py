@@ -5,6 +5,7 @@ for number, raw, error in read_rows(path): ...  # every line, broken ones with t
 row = parse_row(raw, scores)                    # persona text out of the prompt; ValueError
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -223,3 +224,35 @@ def parse_row(raw, scores, keep_system_prompt=False):
         "extract_score": parse_score(scores.get(key) if key else raw.get("extract_score")),
         "key": key,
     }
+
+
+def plain_rows(name, datasets):
+    """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
+
+    A trait's own rows that were asked not to show it (label "neg", score below 50 or none);
+    otherwise a default dataset (0_default, 1_default, default) of the same source model. Lines that
+    do not parse are left out.
+    """
+    parts = dataset_parts(name, datasets)
+    source, kind, _ = parse_name(parts[0])
+    rows = [row for part in parts for row in parsed_rows(part, datasets) if row["label"] == "neg"]
+    rows = [row for row in rows if (row["extract_score"] or 0.0) < 50.0]
+    if kind == "trait" and rows:
+        return rows, "neg rows of the dataset"
+    for its_kind in (kind, "trait" if kind == "role" else "role"):
+        for default in ("0_default", "1_default", "default"):
+            other = f"{source}__{its_kind}__{default}"
+            if other in datasets and (rows := list(parsed_rows(other, datasets))):
+                return rows, other
+    return [], "nobody's"
+
+
+def parsed_rows(name, datasets):
+    """Rows of one dataset that parse and hold a response, whatever their label and score."""
+    rows_path, scores_path = datasets[name]
+    scores = None if scores_path is None else read_scores(scores_path)
+    for _, raw, error in read_rows(rows_path):
+        with contextlib.suppress(ValueError):
+            row = None if error else parse_row(raw, scores)
+            if row and row["messages"][-1]["content"]:
+                yield row

@@ -1,35 +1,85 @@
-"""Does a trained vector work? Likelihood and answers on questions that training never saw.
+"""Does a trained vector work? Likelihood, answers and side effects on questions it never saw.
 
-    python eval_steering.py --run RUN_DIR                                    # eval.json, samples.md
-    python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2     # just answers
+    python eval_steering.py --run RUN_DIR                         # eval.json, samples.md, eval.png
+    python eval_steering.py --run runs                            # every run in there, and a report
+    python eval_steering.py --run RUN_DIR --judge http://localhost:8000/v1 --judge-model NAME
+    python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
 
 vanilla: the plain model; prompted: the row's own persona system prompt put back; steered: the
-vector added, no prompt. Exit codes: 0 done, 2 bad input.
+vector added, no prompt; mean_difference: the vector that no training made; random: of the same
+norm. What is chosen (coefficients) is chosen on validation questions; what is reported is of
+held-out ones. Exit codes: 0 done, 1 the judge failed on some answers, 2 bad input.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import sys
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 import data_filter as df
-from chat_format import ChatFormat, load_tokenizer
-from data_layouts import data_digest, find_datasets
+import eval_report
+from chat_format import IGNORE_INDEX, ChatFormat, load_tokenizer
+from data_layouts import data_digest, find_datasets, parse_name, plain_rows
+from eval_metrics import (
+    auroc,
+    compare_losses,
+    fit_probe,
+    mean_interval,
+    recovered_fraction,
+    text_statistics,
+)
 from hook_model import (
     DTYPES,
-    example_losses,
+    example_sums,
     label_count,
     load_model,
     load_vector,
+    response_means,
     write_atomically,
 )
+from judge import SCALES, Judge, JudgeError, rubric_for
 from run_folder import VECTOR_FILE, write_json
+from train_steering import prepare
+
+COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
+RANDOM_VECTORS = 3
+OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
+MIN_AUROC, MIN_ROWS = 0.8, 5  # below these a probe's scores are withheld
+# Text has collapsed at a scale if, of its answers, more than this share are empty or repeat
+# themselves more than this, or if the median is this many times less likely than real rows.
+MAX_EMPTY, MAX_REPEATED, MAX_UNLIKELY = 0.2, 0.5, 3.0
+# Options that do not change the numbers: a finished evaluation with others is not done again.
+NOT_RESULTS = (
+    *("run", "data_root", "model", "device", "micro_batch_tokens", "batch_size", "resume"),
+    *("judge", "judge_model", "judge_workers", "judge_tokens", "rubric_dir"),
+    *("report_dir", "specificity_runs", "prompt"),
+)
+
 
 # ------------------------------------------------------------------ the run
+
+
+def find_runs(paths):
+    """Run folders with a finished vector, at or below each path, each once; ValueError if none."""
+    found = {}
+    for path in map(Path, paths):
+        here = [path] if (path / "run.json").exists() else []
+        below = sorted(file.parent for file in path.rglob(VECTOR_FILE))
+        below = [folder for folder in below if not folder.name.startswith("old-")]
+        if not (here or below):
+            raise ValueError(f"--run {path}: no readable run.json, and no finished run below it")
+        found |= dict.fromkeys(here or below)
+    return list(found)
 
 
 def read_run(folder):
@@ -52,9 +102,40 @@ def read_run(folder):
     return args, record, load_vector(folder / VECTOR_FILE)[0]
 
 
-def heldout_examples(name, chat, args, tokens):
-    """(examples of held-out questions up to a token budget, data digest); ValueError if none."""
-    datasets = find_datasets(args.data_root, args.source_model, args.kind)
+# ------------------------------------------------------------------ rows
+
+
+@dataclass
+class EvalData:
+    """Examples of a dataset by what they are for; no question is in two of the three parts.
+
+    train, validation, heldout: rows of the persona; plain_train, plain_heldout: of the same model
+    without it, plain_source saying whose.
+    """
+
+    train: list
+    validation: list
+    heldout: list
+    plain_train: list
+    plain_heldout: list
+    plain_source: str
+    digest: str
+
+    def check(self):
+        """AssertionError if a question that is reported on was seen, or chosen by."""
+        seen = questions_of([*self.train, *self.validation, *self.plain_train])
+        reported = questions_of([*self.heldout, *self.plain_heldout])
+        leaked = {*seen} & {*reported}
+        assert not leaked, f"{len(leaked)} held-out questions leaked, such as {min(leaked)!r}"
+
+
+def questions_of(examples):
+    """The question of every example."""
+    return [example.row["question"] for example in examples]
+
+
+def heldout_examples(name, chat, datasets, args, tokens):
+    """Examples of held-out questions, up to `tokens` of them; ValueError if there is none."""
     filtered = df.filter_dataset(name, datasets, args)
     _, rows = df.split_by_question(filtered.rows, args.heldout_fraction, args.split_seed)
     examples, _, _ = df.take_budget(rows, chat, tokens, args.max_length, args.seed)
@@ -63,27 +144,113 @@ def heldout_examples(name, chat, args, tokens):
             f"{name}: no row of a held-out question is kept (--heldout-fraction "
             f"{args.heldout_fraction}; {filtered.counts()})"
         )
-    return examples, data_digest(name, datasets)
+    return examples
+
+
+def load_data(name, chat, args, tokens):
+    """EvalData of a run's dataset: the rows it trained on, and up to `tokens` held-out tokens.
+
+    Raises ValueError if no row of a held-out question is kept.
+    """
+    datasets = find_datasets(args.data_root, args.source_model, args.kind)
+    train, validation, _ = prepare(name, datasets, chat, args)
+    heldout = heldout_examples(name, chat, datasets, args, tokens)
+    rows, source = plain_rows(name, datasets)
+    groups = df.split_by_question(rows, args.heldout_fraction, args.split_seed)
+    budgets = sum(len(example.input_ids) for example in train), tokens
+    plain = [
+        df.take_budget(group, chat, budget, args.max_length, args.seed)[0]
+        for group, budget in zip(groups, budgets, strict=True)
+    ]
+    digest = data_digest(name, datasets)
+    return EvalData(train, validation, heldout, *plain, source, digest)
+
+
+def answer_examples(chat, rows, texts):
+    """Examples of texts as answers to the rows' questions, without persona; empty ones left out."""
+    kept = []
+    for row, text in zip(rows, texts, strict=True):
+        if text:
+            turns = [*row["messages"][:-1], {"role": "assistant", "content": text}]
+            kept.append({**row, "messages": turns})
+    return chat.encode(kept)
+
+
+def without_end(examples, chat):
+    """The same examples without loss on the end-of-turn token, which cut answers do not have."""
+    shorter = []
+    for example in examples:
+        labels = list(example.labels)
+        if chat.end_of_turn:
+            last = max(i for i, label in enumerate(labels) if label >= 0)
+            labels[last] = IGNORE_INDEX
+        shorter.append(replace(example, labels=labels))
+    return shorter
+
+
+def first_rows(examples, count):
+    """The row of each of the first `count` different questions."""
+    first = {}
+    for example in examples:
+        first.setdefault(example.row["question"], example.row)
+    return list(first.values())[:count]
 
 
 # ------------------------------------------------------------------ likelihood
 
 
-def likelihood(model, chat, examples, max_tokens):
-    """{condition: {"nll", "perplexity"}} per response token, the same tokens in every condition."""
-    prompted = chat.encode([example.row for example in examples], prompted=True)
-    counts = [[label_count(e) for e in group] for group in (prompted, examples)]
-    assert counts[0] == counts[1], "the prompt changed which tokens are scored"
+def choose_coefficients(model, examples, directions, args, bar):
+    """{name: {"chosen", "nll": {coefficient: NLL}}}: the best coefficient of each direction.
+
+    examples: of validation questions; directions: {name: vector (n,)}.
+    """
     tokens = sum(map(label_count, examples))
-    model.cache_prefix(examples, max_tokens=max_tokens)  # the same rows, vanilla and steered
+    model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
+    result = {}
+    for name, direction in directions.items():
+        curve = {}
+        for coefficient in COEFFICIENTS:
+            bar.next(f"coefficient {coefficient:.2g} of {name}")
+            model.set_vector(direction, coefficient)
+            losses = example_sums(model.losses, examples, args.micro_batch_tokens)
+            curve[coefficient] = sum(losses) / tokens
+        result[name] = {"chosen": min(curve, key=curve.get), "nll": curve}
+    return result
+
+
+def heldout_losses(model, chat, examples, vectors, args, bar):
+    """{condition: nats of each example}, the same response tokens in every condition.
+
+    vectors: {condition: [vector (n,), ...]}, the mean over its vectors counts. There is a prompted
+    condition only if every row has a system prompt.
+    """
+    losses, limit = {}, args.micro_batch_tokens
+    model.cache_prefix(examples, max_tokens=limit)
     with model.steering_off():
-        losses = {
-            "vanilla": example_losses(model, examples, max_tokens),
-            "prompted": example_losses(model, prompted, max_tokens),
-        }
-    losses["steered"] = example_losses(model, examples, max_tokens)
-    means = {condition: sum(values) / tokens for condition, values in losses.items()}
-    return {c: {"nll": nll, "perplexity": math.exp(nll)} for c, nll in means.items()}
+        bar.next("held-out: vanilla")
+        losses["vanilla"] = example_sums(model.losses, examples, limit)
+        bar.next("held-out: prompted")
+        if all(example.row["system_prompt"] for example in examples):
+            prompted = chat.encode([example.row for example in examples], prompted=True)
+            check_prompted(prompted, examples, chat)
+            losses["prompted"] = example_sums(model.losses, prompted, limit)
+    for condition, directions in vectors.items():
+        bar.next(f"held-out: {condition}")
+        each = []
+        for direction in directions:
+            model.set_vector(direction)
+            each.append(example_sums(model.losses, examples, limit))
+        losses[condition] = np.mean(each, axis=0).tolist()
+    return losses
+
+
+def check_prompted(prompted, examples, chat):
+    """AssertionError unless the prompt is there, and the tokens scored are the same ones."""
+    for with_prompt, without in zip(prompted, examples, strict=True):
+        text = chat.tokenizer.decode(with_prompt.input_ids)
+        assert with_prompt.row["system_prompt"].strip() in text, "the prompted row has no prompt"
+        scored = [[t for t in e.labels if t >= 0] for e in (with_prompt, without)]
+        assert len(scored[0]) == len(scored[1]), "the prompt changed which tokens are scored"
 
 
 # ------------------------------------------------------------------ answers
@@ -117,92 +284,443 @@ def generate_answers(model, chat, conversations, options):
             pad_token_id=stop_ids[0] if stop_ids else 0,
             repetition_penalty=1.0,
             **sampling,
-        )
-        for new in output[:, longest:].tolist():
+        ).tolist()
+        for padded, whole in zip(ids, output, strict=True):
+            assert whole[:longest] == padded, "an answer does not start where its prompt ends"
+            new = whole[longest:]
             end = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
             answers.append(chat.tokenizer.decode(new[:end], skip_special_tokens=True).strip())
     return answers
 
 
-def compare_answers(model, chat, examples, vector, options):
-    """Answers to held-out questions: [{question, system_prompt, answers: {condition: text}}]."""
-    first = {}
-    for example in examples:
-        first.setdefault(example.row["question"], example.row)
-    rows = list(first.values())[: options.num_samples]
+def compare_answers(model, chat, rows, directions, args, bar):
+    """{condition: an answer to each row's question}, rows being those of `first_rows`.
+
+    directions: {condition: vector (n,)}, besides vanilla and prompted.
+    """
     if not rows:
-        return []
+        return {}
     plain = [row["messages"][:-1] for row in rows]
-    prompted = [chat.messages(row, prompted=True)[:-1] for row in rows]
     with model.steering_off():
-        answers = {"vanilla": generate_answers(model, chat, plain, options)}
-        answers["prompted"] = generate_answers(model, chat, prompted, options)
-    for scale in options.scales:
-        model.set_vector(vector, scale)
-        answers[f"steered x{scale:g}"] = generate_answers(model, chat, plain, options)
-    model.set_vector(vector)
-    return [
-        {
-            "question": row["question"],
-            "system_prompt": row["system_prompt"],
-            "answers": {condition: texts[i] for condition, texts in answers.items()},
+        bar.next("answers: vanilla")
+        answers = {"vanilla": generate_answers(model, chat, plain, args)}
+        bar.next("answers: prompted")
+        if all(row["system_prompt"] for row in rows):
+            prompted = [chat.messages(row, prompted=True)[:-1] for row in rows]
+            answers["prompted"] = generate_answers(model, chat, prompted, args)
+    for condition, direction in directions.items():
+        bar.next(f"answers: {condition}")
+        model.set_vector(direction)
+        answers[condition] = generate_answers(model, chat, plain, args)
+    return answers
+
+
+# ------------------------------------------------------------------ what answers are like
+
+
+def train_probe(persona, plain, persona_heldout, plain_heldout):
+    """(function: mean states (N, n) -> probability of the persona (N,), or None; what it is worth).
+
+    Fitted on training questions; its AUROC is of held-out ones. None, so that nothing is scored by
+    it, where rows are too few or it cannot tell the two apart.
+    """
+    sizes = list(map(len, (persona, plain, persona_heldout, plain_heldout)))
+    about = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
+    if min(sizes) < MIN_ROWS:
+        why = f"too few rows for a probe ({sizes}; {MIN_ROWS} of each are needed)"
+        return None, about | {"auroc": None, "withheld": why}
+    probe = fit_probe(persona, plain)
+    value = auroc(probe(persona_heldout), probe(plain_heldout))
+    about |= {"auroc": value, "withheld": None}
+    if value < MIN_AUROC:
+        about["withheld"] = f"cannot tell persona from plain: held-out AUROC {value:.2f}"
+        return None, about
+    return probe, about
+
+
+def describe_answers(model, chat, rows, answers, probe, yardstick, args, bar):
+    """{condition: what its answers are like}: persona by probe, fluency, and if text collapsed.
+
+    Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
+    real rows of the persona.
+    """
+    result, questions = {}, [row["question"] for row in rows]
+    for condition, texts in answers.items():
+        bar.next(f"reading: {condition}")
+        asked = [q for q, text in zip(questions, texts, strict=True) if text]
+        examples = without_end(answer_examples(chat, rows, texts), chat)
+        statistics = [text_statistics(text) for text in texts]
+        distinct = [s["distinct"] for s in statistics if s["distinct"] is not None]
+        about = {"empty": 1 - len(asked) / len(texts), "perplexity": None, "persona": None}
+        about["words"] = float(np.mean([s["words"] for s in statistics]))
+        about["distinct"] = float(np.mean(distinct)) if distinct else None
+        about["repeated"] = float(np.mean([s["repeated"] for s in statistics]))
+        if examples:
+            with model.steering_off():
+                losses = example_sums(model.losses, examples, args.micro_batch_tokens)
+            counts = map(label_count, examples)
+            nll = [loss / count for loss, count in zip(losses, counts, strict=True)]
+            about["perplexity"] = math.exp(min(float(np.median(nll)), 700.0))
+            if probe:
+                means = response_means(model, examples, args.micro_batch_tokens)
+                about["persona"] = mean_interval(probe(means).tolist(), asked, args.seed)
+        unlikely = (about["perplexity"] or math.inf) > MAX_UNLIKELY * yardstick
+        broken = about["empty"] > MAX_EMPTY or about["repeated"] > MAX_REPEATED
+        result[condition] = about | {"collapsed": bool(broken or unlikely)}
+    return result
+
+
+def side_effects(model, examples, directions, args, bar):
+    """{condition: {"mean", "interval"}}: KL(vanilla || steered) in nats a token, on plain rows."""
+    result = {}
+    model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
+    tokens, questions = list(map(label_count, examples)), questions_of(examples)
+    for condition, direction in directions.items():
+        bar.next(f"side effects: {condition}")
+        model.set_vector(direction)
+        sums = example_sums(model.divergences, examples, args.micro_batch_tokens)
+        per_token = [value / count for value, count in zip(sums, tokens, strict=True)]
+        result[condition] = mean_interval(per_token, questions, args.seed)
+    return result
+
+
+# ------------------------------------------------------------------ one run
+
+
+class Progress(tqdm):
+    """A bar over the passes of one evaluation: `next` names the one that begins."""
+
+    def next(self, text):
+        """Begin the next pass."""
+        if self.text:
+            self.update()
+        self.text = text
+        self.set_description_str(text)
+
+    text = ""
+
+
+def evaluate(model, chat, data, vector, args):
+    """All numbers and answers of one vector (n,), as a JSON-able dict. The model ends with it set.
+
+    Raises AssertionError if a held-out question was seen before.
+    """
+    limit, rows = args.micro_batch_tokens, first_rows(data.heldout, args.num_samples)
+    scales = list(dict.fromkeys(args.scales)) if rows else []
+    own = 0 if data.plain_train and data.plain_heldout else 2
+    passes = 2 * len(COEFFICIENTS) + 6 + own + 4 + 2 * (3 + len(scales)) * bool(rows)
+    bar = Progress(total=passes + len(scales) + 1, unit="pass", disable=None)
+    with bar:
+        if own:
+            bar.next("the model's own answers")
+            add_own_answers(model, chat, data, args, bar)
+        data.check()
+
+        # Mean states of training rows: the mean difference, and what the probe is fitted on.
+        bar.next("states of training rows")
+        persona, plain = (
+            response_means(model, without_end(examples, chat), limit)
+            for examples in (data.train, data.plain_train)
+        )
+        difference = persona.mean(dim=0) - plain.mean(dim=0)
+        bar.next("states of held-out rows")
+        heldout_means = [
+            response_means(model, without_end(examples, chat), limit)
+            for examples in (data.heldout, data.plain_heldout)
+        ]
+        probe, about_probe = train_probe(persona, plain, *heldout_means)
+
+        # Likelihood: coefficients by validation questions, numbers on held-out ones.
+        directions = {"steered": vector, "mean_difference": difference}
+        chooser = within_budget(data.validation or data.train, args.heldout_tokens)
+        chosen = choose_coefficients(model, chooser, directions, args, bar)
+        factors = {name: about["chosen"] for name, about in chosen.items()}
+        noise = torch.randn(
+            RANDOM_VECTORS, len(vector), generator=torch.Generator().manual_seed(args.seed)
+        )
+        vectors = {
+            "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
+            "mean_difference": [difference * factors["mean_difference"]],
+            "steered": [vector],
+            "steered_chosen": [vector * factors["steered"]],
         }
-        for i, row in enumerate(rows)
+        losses = heldout_losses(model, chat, data.heldout, vectors, args, bar)
+        tokens, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
+        table = compare_losses(losses, tokens, questions, args.seed)
+
+        # Behaviour: answers, what they are like, and what the vector does to everything else.
+        directions = {f"steered x{scale:g}": vector * scale for scale in scales}
+        directions["mean_difference"] = vectors["mean_difference"][0]
+        answers = compare_answers(model, chat, rows, directions, args, bar)
+        real = table["vanilla"]["perplexity"]
+        described = describe_answers(model, chat, rows, answers, probe, real, args, bar)
+        result = {
+            "heldout": {"rows": len(data.heldout), "questions": len(set(questions))},
+            "plain": {"source": data.plain_source, "train": len(data.plain_train)},
+            "likelihood": table,
+            "recovered": recovered_fraction(losses, tokens, questions, args.seed),
+            "coefficients": {
+                "chosen_on": "validation questions" if data.validation else "training questions",
+                "steered": chosen["steered"],
+                "mean_difference": chosen["mean_difference"],
+            },
+            "norms": {"steered": vector.norm().item(), "mean_difference": difference.norm().item()},
+            "probe": about_probe,
+            "answers": described,
+            "side_effects": side_effects(model, data.plain_heldout, directions, args, bar),
+            "samples": [
+                {
+                    "question": row["question"],
+                    "system_prompt": row["system_prompt"],
+                    "answers": {condition: texts[i] for condition, texts in answers.items()},
+                }
+                for i, row in enumerate(rows)
+            ],
+        }
+        result["heldout"]["tokens"] = sum(tokens)
+        bar.update()
+    model.set_vector(vector)
+    return result
+
+
+def within_budget(examples, tokens):
+    """The first examples that make up the tokens."""
+    total = np.cumsum([len(example.input_ids) for example in examples])
+    return examples[: int(np.searchsorted(total, tokens)) + 1]
+
+
+def add_own_answers(model, chat, data, args, bar):
+    """Fill in plain rows by the model's own unsteered answers to the same questions."""
+    data.plain_source = "the model's own answers"
+    with model.steering_off():
+        rows = first_rows(data.train, OWN_ANSWERS)
+        texts = generate_answers(model, chat, [row["messages"][:-1] for row in rows], args)
+        data.plain_train = answer_examples(chat, rows, texts)
+        bar.next("the model's own answers to held-out questions")
+        rows = first_rows(data.heldout, OWN_ANSWERS)
+        texts = generate_answers(model, chat, [row["messages"][:-1] for row in rows], args)
+        data.plain_heldout = answer_examples(chat, rows, texts)
+
+
+def find_flags(result, record):
+    """What is wrong with a run, as a list of words, most serious first."""
+    table, final = result["likelihood"], record.get("final", {})
+    bounds = {name: row.get("steered_minus_interval", [0, 0]) for name, row in table.items()}
+    one = result["answers"].get("steered x1", {})
+    checks = [
+        ("NaN", not all(math.isfinite(row["nll"]) for row in table.values())),
+        ("no better than vanilla", not bounds["vanilla"][1] < 0),
+        ("no better than random", not bounds["random"][1] < 0),
+        ("worse than mean difference", bounds["mean_difference"][0] > 0),
+        ("collapse", one.get("collapsed", False)),
+        ("norm out of range", not 0.05 <= final.get("ratio", math.nan) <= 1.0),
+        ("under budget", record["counts"]["tokens"] < record["args"]["target_tokens"]),
     ]
+    return [name for name, wrong in checks if wrong]
 
 
-# ------------------------------------------------------------------ output
+def evaluation_config(args, record, vector):
+    """What decides the numbers: options, the run's own settings, and the vector itself."""
+    options = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
+    digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
+    return options | {"run": record["config_hash"], "vector": digest, "format_version": "2"}
 
 
-def nll_table(likelihoods):
-    """The likelihood table as text."""
-    lines = [f"{'condition':<10} {'NLL/token':>9} {'perplexity':>10}"]
-    for condition, values in likelihoods.items():
-        lines.append(f"{condition:<10} {values['nll']:>9.4f} {values['perplexity']:>10.2f}")
-    return "\n".join(lines)
+def evaluate_folder(folder, args, models):
+    """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
+
+    models: a ModelShelf. What eval.json holds already, under the same options, is not done again.
+    """
+    started = time.time()
+    run_args, record, vector = read_run(folder)
+    config = evaluation_config(args, record, vector)
+    path, result = folder / "eval.json", None
+    if args.resume and path.exists():
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        if result.get("config") != config:
+            result = None
+    if result is None:
+        apply_overrides(run_args, args)
+        chat = models.chat(run_args, record)
+        data = load_data(record["dataset"], chat, run_args, args.heldout_tokens)
+        if data.digest != record["config"]["data"]:
+            print("WARNING: the data has changed since training", file=sys.stderr)
+        model = models.model(run_args)
+        model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+        result = {"dataset": record["dataset"], "run": str(folder), "config": config}
+        result |= evaluate(model, chat, data, vector, args)
+        result |= {"flags": find_flags(result, record), "seconds": round(time.time() - started, 1)}
+        write_json(path, result)  # before the judge, who may fail
+    code = judge_answers(folder, result, args) if args.judge else 0
+    write_json(path, result)
+    write_atomically(folder / "samples.md", eval_report.samples_text(result).encode())
+    files = ["eval.json", "samples.md"]
+    files += eval_report.plot_run(folder / "eval.png", result, folder / "metrics.jsonl")
+    print(eval_report.summary_text(result))
+    print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
+    return code
 
 
-def answers_text(sample):
-    """One question and its answers as Markdown."""
-    parts = [f"## {sample['question']}", f"persona prompt: *{sample['system_prompt']}*"]
-    parts += [f"**{condition}**\n\n{text}" for condition, text in sample["answers"].items()]
-    return "\n\n".join(parts)
+def judge_answers(folder, result, args):
+    """Add the judge's scores to a result; returns 1 if it failed on some answers, else 0."""
+    dataset = result["dataset"]
+    kind = parse_name(dataset.split("+")[0])[1]
+    rubric = rubric_for(dataset, args.rubric_dir)
+    judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
+    samples = result["samples"]
+    conditions = list(samples[0]["answers"]) if samples else []
+    pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
+    asked = [pair for pair in pairs if pair[1]]
+    verdicts = judge.score(asked, folder / "judgements.jsonl", args.judge_workers)
+    verdicts = dict(zip(asked, verdicts, strict=True))
+    low, high = SCALES[kind]
+    for condition in conditions:
+        scores, questions, counts = [], [], {"refusal": 0, "unparsable": 0, "failed": 0}
+        for sample in samples:  # an empty answer shows nothing of the persona
+            verdict = verdicts.get((sample["question"], sample["answers"][condition]))
+            if not sample["answers"][condition]:
+                verdict = float(low)
+            if isinstance(verdict, float):
+                scores.append(verdict)
+                questions.append(sample["question"])
+            else:
+                counts[verdict or "failed"] += 1
+        scored = mean_interval(scores, questions, args.seed)
+        result["answers"][condition]["judge"] = {"score": scored, **counts}
+    result["judge"] = {"model": args.judge_model, "url": args.judge, "scale": [low, high]}
+    result["judge"] |= {"asked_now": judge.asked, "failed": len(judge.failures)}
+    result["judge"]["rubric"] = rubric
+    for failure in judge.failures[:3]:
+        print(f"WARNING: {failure}", file=sys.stderr)
+    return 1 if judge.failures else 0
 
 
-def write_results(folder, result):
-    """Write eval.json and samples.md into the run folder."""
-    write_json(folder / "eval.json", result)
-    text = f"# {result['dataset']}\n\n```\n{nll_table(result['likelihood'])}\n```\n\n"
-    text += "\n\n".join(answers_text(sample) for sample in result["samples"])
-    write_atomically(folder / "samples.md", (text + "\n").encode())
+# ------------------------------------------------------------------ several runs
+
+
+class ModelShelf:
+    """The model in use, kept from run to run as long as they want the same one."""
+
+    def __init__(self):
+        self._key, self._model, self._chats = None, None, {}
+
+    def chat(self, run_args, record):
+        """The ChatFormat of a run: its template as it was, whatever became of the file."""
+        key = run_args.model, record["config"]["template"]
+        if key not in self._chats:
+            tokenizer = load_tokenizer(run_args.model, None, run_args.trust_remote_code)
+            if key[1]:
+                tokenizer.chat_template = key[1]
+            self._chats[key] = ChatFormat(tokenizer)
+        return self._chats[key]
+
+    def model(self, run_args):
+        """The run's model, with the vector's place at the run's layer."""
+        name, layer = run_args.model, run_args.layer
+        where = run_args.dtype, run_args.device, run_args.device_map, run_args.trust_remote_code
+        if self._key != (name, where):
+            self._key = self._model = None  # make room first
+            self._model = load_model(name, layer, *where)
+            self._key = name, where
+        if self._model.layer != layer:
+            self._model.set_layer(layer)
+        return self._model
+
+
+def apply_overrides(run_args, args):
+    """Put --data-root, --model, --dtype and --device in place of the run's own."""
+    for key in ("data_root", "model", "dtype", "device"):
+        if getattr(args, key) is not None:
+            setattr(run_args, key, getattr(args, key))
+
+
+def specificity(folders, args, models, path):
+    """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
+
+    A list of {"model", "layer", "names", "runs", "nll": [vector][persona], "vanilla"}, also written
+    to `path`; at most --specificity-runs runs each, since every vector meets every persona.
+    """
+    groups = {}
+    for folder in folders:
+        run_args, record, vector = read_run(folder)
+        key = run_args.model, run_args.layer
+        groups.setdefault(key, []).append((folder, run_args, record, vector))
+    groups = {k: v[: args.specificity_runs] for k, v in groups.items() if len(v) > 1}
+    config = [
+        [evaluation_config(args, record, vector) for _, _, record, vector in group]
+        for group in groups.values()
+    ]
+    old = eval_report.read_json(path)
+    if args.resume and old.get("config") == config:
+        return old["matrices"]
+    matrices = []
+    for (name, layer), group in groups.items():
+        columns, vanilla = [], []
+        for _, run_args, record, _ in tqdm(group, desc="specificity", unit="persona", disable=None):
+            apply_overrides(run_args, args)
+            chat, model = models.chat(run_args, record), models.model(run_args)
+            datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
+            examples = heldout_examples(
+                record["dataset"], chat, datasets, run_args, args.heldout_tokens
+            )
+            tokens = sum(map(label_count, examples))
+            model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
+
+            def nll(direction, model=model, examples=examples, tokens=tokens):
+                model.set_vector(direction)
+                losses = example_sums(model.losses, examples, args.micro_batch_tokens)
+                return sum(losses) / tokens
+
+            columns.append([nll(vector) for _, _, _, vector in group])
+            vanilla.append(nll(torch.zeros(model.hidden_size)))
+        rows = [eval_report.report_row(folder) for folder, *_ in group]
+        matrix = {"model": name, "layer": layer, "names": eval_report.short_names(rows)}
+        matrix |= {"runs": [str(folder) for folder, *_ in group], "vanilla": vanilla}
+        matrices.append(matrix | {"nll": np.array(columns).T.tolist()})
+    write_json(path, {"config": config, "matrices": matrices})
+    return matrices
 
 
 # ------------------------------------------------------------------ command line
 
 
 def parse_args(argv=None):
-    """Command line of eval_steering.py."""
+    """Command line of eval_steering.py; every bad flag is reported, all at once."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
-    add("--run", required=True, metavar="RUN_DIR", help="folder of a finished training run")
+    add = parser.add_argument_group("data and model").add_argument
+    add("--run", required=True, nargs="+", metavar="DIR", help="run folders, or folders of runs")
     add("--data-root", help="where the data is now, if not where it was")
     add("--model", help="where the model is now, if not where it was")
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
-    add("--batch-size", type=int, default=8, help="answers written at once")
-    add("--num-samples", type=int, default=3, help="held-out questions to answer")
-    add("--scales", type=float, nargs="+", default=[1.0], help="multiples of the vector")
-    add("--max-new-tokens", type=int, default=120, help="longest answer, tokens")
+    add("--seed", type=int, default=0, help="of sampled answers, random vectors and intervals")
+    add = parser.add_argument_group("answers").add_argument
+    add("--num-samples", type=int, default=10, help="held-out questions to answer; 0: none")
+    add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
+    add("--max-new-tokens", type=int, default=100, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
-    add("--seed", type=int, default=0, help="seed of the sampled answers")
+    add("--batch-size", type=int, default=10, help="answers written at once")
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
+    add = parser.add_argument_group("judge").add_argument
+    add("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://host:8000/v1")
+    add("--judge-model", metavar="NAME", help="model there; key from $JUDGE_API_KEY")
+    add("--rubric-dir", metavar="DIR", help="<name>.json files with an eval_prompt")
+    add("--judge-workers", type=int, default=8, help="requests at once")
+    add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
+    add = parser.add_argument_group("output").add_argument
+    add("--report-dir", metavar="DIR", help="report of several runs; default: where they all are")
+    add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
+    switch = argparse.BooleanOptionalAction
+    add("--resume", default=True, action=switch, help="keep evaluations that are there already")
     args = parser.parse_args(argv)
     lowest = {"heldout_tokens": 1, "batch_size": 1, "num_samples": 0, "max_new_tokens": 1}
-    lowest |= {"micro_batch_tokens": 1, "temperature": 0}
+    lowest |= {"micro_batch_tokens": 1, "temperature": 0, "judge_workers": 1, "judge_tokens": 1}
+    lowest |= {"specificity_runs": 0}
     problems = [
         f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}"
         for key, least in lowest.items()
@@ -210,46 +728,45 @@ def parse_args(argv=None):
     ]
     if not all(map(math.isfinite, args.scales)):
         problems.append(f"--scales {args.scales}: must be finite")
+    if bool(args.judge) != bool(args.judge_model):
+        problems.append("--judge and --judge-model: give both or neither")
     if problems:
         parser.error("; ".join(problems))
     return args
 
 
+def print_answers(folder, args, models):
+    """Answers to --prompt at each scale, and nothing else."""
+    run_args, record, vector = read_run(folder)
+    apply_overrides(run_args, args)
+    chat, model = models.chat(run_args, record), models.model(run_args)
+    model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+    for scale in args.scales:
+        model.set_vector(vector, scale)
+        messages = [{"role": "user", "content": args.prompt}]
+        print(f"--- scale {scale:g}\n{generate_answers(model, chat, [messages], args)[0]}")
+
+
 def run(args):
-    """Evaluate one run; returns the exit code."""
-    run_args, record, vector = read_run(args.run)
-    for key in ("data_root", "model", "dtype", "device"):
-        if getattr(args, key) is not None:
-            setattr(run_args, key, getattr(args, key))
-    trust = run_args.trust_remote_code
-    tokenizer = load_tokenizer(run_args.model, None, trust)
-    if record["config"]["template"]:  # as it was, whatever became of the file
-        tokenizer.chat_template = record["config"]["template"]
-    chat = ChatFormat(tokenizer)
-    if args.prompt is None:
-        examples, digest = heldout_examples(record["dataset"], chat, run_args, args.heldout_tokens)
-        if digest != record["config"]["data"]:
-            print("WARNING: the data has changed since training", file=sys.stderr)
-    where = run_args.dtype, run_args.device, run_args.device_map
-    model = load_model(run_args.model, run_args.layer, *where, trust)
-    model.load_vector(Path(args.run, VECTOR_FILE), any_model=args.model is not None)
-    if args.prompt is not None:
-        for scale in args.scales:
-            model.set_vector(vector, scale)
-            messages = [{"role": "user", "content": args.prompt}]
-            print(f"--- scale {scale:g}\n{generate_answers(model, chat, [messages], args)[0]}")
-        return 0
-    result = {"dataset": record["dataset"], "run": str(args.run), "config": vars(args)}
-    result |= {"heldout_rows": len(examples), "heldout_tokens": sum(map(label_count, examples))}
-    result["likelihood"] = likelihood(model, chat, examples, args.micro_batch_tokens)
-    print(f"{record['dataset']}: {len(examples)} rows of held-out questions")
-    print(nll_table(result["likelihood"]), flush=True)
-    result["samples"] = compare_answers(model, chat, examples, vector, args)
-    if result["samples"]:
-        print("\n" + answers_text(result["samples"][0]))
-    write_results(Path(args.run), result)
-    print(f"\nrun: {args.run} (eval.json, samples.md)")
-    return 0
+    """Evaluate every run; returns the worst exit code."""
+    folders, models, codes = find_runs(args.run), ModelShelf(), []
+    for folder in folders:
+        try:
+            if args.prompt is not None:
+                print_answers(folder, args, models)
+            else:
+                codes.append(evaluate_folder(folder, args, models))
+        except (ValueError, OSError, JudgeError) as error:  # the next run may do better
+            print(f"error: {error}", file=sys.stderr)
+            codes.append(1 if isinstance(error, JudgeError) else 2)
+    if len(folders) > 1 and args.prompt is None:
+        done = [folder for folder in folders if (folder / "eval.json").exists()]
+        out = Path(args.report_dir or os.path.commonpath([folder.resolve() for folder in folders]))
+        out.mkdir(parents=True, exist_ok=True)
+        matrices = specificity(done, args, models, out / "specificity.json")
+        files = eval_report.write_report(out, folders, matrices)
+        print(f"\nreport of {len(folders)} runs: {out} ({', '.join(files)})")
+    return max(codes, default=0)
 
 
 def main(argv=None):

@@ -21,7 +21,6 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -323,29 +322,54 @@ class SteerModel(nn.Module):
         """Next-token loss in nats of every label token, row by row: (N,), N > 0.
 
         Differentiable in the vector. Logits exist for label tokens only, HEAD_TOKENS at a time.
+        Raises ValueError without a label token.
+        """
+        if self.fast is None:
+            self._check_fast_path(min(examples, key=label_count))
+        return HeadLoss.apply(*self._before_head(examples))
+
+    @torch.no_grad()
+    def divergences(self, examples):
+        """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
+
+        Raises ValueError without a label token.
+        """
+        if self.fast is None:
+            self._check_fast_path(min(examples, key=label_count))
+        steered, _, logits_of = self._before_head(examples)
+        with self.steering_off():
+            plain, _, _ = self._before_head(examples)
+        parts = []
+        for states in zip(plain.split(HEAD_TOKENS), steered.split(HEAD_TOKENS), strict=True):
+            before, after = (logits_of(part).float().log_softmax(-1) for part in states)  # (C, V)
+            parts.append((before.exp() * (before - after)).sum(dim=-1))
+        return torch.cat(parts)
+
+    def _before_head(self, examples):
+        """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
+
+        Without the fast path the states are the logits.
         """
         ids, labels = collate(examples)  # (B, T) both
         at = (labels[:, 1:] >= 0).nonzero()  # (N, 2), on the host: no waiting for the device
         if not len(at):
             raise ValueError("no label token: nothing to compute a loss on")
-        if self.fast is None:
-            self._check_fast_path(min(examples, key=label_count))
-        if not self.fast:
-            logits = self.model(input_ids=ids.to(self.input_device), use_cache=False).logits
-            return token_loss(logits, labels, reduction="none")
-        head, caught = self.model.get_output_embeddings(), []
+        if self.fast:
+            head, caught = self.model.get_output_embeddings(), []
 
-        def catch(hidden_states):
-            caught.append(hidden_states)  # (B, T, n), after the final norm
-            return hidden_states[..., :1]  # in place of logits that nobody reads
+            def catch(hidden_states):
+                caught.append(hidden_states)  # (B, T, n), after the final norm
+                return hidden_states[..., :1]  # in place of logits that nobody reads
 
-        with replaced_forwards({head: catch}):
-            self._forward_above(ids, examples)
-        hidden = caught[0]
-        position = (at[:, 0] * ids.shape[1] + at[:, 1]).to(hidden.device, non_blocking=True)
-        targets = labels[at[:, 0], at[:, 1] + 1].to(hidden.device, non_blocking=True)
-        hidden = hidden.flatten(0, 1).index_select(0, position)  # (N, n)
-        return HeadLoss.apply(hidden, targets, self._head_logits)
+            with replaced_forwards({head: catch}):
+                self._forward_above(ids, examples)
+            states, logits_of = caught[0], self._head_logits
+        else:
+            ids = ids.to(self.input_device)
+            states, logits_of = self.model(input_ids=ids, use_cache=False).logits, lambda x: x
+        position = (at[:, 0] * ids.shape[1] + at[:, 1]).to(states.device, non_blocking=True)
+        targets = labels[at[:, 0], at[:, 1] + 1].to(states.device, non_blocking=True)
+        return states.flatten(0, 1).index_select(0, position), targets, logits_of
 
     def _forward_above(self, ids, examples):
         """The model's own forward, starting from the cache if that holds all the examples."""
@@ -499,19 +523,6 @@ def label_count(example):
     return sum(label >= 0 for label in example.labels[1:])
 
 
-def token_loss(logits, labels, reduction="sum"):
-    """Next-token cross-entropy over label tokens, in nats.
-
-    logits: (B, T, V); labels: (B, T), -100 carries no loss. reduction: "sum", or "none" for one
-    number a label token, row by row. Raises ValueError if no label survives the shift.
-    """
-    targets = labels[:, 1:].to(logits.device)  # (B, T-1)
-    carries = targets >= 0
-    if not carries.any():
-        raise ValueError("no label token: nothing to compute a loss on")
-    return F.cross_entropy(logits[:, :-1][carries].float(), targets[carries], reduction=reduction)
-
-
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
 
@@ -544,13 +555,35 @@ class HeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def example_losses(model, examples, max_tokens):
-    """Loss in nats of every example, summed over its label tokens: a list of floats."""
+def example_sums(per_token, examples, max_tokens):
+    """Sum over each example of `model.losses` or `model.divergences` (per_token): a list."""
     sums = {}
     for batch in micro_batches(examples, max_tokens):
-        parts = model.losses(batch).split([label_count(example) for example in batch])
+        parts = per_token(batch).split([label_count(example) for example in batch])
         sums |= {id(e): part.sum() for e, part in zip(batch, parts, strict=True)}
     return torch.stack([sums[id(example)] for example in examples]).tolist()
+
+
+@torch.no_grad()
+def response_means(model, examples, max_tokens):
+    """Mean of the plain residual stream at the layer over each example's label tokens: (N, n) fp32.
+
+    On the host. Raises ValueError for an example without label tokens.
+    """
+    if not all(map(label_count, examples)):
+        raise ValueError("an example has no label token: nothing to take the mean of")
+    means = {}
+    with model.steering_off():
+        for batch in micro_batches(examples, max_tokens):
+            ids, labels = collate(batch)
+            states = model.layer_output(ids.to(model.input_device)).float()  # (B, T, n)
+            carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
+            for example, mean in zip(
+                batch, (states * carries).sum(1) / carries.sum(1), strict=True
+            ):
+                means[id(example)] = mean.cpu()
+    rows = [means[id(example)] for example in examples]
+    return torch.stack(rows) if rows else torch.empty(0, model.hidden_size)
 
 
 @torch.no_grad()

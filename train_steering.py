@@ -32,7 +32,7 @@ from hook_model import (
     FORMAT_VERSION,
     ResidualHook,
     check_layer,
-    example_losses,
+    example_sums,
     label_count,
     load_model,
     load_vector,
@@ -173,7 +173,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        losses = example_losses(model, val_set, args.micro_batch_tokens)
+        losses = example_sums(model.losses, val_set, args.micro_batch_tokens)
         loss = sum(losses) / sum(map(label_count, val_set))
         if info["best_val"] is None or loss < info["best_val"]:
             best_vector.copy_(vector.detach())

@@ -10,6 +10,13 @@ from conftest import CONFIGS, tiny
 
 import hook_model as hm
 
+
+def token_loss(logits, labels):
+    """The reference: next-token cross-entropy in nats, summed over label tokens."""
+    logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
 IDS = torch.arange(3, 23).reshape(2, 10)  # (B, T)
 
 
@@ -83,7 +90,7 @@ def test_layer_out_of_range_names_the_allowed_range(layer):
 
 def test_only_the_vector_is_trainable_and_the_model_gets_no_gradient():
     model = steered()
-    hm.token_loss(model(input_ids=IDS).logits, IDS).backward()
+    token_loss(model(input_ids=IDS).logits, IDS).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["steering.vector"]
     assert all(p.grad is None for p in model.model.parameters())
     assert model.steering.vector.grad.norm() > 0
@@ -98,7 +105,7 @@ def test_gradient_equals_finite_differences(architecture):
         logits = model(input_ids=IDS, use_cache=False).logits.double()
         return -logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).sum()
 
-    hm.token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
+    token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
     random = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for direction in (vector.grad.clone(), random):
         direction *= 1e-2 / direction.norm()
@@ -126,7 +133,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_recomputes_above_onl
     def gradient():
         calls.clear()
         model.steering.vector.grad = None
-        hm.token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
+        token_loss(model(input_ids=IDS, use_cache=False).logits, IDS).backward()
         return model.steering.vector.grad.clone()
 
     plain = gradient()
@@ -252,21 +259,54 @@ def test_right_padding_without_a_mask_does_not_change_losses():
     rows = [example(list(range(3, 3 + n)), [-100, *range(4, 3 + n)]) for n in (10, 6, 3)]
     for architecture in ("llama", "qwen3", "gemma2", "gemma3"):
         model = steered(architecture)
-        together = hm.example_losses(model, rows, max_tokens=30)
-        alone = hm.example_losses(model, rows, max_tokens=1)
+        together = hm.example_sums(model.losses, rows, max_tokens=30)
+        alone = hm.example_sums(model.losses, rows, max_tokens=1)
         assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_token_loss_equals_the_models_own_loss():
+def test_losses_equal_the_models_own_loss():
     model = steered()
     labels = IDS.clone()
     labels[:, :4] = -100
     output = model(input_ids=IDS, labels=labels)
-    mine = hm.token_loss(output.logits, labels) / 12  # 2 rows x 6 label tokens
-    assert torch.allclose(mine, output.loss)
-    assert hm.label_count(example(IDS[0].tolist(), labels[0].tolist())) == 6
+    rows = [example(IDS[i].tolist(), labels[i].tolist()) for i in (0, 1)]
+    assert torch.allclose(model.losses(rows).mean(), output.loss)  # 2 rows x 6 label tokens
+    assert torch.allclose(token_loss(output.logits, labels) / 12, output.loss)
+    assert hm.label_count(rows[0]) == 6
     with pytest.raises(ValueError, match="no label token"):
-        hm.token_loss(output.logits, torch.full_like(labels, -100))
+        model.losses([example(IDS[0].tolist(), [-100] * 10)])
+
+
+def test_divergence_is_the_kl_of_vanilla_from_steered_at_label_tokens():
+    rows = rows_of(9, 6, 12)
+    for architecture in ("llama", "gemma2", "granite"):  # the last two cap and scale logits
+        model = steered(architecture, value=3.0)
+        for fast in (True, False):
+            model.fast = fast
+            mine = hm.example_sums(model.divergences, rows, max_tokens=20)
+            for row, value in zip(rows, mine, strict=True):
+                ids, labels = hm.collate([row])
+                with torch.no_grad():
+                    after = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                    with model.steering_off():
+                        before = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                kl = torch.nn.functional.kl_div(after, before, log_target=True, reduction="none")
+                expected = kl.sum(-1)[labels[0, 1:] >= 0].sum().item()
+                assert value == pytest.approx(expected, rel=1e-4) and value > 0
+    model.set_vector(torch.zeros(32))
+    assert hm.example_sums(model.divergences, rows, 20) == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_response_means_are_of_the_plain_states_of_label_tokens():
+    model, rows = steered(value=9.0), rows_of(9, 6, 12)
+    means = hm.response_means(model, rows, max_tokens=20)
+    for row, mean in zip(rows, means, strict=True):
+        with model.steering_off():
+            states = model.layer_output(hm.collate([row])[0])[0]
+        picked = [state for state, label in zip(states, row.labels, strict=True) if label >= 0]
+        assert torch.allclose(mean, torch.stack(picked).mean(dim=0), atol=1e-5)
+    with pytest.raises(ValueError, match="no label token"):
+        hm.response_means(model, [example([3, 4], [-100, -100])], 20)
 
 
 def test_residual_norm_is_the_median_over_tokens_of_the_plain_stream():
@@ -297,7 +337,7 @@ def gradient_of(model, loss):
 def plain_loss(model, rows):
     """The reference: hooked full forward of the model, logits of all tokens."""
     ids, labels = hm.collate(rows)
-    return hm.token_loss(model(input_ids=ids, use_cache=False).logits, labels)
+    return token_loss(model(input_ids=ids, use_cache=False).logits, labels)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -308,7 +348,7 @@ def test_cached_prefix_gives_the_same_loss_and_gradient_bit_for_bit(architecture
     expected = gradient_of(model, plain)
     model.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
     assert model.prefix.covers(rows)
-    cached = hm.token_loss(model._forward_above(ids, rows).logits, labels)
+    cached = token_loss(model._forward_above(ids, rows).logits, labels)
     assert torch.equal(cached, plain)
     assert torch.equal(gradient_of(model, cached), expected) and expected.norm() > 0
 
@@ -343,7 +383,7 @@ def test_softcapped_and_scaled_logits_stay_right(architecture):
     head.register_forward_hook(lambda module, inputs, logits: caught.append(logits))
     ids, labels = hm.collate(rows)
     model(input_ids=ids)
-    assert not torch.allclose(hm.token_loss(caught[0], labels), plain, rtol=1e-2)
+    assert not torch.allclose(token_loss(caught[0], labels), plain, rtol=1e-2)
 
 
 def test_head_sees_label_tokens_only_and_a_few_at_a_time(monkeypatch):
@@ -455,7 +495,7 @@ def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
         plain = plain_loss(model, rows).item()
     model.cache_prefix(rows, max_tokens=66)
     tokens = sum(map(hm.label_count, rows))
-    fast = sum(hm.example_losses(model, rows, max_tokens=40))
+    fast = sum(hm.example_sums(model.losses, rows, max_tokens=40))
     assert model.fast and model.prefix.states.dtype == torch.bfloat16
     assert fast / tokens == pytest.approx(plain / tokens, abs=0.01)
 
@@ -480,7 +520,7 @@ def test_device_map_places_the_vector_with_its_layer(tmp_path):
     pytest.importorskip("accelerate")
     tiny("llama").save_pretrained(tmp_path / "m")
     model = hm.load_model(str(tmp_path / "m"), 1, dtype="fp32", device_map={"": "cpu"})
-    hm.token_loss(model(input_ids=IDS).logits, IDS).backward()
+    token_loss(model(input_ids=IDS).logits, IDS).backward()
     assert model.steering.vector.grad.norm() > 0
 
 

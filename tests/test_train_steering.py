@@ -149,11 +149,11 @@ def test_base_model_is_bit_unchanged_and_has_no_gradient(tmp_path):
 def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, monkeypatch):
     scripted, seen = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0]), []
 
-    def losses(model, val_set, max_tokens):
-        seen.append(model.steering.vector.detach().clone())
+    def losses(per_token, val_set, max_tokens):
+        seen.append(per_token.__self__.steering.vector.detach().clone())
         return [next(scripted)]
 
-    monkeypatch.setattr(ts, "example_losses", losses)
+    monkeypatch.setattr(ts, "example_sums", losses)
     flags = ["--max-steps", "40", "--val-every", "1", "--patience", "3"]
     model, final, _ = fit(tmp_path, examples([8] * 4), *flags, val_set=examples([2 + 8]))
     assert final["steps"] == 5 and final["best_step"] == 2  # validations before training, at 1 .. 5
@@ -175,7 +175,7 @@ def test_vector_no_better_than_its_start_is_a_failed_run(
     data_root, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     worse = itertools.count(1000)
-    monkeypatch.setattr(ts, "example_losses", lambda *_: [next(worse)])
+    monkeypatch.setattr(ts, "example_sums", lambda *_: [next(worse)])
     assert ts.main(command(data_root, tiny_folder, tmp_path)) == 1
     assert "better than the untrained start" in capsys.readouterr().out
     assert not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
