@@ -69,6 +69,8 @@ def recovered_fraction(losses, tokens, questions, seed=0):
     {"value", "interval"}, or {"value": None, "why"} where the interval of vanilla - prompted does
     not lie above zero: a fraction of no gain says nothing.
     """
+    if "prompted" not in losses:
+        return {"value": None, "why": "the rows have no system prompt to prompt with"}
     samples = resampled_means(losses, tokens, questions, seed)
     nll = {condition: sum(values) / sum(tokens) for condition, values in losses.items()}
     gain = nll["vanilla"] - nll["prompted"]
@@ -85,11 +87,11 @@ def recovered_fraction(losses, tokens, questions, seed=0):
 # ------------------------------------------------------------------ a linear probe
 
 
-def fit_probe(positive, negative, l2=1.0):
+def fit_probe(positive, negative, l2=0.01):
     """Logistic regression on standardized features, as a function (N, n) -> probabilities (N,).
 
-    positive, negative: (N, n) features of the two classes, which weigh the same. l2: strength of
-    the penalty |w|^2 / 2, in units of one row.
+    positive, negative: (N, n) features of the two classes, which weigh the same. l2: weight of the
+    penalty |w|^2 / 2 beside the summed loss, for rows scaled to a length of about 1.
     """
     features = torch.cat([positive, negative]).double()
     mean, spread = features.mean(dim=0), features.std(dim=0) + 1e-6
@@ -106,7 +108,7 @@ def fit_probe(positive, negative, l2=1.0):
         value = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, targets, weights, reduction="sum"
         )
-        value = value + 0.5 * l2 * theta[:-1].square().sum() / features.shape[1]
+        value = value + 0.5 * l2 * theta[:-1].square().sum()
         value.backward()
         return value
 

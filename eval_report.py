@@ -1,6 +1,6 @@
-"""What a person looks at: tables, samples and pictures of one evaluation, and a report of many runs.
+"""What a person looks at: tables, samples and pictures of an evaluation, a report of many runs.
 
-    python eval_report.py runs                 # report.md, report.csv and heat maps of what is there
+    python eval_report.py runs                # report.md, report.csv, heat maps of what is there
 
 eval_steering.py calls this; on its own it loads no model. Pictures need matplotlib.
 """
@@ -20,8 +20,8 @@ from hook_model import load_vector, write_atomically
 from run_folder import VECTOR_FILE
 
 NAMES = {"steered_chosen": "steered, chosen scale", "mean_difference": "mean difference"}
-COLORS = {"vanilla": "#8c8c8c", "prompted": "#de8f05", "random": "#bbbbbb"}
-COLORS |= {"mean_difference": "#029e73", "steered": "#0173b2", "steered_chosen": "#56b4e9"}
+COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
+COLORS |= {"mean_difference": "#029e73", "steered": "#4a9fd4", "steered_chosen": "#9fd0f0"}
 
 
 def number(value, form="{:.4f}"):
@@ -199,13 +199,15 @@ def plot_likelihood(bars, paired, result):
     bars.barh(labels, values, color=[COLORS[name] for name in names])
     bars.errorbar(values, labels, xerr=abs(bounds - values), fmt="none", ecolor="k", capsize=3)
     for name, value in zip(labels, values, strict=True):
-        bars.text(0.02 * values.max(), name, f"{value:.3f}", va="center", color="white")
+        bars.text(0.02 * values.max(), name, f"{value:.3f}", va="center", weight="bold")
     bars.set(title="NLL per response token, held-out", xlabel="nats (95% over questions)")
     others = [name for name in names if name != "steered"]
     labels = [NAMES.get(name, name) for name in others]
     values = np.array([table[name]["steered_minus"] for name in others])
     bounds = np.array([table[name]["steered_minus_interval"] for name in others]).T
-    paired.errorbar(values, labels, xerr=abs(bounds - values), fmt="o", capsize=4, color="#0173b2")
+    paired.errorbar(
+        values, labels, xerr=abs(bounds - values), fmt="o", capsize=4, color=COLORS["steered"]
+    )
     paired.axvline(0, color="k", linewidth=0.8)
     paired.set(title="Steered minus ... (below zero: steered is better)", xlabel="nats, paired")
 
@@ -242,7 +244,7 @@ def plot_persona(axis, result):
     """Persona score of answers against scale, by probe and by judge, between 0 and 1."""
     scorers = {}
     if not result["probe"]["withheld"]:
-        scorers["probe"] = (lambda row: row["persona"], 1.0, "#0173b2")
+        scorers["probe"] = (lambda row: row["persona"], 1.0, COLORS["steered"])
     if "judge" in result:
         high = result["judge"]["scale"][1]
         scorers[f"judge / {high}"] = (lambda row: row["judge"]["score"], high, "#cc78bc")
@@ -274,8 +276,8 @@ def plot_fluency(axis, result):
     axis.set_ylabel("share")
     right = axis.twinx()
     x, values = by_scale(result, lambda row: row["perplexity"])
-    right.plot(x, values, "s--", color="#0173b2", label="perplexity (right)")
-    right.set_yscale("log")
+    right.plot(x, values, "s--", color=COLORS["steered"], label="perplexity (right)")
+    right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
     handles = [*axis.lines, *right.lines]
     axis.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8)

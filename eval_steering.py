@@ -119,7 +119,6 @@ class EvalData:
     plain_train: list
     plain_heldout: list
     plain_source: str
-    digest: str
 
     def check(self):
         """AssertionError if a question that is reported on was seen, or chosen by."""
@@ -162,8 +161,7 @@ def load_data(name, chat, args, tokens):
         df.take_budget(group, chat, budget, args.max_length, args.seed)[0]
         for group, budget in zip(groups, budgets, strict=True)
     ]
-    digest = data_digest(name, datasets)
-    return EvalData(train, validation, heldout, *plain, source, digest)
+    return EvalData(train, validation, heldout, *plain, source)
 
 
 def answer_examples(chat, rows, texts):
@@ -326,6 +324,9 @@ def train_probe(persona, plain, persona_heldout, plain_heldout):
     """
     sizes = list(map(len, (persona, plain, persona_heldout, plain_heldout)))
     about = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
+    for fitted, scored in ((persona, persona_heldout), (plain, plain_heldout)):
+        same = {tuple(row) for row in fitted.tolist()} & {tuple(row) for row in scored.tolist()}
+        assert not same, "the probe is scored on rows that it was fitted on"
     if min(sizes) < MIN_ROWS:
         why = f"too few rows for a probe ({sizes}; {MIN_ROWS} of each are needed)"
         return None, about | {"auroc": None, "withheld": why}
@@ -408,7 +409,7 @@ def evaluate(model, chat, data, vector, args):
     limit, rows = args.micro_batch_tokens, first_rows(data.heldout, args.num_samples)
     scales = list(dict.fromkeys(args.scales)) if rows else []
     own = 0 if data.plain_train and data.plain_heldout else 2
-    passes = 2 * len(COEFFICIENTS) + 6 + own + 4 + 2 * (3 + len(scales)) * bool(rows)
+    passes = own + 2 + 2 * len(COEFFICIENTS) + 6 + 2 * (3 + len(scales)) * bool(rows)
     bar = Progress(total=passes + len(scales) + 1, unit="pass", disable=None)
     with bar:
         if own:
@@ -442,8 +443,11 @@ def evaluate(model, chat, data, vector, args):
             "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
             "mean_difference": [difference * factors["mean_difference"]],
             "steered": [vector],
-            "steered_chosen": [vector * factors["steered"]],
         }
+        if factors["steered"] == 1.0:
+            bar.total -= 1
+        else:
+            vectors["steered_chosen"] = [vector * factors["steered"]]
         losses = heldout_losses(model, chat, data.heldout, vectors, args, bar)
         tokens, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
         table = compare_losses(losses, tokens, questions, args.seed)
@@ -519,11 +523,13 @@ def find_flags(result, record):
     return [name for name, wrong in checks if wrong]
 
 
-def evaluation_config(args, record, vector):
-    """What decides the numbers: options, the run's own settings, and the vector itself."""
+def evaluation_config(args, run_args, record, vector):
+    """What decides the numbers: options, the run's own settings, the data and the vector."""
     options = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
     digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
-    return options | {"run": record["config_hash"], "vector": digest, "format_version": "2"}
+    datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
+    options |= {"data": data_digest(record["dataset"], datasets), "vector": digest}
+    return options | {"run": record["config_hash"], "format_version": "2"}
 
 
 def evaluate_folder(folder, args, models):
@@ -533,7 +539,10 @@ def evaluate_folder(folder, args, models):
     """
     started = time.time()
     run_args, record, vector = read_run(folder)
-    config = evaluation_config(args, record, vector)
+    apply_overrides(run_args, args)
+    config = evaluation_config(args, run_args, record, vector)
+    if config["data"] != record["config"]["data"]:
+        print("WARNING: the data has changed since training", file=sys.stderr)
     path, result = folder / "eval.json", None
     if args.resume and path.exists():
         with open(path, encoding="utf-8") as file:
@@ -541,11 +550,8 @@ def evaluate_folder(folder, args, models):
         if result.get("config") != config:
             result = None
     if result is None:
-        apply_overrides(run_args, args)
         chat = models.chat(run_args, record)
         data = load_data(record["dataset"], chat, run_args, args.heldout_tokens)
-        if data.digest != record["config"]["data"]:
-            print("WARNING: the data has changed since training", file=sys.stderr)
         model = models.model(run_args)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
         result = {"dataset": record["dataset"], "run": str(folder), "config": config}
@@ -644,11 +650,12 @@ def specificity(folders, args, models, path):
     groups = {}
     for folder in folders:
         run_args, record, vector = read_run(folder)
+        apply_overrides(run_args, args)
         key = run_args.model, run_args.layer
         groups.setdefault(key, []).append((folder, run_args, record, vector))
     groups = {k: v[: args.specificity_runs] for k, v in groups.items() if len(v) > 1}
     config = [
-        [evaluation_config(args, record, vector) for _, _, record, vector in group]
+        [evaluation_config(args, run_args, record, vector) for _, run_args, record, vector in group]
         for group in groups.values()
     ]
     old = eval_report.read_json(path)
@@ -658,7 +665,6 @@ def specificity(folders, args, models, path):
     for (name, layer), group in groups.items():
         columns, vanilla = [], []
         for _, run_args, record, _ in tqdm(group, desc="specificity", unit="persona", disable=None):
-            apply_overrides(run_args, args)
             chat, model = models.chat(run_args, record), models.model(run_args)
             datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
             examples = heldout_examples(
@@ -702,7 +708,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=10, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
-    add("--max-new-tokens", type=int, default=100, help="longest answer, tokens")
+    add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
     add("--batch-size", type=int, default=10, help="answers written at once")
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")

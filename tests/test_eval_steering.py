@@ -1,6 +1,12 @@
-"""eval_steering.py: each condition is what it says it is, answers are cut at their prompts."""
+"""eval_steering.py: each condition is what it says it is, answers are cut at their prompts.
+
+Each check that guards against a known error of such evaluations is also run with that error built
+in, and must then fail.
+"""
 
 import argparse
+import contextlib
+import csv
 import json
 import math
 import re
@@ -8,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, persona_rows, write_raw
+from conftest import ROOT, persona_rows, raw_row, write_raw
+from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
 import data_layouts as dl
+import eval_metrics as em
+import eval_report
 import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
@@ -19,18 +28,45 @@ import train_steering as ts
 SETTINGS = argparse.Namespace(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
 QUESTIONS = ["Hi?", "What is the longest river that you have ever sailed on, captain?", "Why?"]
 CONVERSATIONS = [[{"role": "user", "content": question}] for question in QUESTIONS]
+QUICK = ["--num-samples", "2", "--max-new-tokens", "6", "--scales", "1", "2"]
+LIMIT = argparse.Namespace(micro_batch_tokens=60, seed=0)
+
+
+class Silent:
+    """A progress bar that shows nothing."""
+
+    def next(self, text):
+        pass
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
-    """The run folder of a finished tiny run."""
+def trained(tiny_folder, tmp_path_factory):
+    """The root of two finished tiny runs, with data that has a default dataset."""
     root = tmp_path_factory.mktemp("eval")
-    rows, scores = persona_rows()
-    write_raw(root / "data", "pirate", rows, scores)
-    write_raw(root / "data", "sailor", rows, scores)
+    for name, word in (("pirate", "Arr"), ("sailor", "Ahoy")):
+        rows, scores = persona_rows(40)
+        for row in rows:
+            row["conversation"][-1]["content"] += f" {word}!"
+        write_raw(root / "data", name, rows, scores)
+    plain = [raw_row(f"Question number {i}?", f"It is {i}.", "default", 0, i) for i in range(40)]
+    write_raw(root / "data", "0_default", plain, None)
+    datasets = "src__role__pirate", "src__role__sailor"
     arguments = command(str(root / "data"), tiny_folder, root / "runs", "--init-scale", "0.5")
-    assert ts.main(arguments) == 0
-    return the_folder(root / "runs")
+    assert ts.main([*arguments, "--dataset", *datasets]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(trained):
+    """The run folder of a finished tiny run."""
+    return the_folder(trained / "runs")
+
+
+@pytest.fixture(scope="module")
+def data(finished, smol_chat):
+    """The EvalData of that run."""
+    args, record, _ = ev.read_run(finished)
+    return ev.load_data(record["dataset"], smol_chat, args, 20_000)
 
 
 @pytest.fixture
@@ -40,20 +76,26 @@ def steered(tiny_folder):
     return model
 
 
-def test_greedy_answers_equal_the_argmax_of_the_steered_forward(steered, smol_chat):
-    steered.model.generation_config.repetition_penalty = 5.0  # a model's own, which must not act
-    answers = ev.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
+def check_greedy_answers(steered, chat, tokenize):
+    """Assert that greedy answers are token by token the argmax of the steered forward."""
+    answers = ev.generate_answers(steered, chat, CONVERSATIONS, SETTINGS)
     for messages, answer in zip(CONVERSATIONS, answers, strict=True):
-        ids = smol_chat.tokenize([smol_chat.prompt_text(messages)])[0]
+        ids = tokenize([chat.prompt_text(messages)])[0]
         start = len(ids)
-        for _ in range(12):  # token by token, no cache, no padding
+        for _ in range(12):  # no cache, no padding
             with torch.no_grad():
                 token = steered(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
-            if token == smol_chat.end_of_turn_id:
+            if token == chat.end_of_turn_id:
                 break
             ids.append(token)
-        expected = smol_chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+        expected = chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
         assert answer == expected
+    return answers
+
+
+def test_greedy_answers_equal_the_argmax_of_the_steered_forward(steered, smol_chat):
+    steered.model.generation_config.repetition_penalty = 5.0  # a model's own, which must not act
+    answers = check_greedy_answers(steered, smol_chat, smol_chat.tokenize)
     with steered.steering_off():
         assert ev.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS) != answers
 
@@ -81,61 +123,425 @@ def test_sampling_is_seeded(steered, smol_chat):
     assert sample(0) == sample(0) != sample(1)
 
 
-def test_likelihoods_are_of_the_conditions_they_name(finished, tiny_folder, smol_chat):
-    args, record, vector = ev.read_run(finished)
-    examples, _ = ev.heldout_examples(record["dataset"], smol_chat, args, 20_000)
+# ---------------------------------------------------------------- likelihood
+
+
+def compare_with_reference(tiny_folder, chat, examples, vector):
+    """Assert that heldout_losses gives what the model's own loss gives, row by row.
+
+    The text is what the template renders whole, with and without the system prompt.
+    """
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
-    model.set_vector(vector)
-    result = ev.likelihood(model, smol_chat, examples, max_tokens=60)
-    # The reference: the model's own loss, row by row, on text that the template renders whole.
-    tokenizer, plain = smol_chat.tokenizer, model.model
-    nll = dict.fromkeys(("vanilla", "prompted", "steered"), 0.0)
-    tokens = 0
-    for example in examples:
-        question, answer = example.row["messages"]
-        system = {"role": "system", "content": "Be a pirate."}
-        for condition, messages in (
-            ("vanilla", [question, answer]),
-            ("prompted", [system, question, answer]),
-            ("steered", [question, answer]),
-        ):
-            ids = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    losses = ev.heldout_losses(
+        model, chat, examples, {"steered": [vector], "two": [vector, -vector]}, LIMIT, Silent()
+    )
+    assert list(losses) == ["vanilla", "prompted", "steered", "two"]
+    reference = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu").model
+    tokenizer, moved = chat.tokenizer, vector
+
+    def steer(module, inputs, output):
+        return output + moved
+
+    handle = None
+    for condition, system, sign in (
+        ("vanilla", False, 0), ("prompted", True, 0), ("steered", False, 1), ("minus", False, -1)
+    ):  # fmt: skip
+        if sign:
+            moved = sign * vector
+            handle = handle or reference.model.layers[1].register_forward_hook(steer)
+        losses.setdefault(condition, [])
+        for i, example in enumerate(examples):
+            turns = example.row["messages"]
+            if system:
+                turns = [{"role": "system", "content": "Be a pirate."}, *turns]
+            ids = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
             ids = torch.tensor([tokenizer(ids, add_special_tokens=False)["input_ids"]])
-            count = len(smol_chat.tokenize([answer["content"] + "<|im_end|>"])[0])
+            count = len(chat.tokenize([turns[-1]["content"] + "<|im_end|>"])[0])
             labels = ids.clone()
             labels[:, :-count] = -100
-            off = model.steering_off() if condition != "steered" else torch.no_grad()
-            with off, torch.no_grad():
-                nll[condition] += plain(input_ids=ids, labels=labels).loss.item() * count
-        tokens += count
-    for condition, total in nll.items():
-        assert result[condition]["nll"] == pytest.approx(total / tokens, rel=1e-4)
-        assert result[condition]["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
-    assert len({round(values["nll"], 6) for values in result.values()}) == 3
+            with torch.no_grad():
+                nats = reference(input_ids=ids, labels=labels).loss.item() * count
+            if condition == "minus":
+                nats = (nats + losses["steered"][i]) / 2
+                assert losses["two"][i] == pytest.approx(nats, rel=1e-4)
+            else:
+                assert losses[condition][i] == pytest.approx(nats, rel=1e-4)
+    totals = {
+        condition: round(sum(losses[condition]), 4) for condition in losses if losses[condition]
+    }
+    assert len(set(totals.values())) == 4
 
 
-def test_evaluated_questions_were_not_trained_on(finished, smol_chat):
-    args, record, _ = ev.read_run(finished)
-    examples, _ = ev.heldout_examples(record["dataset"], smol_chat, args, 20_000)
-    datasets = dl.find_datasets(args.data_root)
-    train_set, val_set, _ = ts.prepare(record["dataset"], datasets, smol_chat, args)
-    groups = [{e.row["question"] for e in part} for part in (train_set, val_set, examples)]
-    assert all(groups)
-    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+def test_losses_are_of_the_conditions_they_name(data, finished, tiny_folder, smol_chat):
+    compare_with_reference(tiny_folder, smol_chat, data.heldout, ev.read_run(finished)[2])
 
 
-def test_whole_script_writes_json_and_samples(finished, capsys):
-    assert ev.main(["--run", str(finished), "--num-samples", "2", "--scales", "1", "2"]) == 0
+def test_swapped_baselines_are_caught(data, finished, tiny_folder, smol_chat, monkeypatch):
+    vector = ev.read_run(finished)[2]
+    with monkeypatch.context() as fault:  # "prompted" is vanilla
+        fault.setattr(
+            type(smol_chat), "messages", lambda self, row, prompted=False: row["messages"]
+        )
+        with pytest.raises(AssertionError, match="has no prompt"):
+            compare_with_reference(tiny_folder, smol_chat, data.heldout, vector)
+    with monkeypatch.context() as fault:  # "vanilla" is steered by whatever was there
+        fault.setattr(hm.SteerModel, "steering_off", lambda self: contextlib.nullcontext())
+        real = hm.load_model
+
+        def leftover(*rest, **options):
+            model = real(*rest, **options)
+            model.set_vector(vector)
+            return model
+
+        fault.setattr(hm, "load_model", leftover)
+        with pytest.raises(AssertionError):
+            compare_with_reference(tiny_folder, smol_chat, data.heldout, vector)
+    with monkeypatch.context() as fault:  # "steered" is vanilla
+        fault.setattr(hm.SteerModel, "set_vector", lambda self, vector, scale=1.0: None)
+        with pytest.raises(AssertionError):
+            compare_with_reference(tiny_folder, smol_chat, data.heldout, vector)
+
+
+def test_coefficients_are_chosen_on_validation_questions(data, tiny_folder, smol_chat, monkeypatch):
+    model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
+    scored = []
+    real = hm.SteerModel.losses
+
+    def losses(self, examples):
+        scored.append({id(example) for example in examples})
+        return real(self, examples)
+
+    monkeypatch.setattr(hm.SteerModel, "losses", losses)
+    model.fast = True
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    got = ev.choose_coefficients(model, data.validation, {"a": direction}, LIMIT, Silent())["a"]
+    assert set.union(*scored) == set(map(id, data.validation))
+    tokens = sum(map(hm.label_count, data.validation))
+    best = {}
+    for coefficient in ev.COEFFICIENTS:
+        model.set_vector(coefficient * direction)
+        best[coefficient] = sum(real(model, [e]).sum().item() for e in data.validation) / tokens
+    assert got["nll"] == pytest.approx(best) and got["chosen"] == min(best, key=best.get)
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_evaluated_questions_were_neither_trained_on_nor_chosen_by(data):
+    groups = [set(ev.questions_of(g)) for g in (data.train, data.validation, data.heldout)]
+    assert all(groups) and sum(map(len, groups)) == len(set.union(*groups)) == 40
+    assert set(ev.questions_of(data.plain_heldout)) == groups[2]
+    assert set(ev.questions_of(data.plain_train)) <= groups[0] | groups[1]
+    data.check()
+
+
+def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
+    for part in ("train", "validation", "plain_train"):
+        leaky = ev.EvalData(**vars(data))
+        setattr(leaky, part, [*getattr(data, part), data.heldout[0]])
+        with pytest.raises(AssertionError, match="1 held-out questions leaked"):
+            leaky.check()
+    args, _, _ = ev.read_run(finished)
+
+    def by_row(items, fraction, seed, salt="heldout"):  # the original's split
+        chosen = [ev.df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
+        return tuple(
+            [item for item, c in zip(items, chosen, strict=True) if c is wanted]
+            for wanted in (False, True)
+        )
+
+    # Five prompts a question, as the real datasets have.
+    rows = [
+        raw_row(f"Question number {i}?", f"Arr {i} {p}.", "pos", p, i)
+        for i in range(20)
+        for p in range(5)
+    ]
+    write_raw(
+        Path(args.data_root),
+        "five",
+        rows,
+        {f"pos_p{p}_q{i}": 3 for i in range(20) for p in range(5)},
+    )
+    ev.load_data("src__role__five", smol_chat, args, 20_000).check()
+    monkeypatch.setattr(ev.df, "split_by_question", by_row)
+    with pytest.raises(AssertionError, match="leaked"):
+        ev.load_data("src__role__five", smol_chat, args, 20_000).check()
+
+
+def test_plain_rows_are_the_default_dataset_the_neg_rows_or_the_models_own(tmp_path, data):
+    assert data.plain_source == "src__role__0_default"
+    rows = [raw_row(f"Q{i}?", f"Yes {i}.", label, 0, i) for label in ("pos", "neg") for i in (0, 1)]
+    scores = {"pos_p0_q0": 90, "pos_p0_q1": 80, "neg_p0_q0": 5, "neg_p0_q1": 95}
+    write_raw(tmp_path, "dry", rows, scores, kind="trait")
+    write_raw(tmp_path, "wet", rows[:2], scores, kind="trait")
+    datasets = dl.find_datasets(tmp_path)
+    found, source = dl.plain_rows("src__trait__dry", datasets)
+    assert [(row["label"], row["question"]) for row in found] == [("neg", "Q0?")]
+    assert source == "neg rows of the dataset"
+    assert dl.plain_rows("src__trait__wet", datasets)[0] == []
+    write_raw(tmp_path, "default", [raw_row(label="default"), "torn {"], None)
+    found, source = dl.plain_rows("src__trait__wet", dl.find_datasets(tmp_path))
+    assert len(found) == 1 and source == "src__role__default"
+    assert found[0]["messages"][0]["role"] == "user"
+
+
+# ---------------------------------------------------------------- the probe and its answers
+
+
+def states(shift=0.0, count=30, seed=0):
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_probe_that_cannot_tell_is_reported_and_scores_nothing():
+    probe, about = ev.train_probe(states(seed=1), states(seed=2), states(seed=3), states(seed=4))
+    assert probe is None and "cannot tell" in about["withheld"] and about["auroc"] < 0.8
+    fitted = em.fit_probe(states(seed=1), states(seed=2))  # on its own rows it looks perfect
+    assert em.auroc(fitted(states(seed=1)), fitted(states(seed=2))) == 1.0
+    probe, about = ev.train_probe(states(1, seed=1), states(seed=2), states(1, seed=3), states())
+    assert about["withheld"] is None and about["auroc"] > 0.95
+    assert (probe(states(1, seed=5)) > 0.5).float().mean() > 0.9
+    probe, about = ev.train_probe(states(1), states(seed=2), states(1, count=4, seed=3), states())
+    assert probe is None and about["auroc"] is None and "too few rows" in about["withheld"]
+
+
+def test_probe_scored_on_its_own_training_rows_is_caught():
+    persona, plain = states(seed=1), states(seed=2)
+    with pytest.raises(AssertionError, match="fitted on"):
+        ev.train_probe(persona, plain, persona, states(seed=3))
+    with pytest.raises(AssertionError, match="fitted on"):
+        ev.train_probe(persona, plain, states(seed=3), plain[:10])
+
+
+def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folder, smol_chat):
+    model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
+    model.set_vector(torch.full((32,), 4.0))
+    rows = ev.first_rows(data.heldout, 3)
+    texts = {
+        "good": ["Aye aye.", "No.", "Sail on, my friend."],
+        "bad": ["", "", "so it goes " * 20],
+    }
+    got = ev.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, Silent())
+    assert got["good"]["empty"] == 0 and not got["good"]["collapsed"]
+    assert got["bad"]["empty"] == pytest.approx(2 / 3) and got["bad"]["collapsed"]
+    nlls = []
+    for row, text in zip(rows, texts["good"], strict=True):
+        prompt = smol_chat.tokenize([smol_chat.prompt_text(row["messages"][:-1])])[0]
+        ids = prompt + smol_chat.tokenize([text])[0]  # no end of turn: cut answers have none
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with model.steering_off(), torch.no_grad():
+            nlls.append(model.model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
+    assert got["good"]["perplexity"] == pytest.approx(math.exp(sorted(nlls)[1]), rel=1e-4)
+    likely = got["good"]["perplexity"]
+    tight = ev.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, Silent())
+    assert tight["good"]["collapsed"]  # four times less likely than real rows
+
+
+def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypatch):
+    real = steered.model.generate
+    with monkeypatch.context() as fault:  # a generate that gives its left padding back unpadded
+        fault.setattr(steered.model, "generate", lambda **options: real(**options)[:, 1:])
+        with pytest.raises(AssertionError, match="where its prompt ends"):
+            ev.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
+    with monkeypatch.context() as fault:  # the end of the prompt, cut off too late, in the answer
+
+        def echo(**options):
+            ids = options["input_ids"]
+            return torch.cat([ids, ids[:, -3:], real(**options)[:, ids.shape[1] :]], dim=1)
+
+        fault.setattr(steered.model, "generate", echo)
+        with pytest.raises(AssertionError):
+            check_greedy_answers(steered, smol_chat, smol_chat.tokenize)
+
+
+# ---------------------------------------------------------------- the whole script
+
+
+CONDITIONS = ["vanilla", "prompted", "steered x1", "steered x2", "mean_difference"]
+
+
+def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
+    assert ev.main(["--run", str(finished), *QUICK]) == 0
     printed = capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
-    assert set(result["likelihood"]) == {"vanilla", "prompted", "steered"}
-    assert len(result["samples"]) == 2
-    conditions = ["vanilla", "prompted", "steered x1", "steered x2"]
-    assert list(result["samples"][0]["answers"]) == conditions
+    table = result["likelihood"]
+    assert {"vanilla", "prompted", "random", "mean_difference", "steered"} <= set(table)
+    for row in table.values():
+        assert row["interval"][0] <= row["nll"] <= row["interval"][1]
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+    assert len(result["samples"]) == 2 and list(result["answers"]) == CONDITIONS
+    assert list(result["samples"][0]["answers"]) == CONDITIONS
+    assert list(result["side_effects"]) == CONDITIONS[2:]
+    assert result["side_effects"]["steered x1"]["mean"] > 0
+    assert result["plain"]["source"] == "src__role__0_default"
+    assert "under budget" in result["flags"]
     samples = (finished / "samples.md").read_text()
     for sample in result["samples"]:
         assert f"## {sample['question']}" in samples
-    assert f"{result['likelihood']['steered']['nll']:.4f}" in printed and str(finished) in printed
+    assert f"{table['steered']['nll']:.4f}" in printed and str(finished) in printed
+    assert (finished / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finished, monkeypatch):
+    arguments = ["--run", str(finished), *QUICK]
+    assert ev.main(arguments) == 0
+    before = json.loads((finished / "eval.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "load_model", None)  # would fail if called
+        assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
+    assert ev.main([*arguments, "--seed", "1"]) == 0
+    after = json.loads((finished / "eval.json").read_text())
+    assert after["config"]["seed"] == 1 != before["config"]["seed"]
+    assert after["likelihood"]["vanilla"]["nll"] == before["likelihood"]["vanilla"]["nll"]
+    assert after["likelihood"]["random"]["nll"] != before["likelihood"]["random"]["nll"]
+    assert ev.main([*arguments, "--no-resume"]) == 0
+    again = json.loads((finished / "eval.json").read_text())
+    del again["seconds"], before["seconds"]
+    assert again == before  # seeded throughout
+
+
+def test_progress_bar_ends_where_it_said_it_would(finished, monkeypatch):
+    bars = []
+
+    class Bar(ev.Progress):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(ev, "Progress", Bar)
+    for more in ([], ["--num-samples", "0"]):
+        assert ev.main(["--run", str(finished), *QUICK, "--no-resume", *more]) == 0
+        assert bars[-1].n == bars[-1].total > 20
+
+
+def test_without_plain_rows_the_models_own_answers_serve(finished, tmp_path, capsys):
+    rows, scores = persona_rows(40)
+    write_raw(tmp_path, "pirate", rows, scores)
+    assert (
+        ev.main(["--run", str(finished), "--data-root", str(tmp_path), *QUICK, "--no-resume"]) == 0
+    )
+    said = capsys.readouterr()
+    assert "data has changed" in said.err
+    assert json.loads((finished / "eval.json").read_text())["plain"]["source"].startswith(
+        "the model"
+    )
+
+
+def test_rows_without_system_prompts_have_no_prompted_baseline(finished, tmp_path, capsys):
+    rows, scores = persona_rows(40)
+    bare = [{**row, "system_prompt": "", "conversation": row["conversation"][1:]} for row in rows]
+    write_raw(tmp_path, "pirate", bare, scores)
+    assert (
+        ev.main(["--run", str(finished), "--data-root", str(tmp_path), *QUICK, "--no-resume"]) == 0
+    )
+    result = json.loads((finished / "eval.json").read_text())
+    assert "prompted" not in result["likelihood"] and "prompted" not in result["answers"]
+    assert "no system prompt" in result["recovered"]["why"]
+    assert "undefined, the rows have no system prompt" in capsys.readouterr().out
+
+
+def test_folder_of_runs_gives_one_report(trained, capsys):
+    runs = trained / "runs"
+    assert ev.main(["--run", str(runs), *QUICK, "--report-dir", str(trained / "report")]) == 0
+    assert "report of 2 runs" in capsys.readouterr().out
+    report = trained / "report"
+    with open(report / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert sorted(line["dataset"] for line in lines) == ["src__role__pirate", "src__role__sailor"]
+    for line in lines:
+        result = json.loads(Path(line["run"], "eval.json").read_text())
+        assert float(line["steered"]) == result["likelihood"]["steered"]["nll"]
+        assert line["flags"] == "; ".join(result["flags"])
+    text = (report / "report.md").read_text()
+    assert "Specificity: " in text and "`src__role__sailor`" in text
+    for name in ("cosine.png", "specificity.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG") and f"]({name})" in text
+    (matrix,) = json.loads((report / "specificity.json").read_text())["matrices"]
+    for i, run in enumerate(matrix["runs"]):  # the diagonal is what each run's own evaluation says
+        table = json.loads(Path(run, "eval.json").read_text())["likelihood"]
+        assert matrix["nll"][i][i] == pytest.approx(table["steered"]["nll"], rel=1e-5)
+        assert matrix["vanilla"][i] == pytest.approx(table["vanilla"]["nll"], rel=1e-5)
+    assert eval_report.main([str(runs), "--out", str(report)]) == 0  # alone, without a model
+
+
+def test_report_is_sorted_by_recovered_fraction_and_shows_what_is_missing(tmp_path):
+    def make(name, status="done", **result):
+        (tmp_path / name).mkdir()
+        record = {"dataset": f"m__role__{name}", "status": status, "counts": {"train": 9}}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        if result:
+            (tmp_path / name / "eval.json").write_text(json.dumps(result))
+
+    make("low", recovered={"value": 0.2, "interval": [0.1, 0.3]}, flags=["under budget"])
+    make("high", recovered={"value": 0.9, "interval": [0.8, 1.0]}, flags=[])
+    make("none", recovered={"value": None, "why": "x"}, flags=["collapse", "NaN"])
+    make("crashed", status="failed")
+    make("new")
+    eval_report.write_report(tmp_path, sorted(tmp_path.iterdir()))
+    with open(tmp_path / "report.csv", newline="") as file:
+        lines = {line["dataset"].split("__")[-1]: line for line in csv.DictReader(file)}
+    assert list(lines)[:2] == ["high", "low"]
+    flags = {name: line["flags"] for name, line in lines.items()}
+    assert flags["none"] == "collapse; NaN" and flags["crashed"] == "failed"
+    assert flags["new"] == "not evaluated" and flags["high"] == ""
+
+
+def test_flags_say_what_is_wrong():
+    def table(**bounds):
+        rows = {name: {"nll": 3.0, "steered_minus_interval": b} for name, b in bounds.items()}
+        return rows | {"steered": {"nll": 3.0}}
+
+    good = {"vanilla": [-0.3, -0.2], "random": [-0.9, -0.8], "mean_difference": [-0.2, -0.1]}
+    record = {"final": {"ratio": 0.3}, "counts": {"tokens": 50}, "args": {"target_tokens": 50}}
+
+    def flags(bounds=good, collapsed=False, **changes):
+        result = {
+            "likelihood": table(**bounds),
+            "answers": {"steered x1": {"collapsed": collapsed}},
+        }
+        return ev.find_flags(result, record | changes)
+
+    assert flags() == []
+    assert flags({**good, "vanilla": [-0.1, 0.1]}) == ["no better than vanilla"]
+    assert flags({**good, "random": [-0.1, 0.0]}) == ["no better than random"]
+    assert flags({**good, "mean_difference": [0.1, 0.2]}) == ["worse than mean difference"]
+    assert flags(collapsed=True) == ["collapse"]
+    assert flags(final={"ratio": 1.7}) == flags(final={}) == ["norm out of range"]
+    assert flags(counts={"tokens": 49}) == ["under budget"]
+    nan = [math.nan, math.nan]
+    assert "no better than vanilla" in flags({**good, "vanilla": nan})
+
+
+def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monkeypatch, capsys):
+    path = finished / "judgements.jsonl"
+    path.unlink(missing_ok=True)
+    arguments = ["--run", str(finished), *QUICK, "--judge-model", "j", "--judge-workers", "1"]
+    with serve(lambda prompt, count: "2" if count <= 4 else 400) as endpoint:
+        assert ev.main([*arguments, "--judge", endpoint.url]) == 1
+    said = capsys.readouterr()
+    result = json.loads((finished / "eval.json").read_text())
+    answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
+    assert len(path.read_text().splitlines()) == 4 and "HTTP 400" in said.err
+    assert result["judge"]["failed"] == len(answers) - 4
+    monkeypatch.setattr(ev, "load_model", None)  # the answers are those that were there
+    with serve(lambda *_: "3") as endpoint:
+        assert ev.main([*arguments, "--judge", endpoint.url]) == 0
+        assert len(endpoint.seen) == len(answers) - 4
+    result = json.loads((finished / "eval.json").read_text())
+    assert result["judge"]["failed"] == 0
+    judged = [row["judge"] for row in result["answers"].values()]
+    assert all(row["failed"] == row["refusal"] == row["unparsable"] == 0 for row in judged)
+    assert all(2.0 <= row["score"]["mean"] <= 3.0 for row in judged)
+    capsys.readouterr()
+
+
+def test_report_goes_on_past_a_run_that_cannot_be_evaluated(trained, tmp_path, capsys):
+    good = the_folder(trained / "runs")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "run.json").write_text("{}")
+    code = ev.main(["--run", str(bad), str(good), *QUICK, "--report-dir", str(tmp_path / "r")])
+    said = capsys.readouterr()
+    assert code == 2 and "no readable run.json" in said.err and "report of 2 runs" in said.out
 
 
 def test_prompt_prints_an_answer_per_scale_and_writes_nothing(finished, capsys):

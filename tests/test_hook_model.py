@@ -13,7 +13,7 @@ import hook_model as hm
 
 def token_loss(logits, labels):
     """The reference: next-token cross-entropy in nats, summed over label tokens."""
-    logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    logits, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 

@@ -1,0 +1,179 @@
+"""judge.py: replies are read strictly, failures are retried, nothing is judged twice or leaked."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+import pytest
+
+import judge as jd
+
+PAIRS = [(f"Question {i}?", f"Answer number {i}") for i in range(20)]
+
+
+class Endpoint:
+    """A chat endpoint on loopback: `reply(prompt, count)` gives text, or an HTTP status."""
+
+    def __init__(self, reply):
+        endpoint, self.seen, self.headers = self, [], []
+        lock = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][0]["content"]
+                with lock:
+                    endpoint.seen.append(prompt)
+                    endpoint.headers.append(dict(self.headers))
+                    said = reply(prompt, len(endpoint.seen))
+                status = said if isinstance(said, int) else 200
+                message = {"choices": [{"message": {"role": "assistant", "content": said}}]}
+                auth = self.headers.get("Authorization")
+                data = json.dumps(message if status == 200 else {"error": f"no: {auth}"}).encode()
+                self.send_response(status)
+                if status == 429:
+                    self.send_header("Retry-After", "7")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def judge(self, kind="role"):
+        return jd.Judge(self.url, "j", jd.rubric_for(f"m__{kind}__sea_dog"), kind)
+
+
+@contextlib.contextmanager
+def serve(reply):
+    endpoint = Endpoint(reply)
+    thread = threading.Thread(target=endpoint.server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield endpoint
+    finally:
+        endpoint.server.shutdown()
+        thread.join()
+        endpoint.server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits asked for, none of them waited."""
+    waited = []
+    monkeypatch.setattr(jd.time, "sleep", waited.append)
+    return waited
+
+
+def test_replies_are_scores_refusals_or_unparsable():
+    for reply, kind, verdict in (
+        ("3", "role", 3.0),
+        (" 2/3.", "role", 2.0),
+        ("**Score: 1**", "role", 1.0),
+        ("I give it a 2.", "role", 2.0),
+        ("<think>Is it 1 or 3?</think>\n0", "role", 0.0),
+        ("On a scale of 0-3 it is a 2", "role", "unparsable"),
+        ("7", "role", "unparsable"),
+        ("-1", "role", "unparsable"),
+        ("85", "trait", 85.0),
+        ("87.5 of 100", "trait", 87.5),
+        ("101", "trait", "unparsable"),
+        ("REFUSAL", "trait", "refusal"),
+        ("It refused to answer.", "trait", "refusal"),
+        ("very much so", "trait", "unparsable"),
+        ("", "role", "unparsable"),
+    ):
+        assert jd.parse_reply(reply, kind) == verdict, reply
+
+
+def test_rubric_of_the_dataset_is_filled_with_question_and_answer(tmp_path):
+    template = 'Is it a {{pirate}}? Q: "{question}" A: "{answer}" 0-3.'
+    (tmp_path / "pirate.json").write_text(json.dumps({"eval_prompt": template}))
+    rubric = jd.rubric_for("m__role__pirate", tmp_path)
+    judge = jd.Judge("http://x/v1", "j", rubric, "role")
+    assert judge.prompt("a {b}?", "{c}") == 'Is it a {pirate}? Q: "a {b}?" A: "{c}" 0-3.'
+    own = jd.rubric_for("m__trait__dry_wit")
+    assert "dry wit" in own and "0 (" in own and "100" in own
+    for name, text in (
+        ("gone", None),
+        ("torn", '{"eval_prompt": '),
+        ("keyless", "{}"),
+        ("blind", json.dumps({"eval_prompt": "Score it: {question}"})),
+        ("odd", json.dumps({"eval_prompt": "{question} {answer} {mood}"})),
+    ):
+        if text is not None:
+            (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(ValueError, match=f"--rubric-dir.*{name}.json"):
+            jd.rubric_for(f"m__role__{name}", tmp_path)
+
+
+def test_every_answer_is_judged_once_and_verdicts_keep_their_order(tmp_path):
+    with serve(lambda prompt, count: prompt.split("number ")[1].split()[0]) as endpoint:
+        judge = endpoint.judge("trait")
+        pairs = [*PAIRS, PAIRS[3]]  # the same answer twice
+        assert judge.score(pairs, tmp_path / "j.jsonl") == [*map(float, range(20)), 3.0]
+        assert len(endpoint.seen) == len(set(endpoint.seen)) == judge.asked == 20
+        again = endpoint.judge("trait")
+        assert again.score(PAIRS, tmp_path / "j.jsonl") == [*map(float, range(20))]
+        assert len(endpoint.seen) == 20 and again.asked == 0
+        other = jd.Judge(endpoint.url, "another", judge.rubric, "trait")  # its own opinion
+        other.score(PAIRS[:2], tmp_path / "j.jsonl")
+        assert len(endpoint.seen) == 22
+
+
+def test_interrupted_judging_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "j.jsonl"
+
+    def interrupted(prompt, count):
+        return "2" if count <= 8 else 400  # a client that dies sees no more answers
+
+    with serve(interrupted) as endpoint:
+        judge = endpoint.judge()
+        verdicts = judge.score(PAIRS, path, workers=1)
+        assert verdicts.count(2.0) == 8 and verdicts.count(None) == len(judge.failures) == 12
+    with open(path, "a") as file:
+        file.write('{"key": "torn')  # killed in the middle of a line
+    with serve(lambda *_: "1") as endpoint:
+        judge = endpoint.judge()
+        verdicts = judge.score(PAIRS, path, workers=4)
+        assert len(endpoint.seen) == judge.asked == 12
+        assert verdicts.count(2.0) == 8 and verdicts.count(1.0) == 12
+    lines = path.read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 20
+
+
+def test_busy_and_broken_endpoints_are_asked_again_after_a_wait(tmp_path, waits):
+    script = iter([429, 503, "no number"])
+    with serve(lambda *_: next(script)) as endpoint:
+        assert endpoint.judge().score(PAIRS[:1], tmp_path / "j.jsonl") == ["unparsable"]
+        assert len(endpoint.seen) == 3
+    assert waits[0] == 7.0 and 2.0 <= waits[1] <= 4.0  # what the server asked for; then back-off
+    with serve(lambda *_: 503) as endpoint:
+        with pytest.raises(jd.JudgeError, match="HTTP 503"):
+            endpoint.judge().score(PAIRS, tmp_path / "j.jsonl")
+        assert len(endpoint.seen) == jd.TRIES  # the first answer of all: no use in going on
+    assert sum(waits[2:]) > 20 and len(waits) == 2 + jd.TRIES - 1
+
+
+def test_wrong_key_fails_at_once_and_is_never_written(tmp_path, waits, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    with serve(lambda *_: 401) as endpoint:
+        with pytest.raises(jd.JudgeError, match="HTTP 401") as error:
+            endpoint.judge().score(PAIRS, tmp_path / "j.jsonl")
+        assert len(endpoint.seen) == 1 and not waits
+        assert endpoint.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    assert "secret" not in str(error.value) and "<key>" in str(error.value)
+    with serve(lambda *_: "3") as endpoint:
+        endpoint.judge().score(PAIRS[:2], tmp_path / "j.jsonl")
+    assert "secret" not in (tmp_path / "j.jsonl").read_text() + "".join(capsys.readouterr())
+
+
+def test_nobody_there_is_a_clear_error(tmp_path, waits):
+    judge = jd.Judge("http://127.0.0.1:9/v1", "j", jd.rubric_for("m__role__x"), "role")
+    with pytest.raises(jd.JudgeError, match=r"http://127.0.0.1:9/v1/chat/completions.*refused"):
+        judge.score(PAIRS, tmp_path / "j.jsonl")
+    with pytest.raises(ValueError, match="not an http"):
+        jd.Judge("localhost:8000", "j", "", "role")
