@@ -4,7 +4,7 @@ PY = .venv/bin/python
 MODEL = models/SmolLM2-135M-Instruct
 DEMO_RUN = runs/demo
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-full bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
 # Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
@@ -19,6 +19,16 @@ test: .venv/ready $(MODEL)/config.json
 	$(PY) -m pytest
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# What takes minutes, or a compiler: the judge against llama.cpp's server, built from source.
+test-full: .venv/ready .venv-judge/ready $(MODEL)/config.json
+	JUDGE_PYTHON=.venv-judge/bin/python $(PY) -m pytest -m full
+
+.venv-judge/ready:
+	$(PYTHON) -m venv .venv-judge
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
+	    .venv-judge/bin/python -m pip install --quiet "llama-cpp-python[server]==0.3.36"
+	touch $@
 
 # Speed against TRL's SFTTrainer, in an environment of its own; ARGS="--help" lists the options.
 bench: .venv-bench/ready $(MODEL)/config.json
@@ -42,4 +52,4 @@ $(MODEL)/config.json: .venv/ready demo/get_model.py
 	$(PY) demo/get_model.py $(MODEL)
 
 clean:
-	rm -rf .venv .venv-bench models runs/demo
+	rm -rf .venv .venv-bench .venv-judge models runs/demo

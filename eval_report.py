@@ -365,10 +365,21 @@ def short_names(rows):
     return names
 
 
+REPORT_HEAD = (
+    *("dataset", "vanilla", "prompted", "steered", "mean diff", "recovered", "steered - vanilla"),
+    *("steered - random", "probe", "judge", "KL", "norm", "flags"),
+)
+REPORT_NOTE = """
+NLL per response token on held-out questions; recovered: (vanilla - steered) / (vanilla - prompted);
+brackets: 95% over questions; probe, judge, KL: at scale 1; norm: in median token norms of the
+residual stream at the layer. Every number is in report.csv.
+"""
+
+
 def write_report(folder, runs, matrices=()):
     """Write report.csv, report.md and heat maps into `folder`; returns the names of the files.
 
-    runs: run folders; matrices: what eval_steering.specificity returned.
+    runs: run folders, evaluated or not; matrices: what eval_steering.specificity returned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(map(report_row, runs), key=report_order)
@@ -377,48 +388,39 @@ def write_report(folder, runs, matrices=()):
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "report.csv", text.getvalue().encode())
-    files = ["report.csv", "report.md"]
-    lines = [f"# {len(rows)} runs, by recovered fraction\n"]
-    lines.append(
-        "| dataset | vanilla | prompted | steered | mean diff | recovered | "
-        "steered - vanilla | steered - random | probe | judge | KL | norm | flags |"
-    )
-    lines.append("|---" * 13 + "|")
-    lines += map(report_line, rows)
-    lines.append(
-        "\nNLL per response token on held-out questions; recovered: (vanilla - steered) / (vanilla "
-        "- prompted); brackets: 95% over questions; probe, judge, KL: at scale 1; norm: in median "
-        "token norms of the residual stream at the layer. Every number is in report.csv.\n"
-    )
-    groups = {}
+    lines = [f"# {len(rows)} runs, by recovered fraction\n", f"| {' | '.join(REPORT_HEAD)} |"]
+    lines += ["|---" * len(REPORT_HEAD) + "|", *map(report_line, rows), REPORT_NOTE]
+    groups = {}  # vectors of one model and layer can be compared
     for row in rows:
         if (Path(row["run"]) / VECTOR_FILE).exists():
             groups.setdefault((row["model"], row["layer"]), []).append(row)
-    for number_of_group, ((model, layer), group) in enumerate(groups.items()):
+    pictures = []
+    for place, group in groups.items():
         if len(group) > 1:
-            suffix = f"-{number_of_group}" if number_of_group else ""
-            lines.append(f"## {Path(str(model)).name}, layer {layer}\n")
-            matrix = cosines([Path(row["run"]) for row in group])
-            off = matrix[~np.eye(len(group), dtype=bool)]
-            lines.append(
-                f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}.\n"
-            )
-            path = folder / f"cosine{suffix}.png"
-            drawn = plot_matrix(path, short_names(group), matrix, "Cosine between vectors", 0.0)
-            files += drawn
-            lines += [f"![cosines]({name})\n" for name in drawn]
-        for matrix in matrices:
-            if matrix["model"] == model and matrix["layer"] == layer:
-                lines.append(specificity_line(matrix))
-                path = folder / f"specificity{suffix}.png"
-                title = "NLL of each persona's held-out rows (column) under each vector (row),\n"
-                title += "minus vanilla; the diagonal should be lowest of its column"
-                change = np.array(matrix["nll"]) - np.array(matrix["vanilla"])
-                drawn = plot_matrix(path, matrix["names"], change, title, 0.0)
-                files += drawn
-                lines += [f"![specificity]({name})\n" for name in drawn]
+            suffix = f"-{len(pictures)}" if pictures else ""
+            said, drawn = compare_vectors(folder, place, group, matrices, suffix)
+            lines, pictures = lines + said, pictures + drawn
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
-    return files
+    return ["report.csv", "report.md", *pictures]
+
+
+def compare_vectors(folder, place, group, matrices, suffix):
+    """(Markdown lines, names of heat maps) of the runs of one (model, layer)."""
+    cosine = cosines([Path(row["run"]) for row in group])
+    off = cosine[~np.eye(len(group), dtype=bool)]
+    lines = [f"## {Path(str(place[0])).name}, layer {place[1]}\n"]
+    lines.append(f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}.\n")
+    path, names = folder / f"cosine{suffix}.png", short_names(group)
+    pictures = plot_matrix(path, names, cosine, "Cosine between vectors", 0.0)
+    for matrix in matrices:
+        if (matrix["model"], matrix["layer"]) == place:
+            lines.append(specificity_line(matrix))
+            title = "NLL of each persona's held-out rows (column) under each vector (row),\n"
+            title += "minus vanilla; the diagonal should be lowest of its column"
+            change = np.array(matrix["nll"]) - np.array(matrix["vanilla"])
+            path = folder / f"specificity{suffix}.png"
+            pictures += plot_matrix(path, matrix["names"], change, title, 0.0)
+    return [*lines, *(f"![{name}]({name})\n" for name in pictures)], pictures
 
 
 def report_line(row):
@@ -453,14 +455,19 @@ def specificity_line(matrix):
     return text + "by their own vector" + (f"; not {', '.join(lost)}" if lost else "") + ".\n"
 
 
+def all_runs(paths):
+    """Every folder with a run.json at or below the paths, finished or not, without old-<n>."""
+    folders = {file.parent for path in paths for file in Path(path).rglob("run.json")}
+    return sorted(folder for folder in folders if not folder.name.startswith("old-"))
+
+
 def main(argv=None):
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with run folders at any depth")
     parser.add_argument("--out", type=Path, help="where to write the report; default: that folder")
     args = parser.parse_args(argv)
-    runs = [path.parent for path in sorted(args.folder.rglob("run.json"))]
-    runs = [run for run in runs if not run.name.startswith("old-")]
+    runs = all_runs([args.folder])
     if not runs:
         print(f"error: {args.folder}: no run.json in there", file=sys.stderr)
         return 2

