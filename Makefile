@@ -4,7 +4,7 @@ PY = .venv/bin/python
 MODEL = models/SmolLM2-135M-Instruct
 DEMO_RUN = runs/demo
 
-.PHONY: demo test test-full bench clean
+.PHONY: demo test test-full test-slurm bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
 # Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
@@ -20,9 +20,14 @@ test: .venv/ready $(MODEL)/config.json
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# What takes minutes, or a compiler: the judge against llama.cpp's server, built from source.
+# What takes minutes, or a compiler: twenty kills, a sweep with kills and a full disk, the judge
+# against llama.cpp's server, built from source.
 test-full: .venv/ready .venv-judge/ready $(MODEL)/config.json
 	JUDGE_PYTHON=.venv-judge/bin/python $(PY) -m pytest -m full
+
+# The sample list as an array job on a real Slurm of this machine (root; apt-get install slurm-wlm munge).
+test-slurm: .venv/ready $(MODEL)/config.json
+	bash tests/slurm/run.sh
 
 .venv-judge/ready:
 	$(PYTHON) -m venv .venv-judge

@@ -38,7 +38,7 @@ REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_L
 
 
 def requested_names(args, datasets):
-    """Full names of --dataset and --list-file, each once; every dataset if neither is given."""
+    """Names of --dataset and --list-file, each once, known or not; all datasets if neither is."""
     if not (args.dataset or args.list_file):
         return list(datasets)
     names = list(args.dataset or [])
@@ -51,7 +51,7 @@ def requested_names(args, datasets):
         prefix = f"{args.source_model}__{args.kind}__"
         pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in names if n]
         names = ["+".join(parts) for parts in pooled]
-    return ["+".join(dataset_parts(name, datasets)) for name in dict.fromkeys(names) if name]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 # ------------------------------------------------------------------ filter, split, budget
@@ -290,6 +290,8 @@ def run(args):
     """Print the table of the requested datasets, write what was asked for, return the exit code."""
     datasets = find_datasets(args.data_root, args.source_model, args.kind)
     names = requested_names(args, datasets)
+    for name in names:
+        dataset_parts(name, datasets)
     if args.include_missing_scores:
         print("WARNING: --include-missing-scores keeps rows that nobody scored", file=sys.stderr)
     chat = None

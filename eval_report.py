@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from hook_model import load_vector, write_atomically
-from run_folder import VECTOR_FILE
+from run_folder import VECTOR_FILE, read_json
 
 NAMES = {"steered_chosen": "steered, chosen scale", "mean_difference": "mean difference"}
 COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
@@ -307,14 +307,6 @@ def plot_matrix(path, names, matrix, title, center):
 # ------------------------------------------------------------------ many runs
 
 
-def read_json(path):
-    """A JSON file's object, {} if it is missing or torn."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def report_row(folder):
     """One line of report.csv: what run.json and, once evaluated, eval.json say of a run."""
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
@@ -339,9 +331,18 @@ def report_row(folder):
     row["probe"] = (one.get("persona") or {}).get("mean")
     row["judge"] = (one.get("judge", {}).get("score") or {}).get("mean")
     row["kl"] = (result.get("side_effects", {}).get("steered x1") or {}).get("mean")
-    missing = "not evaluated" if record.get("status") == "done" else record.get("status")
-    row["flags"] = "; ".join(result["flags"] if "flags" in result else [str(missing)])
+    flags = result["flags"] if "flags" in result else training_flags(record)
+    row["flags"] = "; ".join(flags if row["status"] == "done" else [str(row["status"])])
     return row
+
+
+def training_flags(record):
+    """What run.json alone says is wrong with a finished run, as a list of words."""
+    ratio = record.get("final", {}).get("ratio", math.nan)
+    flags = [] if 0.05 <= ratio <= 1.0 else ["norm out of range"]
+    counts, args = record.get("counts", {}), record.get("args", {})
+    under = counts.get("tokens", 0) < args.get("target_tokens", 0)
+    return [*flags, "under budget"] if under else flags
 
 
 def report_order(row):
@@ -478,8 +479,31 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print_table([report_row(run) for run in runs])
     print(f"{out}: {', '.join(files)}")
     return 0
+
+
+def print_table(rows):
+    """The table a sweep ends with; held-out NLL once evaluated, validation NLL before."""
+    width = max(len(str(row["dataset"])) for row in rows)
+    form = f"{{:{width}}} {{:>6}} {{:>9}} {{:>6}} {{:>8}} {{:>8}} {{:>9}} {{:>7}}  {{}}"
+    head = (
+        "dataset",
+        "rows",
+        "tokens",
+        "steps",
+        "seconds",
+        "best val",
+        "held-out",
+        "norm",
+        "flags",
+    )
+    print(form.format(*head))
+    for row in rows:
+        cells = [number(row[key], "{:,.0f}") for key in ("rows", "tokens", "steps", "seconds")]
+        cells += [number(row[key]) for key in ("best_val", "steered")]
+        print(form.format(str(row["dataset"]), *cells, number(row["norm"], "{:.2f}"), row["flags"]))
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ from hook_model import (
     write_atomically,
 )
 from judge import SCALES, Judge, JudgeError, rubric_for
-from run_folder import VECTOR_FILE, write_json
+from run_folder import VECTOR_FILE, read_json, write_json
 
 RANDOM_VECTORS = 3
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_RESULTS = (
-    *("run", "data_root", "model", "device", "micro_batch_tokens", "batch_size", "resume"),
+    *("run", "data_root", "model", "device", "micro_batch_tokens", "batch_size", "restart"),
     *("judge", "judge_model", "judge_workers", "judge_tokens", "rubric_dir"),
     *("report_dir", "specificity_runs", "prompt"),
 )
@@ -207,7 +207,7 @@ def evaluate(model, chat, data, vector, args):
 
 def find_flags(result, record):
     """What is wrong with a run, as a list of words, most serious first."""
-    table, final = result["likelihood"], record.get("final", {})
+    table = result["likelihood"]
     bounds = {name: row.get("steered_minus_interval", [0, 0]) for name, row in table.items()}
     one = result["answers"].get("steered x1", {})
     checks = [
@@ -216,10 +216,8 @@ def find_flags(result, record):
         ("no better than random", not bounds["random"][1] < 0),
         ("worse than mean difference", bounds["mean_difference"][0] > 0),
         ("collapse", one.get("collapsed", False)),
-        ("norm out of range", not 0.05 <= final.get("ratio", math.nan) <= 1.0),
-        ("under budget", record["counts"]["tokens"] < record["args"]["target_tokens"]),
     ]
-    return [name for name, wrong in checks if wrong]
+    return [*(name for name, wrong in checks if wrong), *eval_report.training_flags(record)]
 
 
 def evaluation_config(args, run_args, record, vector):
@@ -243,11 +241,8 @@ def evaluate_folder(folder, args, models):
     if config["data"] != record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     path, result = folder / "eval.json", None
-    if args.resume and path.exists():
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
-        if result.get("config") != config:
-            result = None
+    if not args.restart and (old := read_json(path)).get("config") == config:
+        result = old
     if result is None:
         chat = models.chat(run_args, record)
         data = load_data(record["dataset"], chat, run_args, args.heldout_tokens)
@@ -357,8 +352,8 @@ def specificity(folders, args, models, path):
         [evaluation_config(args, run_args, record, vector) for _, run_args, record, vector in group]
         for group in groups.values()
     ]
-    old = eval_report.read_json(path)
-    if args.resume and old.get("config") == config:
+    old = read_json(path)
+    if not args.restart and old.get("config") == config:
         return old["matrices"]
     matrices = []
     for (name, layer), group in groups.items():
@@ -405,11 +400,11 @@ def parse_args(argv=None):
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers, random vectors and intervals")
     add = parser.add_argument_group("answers").add_argument
-    add("--num-samples", type=int, default=10, help="held-out questions to answer; 0: none")
+    add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
-    add("--batch-size", type=int, default=10, help="answers written at once")
+    add("--batch-size", type=int, default=8, help="answers written at once")
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     add = parser.add_argument_group("judge").add_argument
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://host:8000/v1")
@@ -420,8 +415,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--report-dir", metavar="DIR", help="report of several runs; default: where they all are")
     add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
-    switch = argparse.BooleanOptionalAction
-    add("--resume", default=True, action=switch, help="keep evaluations that are there already")
+    add("--restart", action="store_true", help="evaluate anew what is evaluated already")
     args = parser.parse_args(argv)
     lowest = {"heldout_tokens": 1, "batch_size": 1, "num_samples": 0, "max_new_tokens": 1}
     lowest |= {"micro_batch_tokens": 1, "temperature": 0, "judge_workers": 1, "judge_tokens": 1}

@@ -118,33 +118,50 @@ def lock_folder(folder):
                 path.unlink(missing_ok=True)
 
 
+def is_locked(folder):
+    """Whether another process holds the folder's lock."""
+    try:
+        with open(folder / "lock", "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        pass
+    return False
+
+
 def config_hash(config):
     """16 hex digits that stand for a config."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_done(folder, config):
-    """Whether the folder holds the finished vector of this config.
+    """Whether the folder holds the finished vector of this config, or the word that it needs none.
 
     Raises ValueError if it holds a vector or a checkpoint of another config; a run that left
     neither (it failed before its first checkpoint) may be replaced.
     """
-    record, finished = folder / "run.json", (folder / VECTOR_FILE).exists()
-    if not finished and not checkpoints(folder):
+    path, old, status = folder / "run.json", {}, None
+    holds = (folder / VECTOR_FILE).exists() or bool(checkpoints(folder))
+    if not path.exists() and not holds:
         return False
     try:
-        old = json.loads(record.read_text(encoding="utf-8"))["config"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        old, status = record["config"], record["status"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{record}: unreadable ({error}); --no-resume sets it aside") from error
+        if holds:
+            raise ValueError(f"{path}: unreadable ({error}); --restart sets it aside") from error
+    if not holds:
+        return status == "skipped" and old == config
     fields = sorted(key for key in {**config, **old} if config.get(key) != old.get(key))
     if fields:
         pairs = [(key, str(old.get(key)), str(config.get(key))) for key in fields]
         shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
-            "for a second run, or --no-resume to set the old one aside and start anew"
+            "for a second run, or --restart to set the old one aside and start anew"
         )
-    return finished
+    return (folder / VECTOR_FILE).exists()
 
 
 def set_aside(folder):
@@ -161,6 +178,25 @@ def set_aside(folder):
 def write_json(path, value):
     """Write a JSON file by write and rename."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """A JSON file's object; {} if it is missing or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def last_speed(folder):
+    """Tokens a second of the last ten steps in metrics.jsonl; 0 if there is none."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the line being written
+                rows.append(json.loads(line))
+    rows = [row for row in rows if "tokens" in row][-10:]
+    return sum(row["tokens"] for row in rows) / (sum(row["seconds"] for row in rows) or 1.0)
 
 
 def environment():

@@ -50,9 +50,12 @@ from run_folder import (
     config_hash,
     environment,
     is_done,
+    is_locked,
+    last_speed,
     load_checkpoint,
     lock_folder,
     peak_memory,
+    read_json,
     run_folder,
     save_checkpoint,
     set_aside,
@@ -65,7 +68,15 @@ AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size
 NOT_HASHED = (
     *("data_root", "dataset", "list_file", "source_model", "kind", "strict", "chat_template"),
     *("device", "device_map", "compile", "gradient_checkpointing", "prefix_cache"),
-    *("micro_batch_tokens", "save_every", "keep_checkpoints", "resume", "output_dir", "run_name"),
+    *(
+        "micro_batch_tokens",
+        "save_every",
+        "keep_checkpoints",
+        "restart",
+        "print_todo",
+        "print_status",
+    ),
+    *("output_dir", "run_name"),
 )
 log = logging.getLogger("train_steering")
 
@@ -136,7 +147,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     shuffle = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(train_set), generator=shuffle)
     optimizer = torch.optim.AdamW([vector], lr=0.0, weight_decay=0.0)
-    best_vector = vector.detach().clone()
+    best_vector, max_tokens = vector.detach().clone(), args.micro_batch_tokens
     info = {"config_hash": digest, "step": 0, "epoch": 0, "position": 0, "label_tokens": 0}
     info |= {"best_step": 0, "best_val": None, "bad_validations": 0, "seconds": 0.0}
 
@@ -154,7 +165,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
 
     # Layers 0..k never see the vector: run them once for every row that comes up more than once.
     again = [*(train_set if total > steps_per_epoch else []), *val_set]
-    model.cache_prefix(again, args.prefix_cache, args.micro_batch_tokens)
+    model.cache_prefix(again, args.prefix_cache, max_tokens)
     if not tensors:
         info["residual_norm"] = median_residual_norm(model, train_set[:8])
     laps.lap("prefix")
@@ -173,7 +184,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        losses = example_sums(model.losses, val_set, args.micro_batch_tokens)
+        losses = example_sums(model.losses, val_set, max_tokens)
         loss = sum(losses) / sum(map(label_count, val_set))
         if info["best_val"] is None or loss < info["best_val"]:
             best_vector.copy_(vector.detach())
@@ -211,11 +222,22 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
 
             # Gradient accumulation: loss summed over label tokens / label tokens of the whole step,
             # since a mean of micro-batch means would weigh short rows more.
-            step_loss = 0.0
-            for rows in micro_batches(batch, args.micro_batch_tokens):
-                loss = model.losses(rows).sum() / label_tokens
-                loss.backward()
-                step_loss += loss.detach()
+            try:
+                step_loss = 0.0
+                for rows in micro_batches(batch, max_tokens):
+                    loss = model.losses(rows).sum() / label_tokens
+                    loss.backward()
+                    step_loss += loss.detach()
+            except torch.OutOfMemoryError:  # the same step again, in smaller pieces
+                if all(len(rows) == 1 for rows in micro_batches(batch, max_tokens)):
+                    raise
+                max_tokens //= 2
+                log.warning(
+                    f"WARNING: out of memory, --micro-batch-tokens is {max_tokens} from now"
+                )
+                optimizer.zero_grad()
+                loss = None  # and with it what its graph holds
+                continue
 
             # Update; nothing has touched the vector yet if this raises.
             step_loss, limit = step_loss.item(), args.max_grad_norm or math.inf
@@ -277,19 +299,21 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
 def train_dataset(name, datasets, chat, get_model, args, laps, stop):
     """Train one dataset in its run folder; returns the exit code. ValueError: bad input."""
     folder, config = run_folder(args, name), result_config(args, name, datasets)
-    if args.resume and is_done(folder, config):
+    if not args.restart and is_done(folder, config):
         log.info(f"{name}: done already, {folder}")
         return 0
     train_set, val_set, counts = prepare(name, datasets, chat, args)
     laps.lap("tokenize")
-    if not train_set:
-        log.info(f"{name}: skipped, no examples: no scores ({counts['summary']})")
-        return 0
     with lock_folder(folder) as held:
         if not held:
             log.info(f"{name}: skipped, another process works in {folder}")
             return 0
-        if not args.resume:
+        if not train_set:
+            log.info(f"{name}: skipped, no examples: no scores ({counts['summary']})")
+            record = {"dataset": name, "status": "skipped", "config": config, "counts": counts}
+            write_json(folder / "run.json", record)
+            return 0
+        if args.restart:
             set_aside(folder)
         elif is_done(folder, config):  # by another process, while this one read the data
             return 0
@@ -301,7 +325,7 @@ def train_dataset(name, datasets, chat, get_model, args, laps, stop):
         except Exception as error:  # whatever it was, the next dataset may do better
             log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
             with contextlib.suppress(OSError, ValueError):  # the disk may be full
-                record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                record = read_json(folder / "run.json")
                 write_json(folder / "run.json", record | {"status": "failed", "error": str(error)})
             return 1
         finally:
@@ -352,10 +376,53 @@ def fill_folder(folder, config, data, get_model, args, laps, stop):
     return 0
 
 
+def print_todo(names, datasets, args):
+    """Print the names that are neither done nor in another process's hands."""
+    for name in names:
+        try:
+            folder = run_folder(args, name)
+            if is_done(folder, result_config(args, name, datasets)) or is_locked(folder):
+                continue
+        except (ValueError, OSError):
+            pass  # training it will say what is wrong
+        print(name)
+
+
+def print_status(names, datasets, args):
+    """Print how far a list of datasets is: counts, failures, speed, and time left."""
+    groups, seconds, speed = {"done": [], "running": [], "failed": [], "left": []}, [], 0.0
+    for name in names:
+        folder = run_folder(args, name)
+        record = read_json(folder / "run.json")
+        state = "failed" if record.get("status") == "failed" else "left"
+        with contextlib.suppress(ValueError, OSError):  # another setting is not this one
+            state = "done" if is_done(folder, result_config(args, name, datasets)) else state
+        if is_locked(folder):
+            state = "running"
+            speed += last_speed(folder)
+        groups[state].append(name)
+        seconds += [record["wall_seconds"]] if state == "done" and "wall_seconds" in record else []
+    for name in groups["running"]:
+        print(f"running  {name}")
+    for name in groups["failed"]:
+        print(f"failed   {name}: {read_json(run_folder(args, name) / 'run.json')['error']}")
+    counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
+    ahead = len(groups["left"]) + len(groups["running"]) / 2
+    hours = "unknown"
+    if seconds:
+        workers = max(1, len(groups["running"]))
+        hours = f"{ahead * sum(seconds) / len(seconds) / workers / 3600:.1f} h"
+    print(f"status   {counts} of {len(names)} | tok/s {speed:,.0f} | time left {hours}")
+
+
 def run(args, laps, stop):
     """Train every requested dataset with one model load; returns the worst exit code."""
     datasets = find_datasets(args.data_root, args.source_model, args.kind)
     names = df.requested_names(args, datasets)
+    if args.print_todo or args.print_status:
+        check_layer(args.layer, model_shape(args.model, args.trust_remote_code)[0], args.model)
+        (print_todo if args.print_todo else print_status)(names, datasets, args)
+        return 0
     chat = ChatFormat(load_tokenizer(args.model, args.chat_template, args.trust_remote_code))
     num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
     check_layer(args.layer, num_layers, args.model)
@@ -439,8 +506,9 @@ def parse_args(argv=None):
     add("--run-name", help="subfolder for a second setting on the same dataset")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints to keep")
-    switch = argparse.BooleanOptionalAction
-    add("--resume", default=True, action=switch, help="go on where a run stopped, or start anew")
+    add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
+    add("--print-status", action="store_true", help="only print how far the datasets are")
+    add("--restart", action="store_true", help="begin anew, keeping the old files in old-<n>/")
     args = parser.parse_args(argv)
     if Path(args.model).exists():  # one spelling, one run folder: "models/x/" is "models/x"
         args.model = os.path.normpath(args.model)

@@ -300,7 +300,7 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     assert ts.main([*base, "--lr", "0.1", "--run-name", "fast"]) == 0
     folder = the_folder(tmp_path)
     assert not torch.equal(hm.load_vector(folder / "fast" / rf.VECTOR_FILE)[0], first)
-    assert ts.main([*base, "--lr", "0.1", "--no-resume"]) == 0  # the old run is kept aside
+    assert ts.main([*base, "--lr", "0.1", "--restart"]) == 0  # the old run is kept aside
     assert torch.equal(hm.load_vector(folder / "old-1" / rf.VECTOR_FILE)[0], first)
     assert not torch.equal(read_vector(tmp_path), first)
     assert (folder / "fast" / rf.VECTOR_FILE).exists()
@@ -456,7 +456,9 @@ def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
     # Pirate and sailor hold the same rows in another order on disk: the same vector, also alone.
     together = read_vector(tmp_path / "runs", dataset="src__role__sailor")
     assert torch.equal(together, read_vector(tmp_path / "runs"))
-    assert not list((tmp_path / "runs").glob("*/layer1/*default*"))
+    (skipped,) = (tmp_path / "runs").glob("*/layer1/*default*")
+    assert [path.name for path in skipped.iterdir()] == ["run.json"]
+    assert json.loads((skipped / "run.json").read_text())["status"] == "skipped"
     assert ts.main([*base, "--dataset", "src__role__0_default", *QUICK]) == 0
     bare = ["--source-model", "src", "--kind", "role", "--dataset", "pirate"]
     assert ts.main([*base, *bare, *QUICK]) == 0

@@ -1,0 +1,177 @@
+"""Runs that are killed lose nothing: their vectors are, byte for byte, those of undisturbed runs.
+
+`make test` does a few kills, `make test-full` twenty, and a sweep with kills, poison and a full
+disk.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, persona_rows, write_raw
+
+import run_folder as rf
+
+STEPS = 40
+
+
+def train(data, model, output, *more):
+    """The command of a short run that writes a checkpoint at every step."""
+    options = ["--data-root", data, "--model", model, "--output-dir", output, "--layer", "1"]
+    options += ["--device", "cpu", "--init-scale", "0.5", "--max-steps", STEPS, "--save-every", 1]
+    return [sys.executable, "train_steering.py", *map(str, [*options, "--val-every", 7, *more])]
+
+
+def run(command, **options):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def vector_files(root):
+    """{dataset: bytes} of the vectors below a folder; every dataset must have one only."""
+    files = list(Path(root).rglob(rf.VECTOR_FILE))
+    found = {path.parent.name: path.read_bytes() for path in files}
+    assert len(found) == len(files)
+    return found
+
+
+def kill_in_the_middle(command, folder, moment, writing):
+    """Start a run, kill -9 it after `moment` new steps, or next time it writes a checkpoint.
+
+    Returns whether it was killed before it had finished.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    metrics, partial = folder / "metrics.jsonl", folder / ".partial"
+
+    def steps():
+        with contextlib.suppress(OSError):
+            return metrics.read_text().count('"loss"')
+        return 0
+
+    before = steps()
+    while process.poll() is None and steps() < before + moment:
+        time.sleep(0.002)
+    while writing and process.poll() is None and not partial.exists():
+        pass
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def check_kills(count, tiny_folder, tmp_path):
+    rows, scores = persona_rows(24)
+    write_raw(tmp_path / "data", "pirate", rows, scores)
+    quiet = train(
+        tmp_path / "data", tiny_folder, tmp_path / "quiet", "--dataset", "src__role__pirate"
+    )
+    assert run(quiet).returncode == 0
+    (folder,) = Path(tmp_path / "quiet").glob("*/layer1/*")
+    rough = train(
+        tmp_path / "data", tiny_folder, tmp_path / "rough", "--dataset", "src__role__pirate"
+    )
+    target = tmp_path / "rough" / folder.relative_to(tmp_path / "quiet")
+    pick, kills, mid_write = random.Random(count), 0, 0
+    while kills < count:
+        moment, writing = pick.randint(0, max(1, STEPS // count)), kills % 2 == 1
+        if kill_in_the_middle(rough, target, moment, writing):
+            kills += 1
+            mid_write += (target / ".partial").exists()
+        else:  # it finished before it was killed: the next round starts from nothing
+            shutil.rmtree(tmp_path / "rough")
+    assert run(rough).returncode == 0
+    steps = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, STEPS + 1))
+    different = vector_files(tmp_path / "quiet") != vector_files(tmp_path / "rough")
+    print(f"{kills} kills survived, {mid_write} of them in the middle of writing a file; ", end="")
+    print(f"vectors lost 0, vectors different {int(different)}")
+    assert not different
+    assert not list(target.glob(".partial"))
+
+
+def test_killed_run_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path):
+    check_kills(3, tiny_folder, tmp_path)
+
+
+@pytest.mark.full
+def test_run_killed_twenty_times_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path):
+    check_kills(20, tiny_folder, tmp_path)
+
+
+# ---------------------------------------------------------------- a whole sweep
+
+
+def small_disk(folder):
+    """Mount a tmpfs of 300 KiB there; None if this machine does not let us."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    return folder if subprocess.run(mount, capture_output=True).returncode == 0 else None
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = small_disk(tmp_path / "disk")
+    yield folder
+    if folder:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.full
+def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_path, disk):
+    good = ["role__pirate", "role__noir_detective", "role__drill_sergeant", "trait__melodramatic"]
+    good = [f"sample__{name}" for name in good]
+    shutil.copytree(ROOT / "sample_data", tmp_path / "data")
+    poison = tmp_path / "data" / "sample" / "roles_240"
+    shutil.copy(poison / "responses" / "pirate.jsonl", poison / "responses" / "poison.jsonl")
+    (poison / "extract_scores" / "poison.json").write_text('{"pos_p0_q0": 3, ')
+    listing = tmp_path / "roles.txt"
+    listing.write_text("\n".join(["sample__role__poison", *good, "sample__role__0_default"]) + "\n")
+    quiet = train(tmp_path / "data", tiny_folder, tmp_path / "quiet", "--dataset", *good)
+    assert run(quiet).returncode == 0
+
+    def sweep(output):
+        variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu,cpu"}
+        variables |= {"OUTPUT_DIR": str(output), "DATA_ROOT": str(tmp_path / "data")}
+        start = quiet.index("--layer")
+        options = ["--model", tiny_folder, *quiet[start : quiet.index("--dataset")]]
+        command = ["bash", "run_all_roles.sh", str(listing), *options]
+        variables = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "ROLES_PER_LOAD": "2"}
+        log = open(tmp_path / "sweep.log", "a")  # noqa: SIM115 (for its child)
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
+
+    # A disk that fills up: clear failures, nothing torn. Then there is room again.
+    output = tmp_path / "rough"
+    if disk:
+        (disk / "ballast").write_bytes(bytes(230 * 1024))
+        process = sweep(disk / "runs")
+        assert process.wait() == 1
+        assert "No space left" in "".join(p.read_text() for p in (tmp_path / "logs").glob("*.log"))
+        shutil.copytree(disk / "runs", output)  # what a user would go on from
+    # Workers killed at random, while the sweep goes on.
+    pick, kills = random.Random(1), 0
+    process = sweep(output)
+    while process.poll() is None:
+        time.sleep(pick.uniform(6, 14))
+        found = run(["pgrep", "-f", f"train_steering.py.*{output}.*--dataset"]).stdout.split()
+        if found and kills < 6:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pick.choice(found)), signal.SIGKILL)
+                kills += 1
+    assert process.returncode == 1  # the poisoned one
+    said = (tmp_path / "sweep.log").read_text()
+    print(said)
+    again = sweep(output)
+    assert again.wait() == 1
+    assert "failed: sample__role__poison" in said and kills >= 3
+    vectors = vector_files(output)
+    print(f"{kills} workers killed; {len(vectors)} of {len(good)} vectors")
+    assert vectors == vector_files(tmp_path / "quiet")
+    logs = {name: next(output.glob(f"*/layer1/{name}/train.log")).read_text() for name in good}
+    assert all(text.count("\ndone ") == 1 for text in logs.values())  # none was trained twice
