@@ -253,6 +253,8 @@ def add_own_answers(model, chat, data, args, bar):
         rows = first_rows(data.heldout, OWN_ANSWERS)
         texts = generate_answers(model, chat, [row["messages"][:-1] for row in rows], args)
         data.plain_heldout = answer_examples(chat, rows, texts)
+    if not (data.plain_train and data.plain_heldout):
+        raise ValueError("no row without the persona, and all answers of the plain model are empty")
 
 
 # ------------------------------------------------------------------ what answers are like

@@ -149,73 +149,82 @@ def evaluate(model, chat, data, vector, args):
         ]
         probe, about_probe = train_probe(persona, plain, *heldout_means)
 
-        # Likelihood: coefficients by validation questions, numbers on held-out ones.
-        directions = {"steered": vector, "mean_difference": difference}
-        chooser = within_budget(data.validation or data.train, args.heldout_tokens)
-        chosen = choose_coefficients(model, chooser, directions, args, bar)
-        factors = {name: about["chosen"] for name, about in chosen.items()}
-        noise = torch.randn(
-            RANDOM_VECTORS, len(vector), generator=torch.Generator().manual_seed(args.seed)
-        )
-        vectors = {
-            "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
-            "mean_difference": [difference * factors["mean_difference"]],
-            "steered": [vector],
-        }
-        if factors["steered"] == 1.0:
-            bar.total -= 1
-        else:
-            vectors["steered_chosen"] = [vector * factors["steered"]]
-        losses = heldout_losses(model, chat, data.heldout, vectors, args, bar)
-        tokens, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
-        table = compare_losses(losses, tokens, questions, args.seed)
+        result = likelihood(model, chat, data, vector, difference, args, bar)
 
         # Behaviour: answers, what they are like, and what the vector does to everything else.
         directions = {f"steered x{scale:g}": vector * scale for scale in scales}
-        directions["mean_difference"] = vectors["mean_difference"][0]
+        factor = result["coefficients"]["mean_difference"]["chosen"]
+        directions["mean_difference"] = difference * factor
         answers = compare_answers(model, chat, rows, directions, args, bar)
-        real = table["vanilla"]["perplexity"]
-        described = describe_answers(model, chat, rows, answers, probe, real, args, bar)
-        result = {
-            "heldout": {"rows": len(data.heldout), "questions": len(set(questions))},
-            "plain": {"source": data.plain_source, "train": len(data.plain_train)},
-            "likelihood": table,
-            "recovered": recovered_fraction(losses, tokens, questions, args.seed),
-            "coefficients": {
-                "chosen_on": "validation questions" if data.validation else "training questions",
-                "steered": chosen["steered"],
-                "mean_difference": chosen["mean_difference"],
-            },
-            "norms": {"steered": vector.norm().item(), "mean_difference": difference.norm().item()},
-            "probe": about_probe,
-            "answers": described,
-            "side_effects": side_effects(model, data.plain_heldout, directions, args, bar),
-            "samples": [
-                {
-                    "question": row["question"],
-                    "system_prompt": row["system_prompt"],
-                    "answers": {condition: texts[i] for condition, texts in answers.items()},
-                }
-                for i, row in enumerate(rows)
-            ],
+        real = result["likelihood"]["vanilla"]["perplexity"]
+        result["answers"] = describe_answers(model, chat, rows, answers, probe, real, args, bar)
+        effects = side_effects(model, data.plain_heldout, directions, args, bar)
+        result |= {"side_effects": effects, "probe": about_probe}
+        result["plain"] = {"source": data.plain_source, "train": len(data.plain_train)}
+        result["norms"] = {
+            "steered": vector.norm().item(),
+            "mean_difference": difference.norm().item(),
         }
-        result["heldout"]["tokens"] = sum(tokens)
+        result["samples"] = [
+            {
+                "question": row["question"],
+                "system_prompt": row["system_prompt"],
+                "answers": {condition: texts[i] for condition, texts in answers.items()},
+            }
+            for i, row in enumerate(rows)
+        ]
         bar.update()
     model.set_vector(vector)
     return result
+
+
+def likelihood(model, chat, data, vector, difference, args, bar):
+    """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
+
+    vector: the trained one (n,); difference: the mean difference (n,).
+    """
+    directions = {"steered": vector, "mean_difference": difference}
+    chooser = within_budget(data.validation or data.train, args.heldout_tokens)
+    chosen = choose_coefficients(model, chooser, directions, args, bar)
+    seeded = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
+    vectors = {
+        "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
+        "mean_difference": [difference * chosen["mean_difference"]["chosen"]],
+        "steered": [vector],
+    }
+    if chosen["steered"]["chosen"] == 1.0:
+        bar.total -= 1
+    else:
+        vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
+    losses = heldout_losses(model, chat, data.heldout, vectors, args, bar)
+    tokens, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
+    counts = {"rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)}
+    return {
+        "heldout": counts,
+        "likelihood": compare_losses(losses, tokens, questions, args.seed),
+        "recovered": recovered_fraction(losses, tokens, questions, args.seed),
+        "coefficients": {
+            "chosen_on": "validation questions" if data.validation else "training questions",
+            **chosen,
+        },
+    }
 
 
 def find_flags(result, record):
     """What is wrong with a run, as a list of words, most serious first."""
     table = result["likelihood"]
     bounds = {name: row.get("steered_minus_interval", [0, 0]) for name, row in table.items()}
-    one = result["answers"].get("steered x1", {})
+    collapsed = [name for name, row in result["answers"].items() if row["collapsed"]]
     checks = [
         ("NaN", not all(math.isfinite(row["nll"]) for row in table.values())),
         ("no better than vanilla", not bounds["vanilla"][1] < 0),
         ("no better than random", not bounds["random"][1] < 0),
         ("worse than mean difference", bounds["mean_difference"][0] > 0),
-        ("collapse", one.get("collapsed", False)),
+        *(
+            (f"collapse at {name.removeprefix('steered ')}", "steered x" in name)
+            for name in collapsed
+        ),
     ]
     return [*(name for name, wrong in checks if wrong), *eval_report.training_flags(record)]
 

@@ -470,7 +470,7 @@ def test_report_is_sorted_by_recovered_fraction_and_shows_what_is_missing(tmp_pa
 
     make("low", recovered={"value": 0.2, "interval": [0.1, 0.3]}, flags=["under budget"])
     make("high", recovered={"value": 0.9, "interval": [0.8, 1.0]}, flags=[])
-    make("none", recovered={"value": None, "why": "x"}, flags=["collapse", "NaN"])
+    make("none", recovered={"value": None, "why": "x"}, flags=["collapse at x1", "NaN"])
     make("crashed", status="failed")
     make("new")
     eval_report.write_report(tmp_path, sorted(tmp_path.iterdir()))
@@ -478,7 +478,7 @@ def test_report_is_sorted_by_recovered_fraction_and_shows_what_is_missing(tmp_pa
         lines = {line["dataset"].split("__")[-1]: line for line in csv.DictReader(file)}
     assert list(lines)[:2] == ["high", "low"]
     flags = {name: line["flags"] for name, line in lines.items()}
-    assert flags["none"] == "collapse; NaN" and flags["crashed"] == "failed"
+    assert flags["none"] == "collapse at x1; NaN" and flags["crashed"] == "failed"
     assert "norm" in flags["new"] and flags["high"] == ""
 
 
@@ -501,7 +501,7 @@ def test_flags_say_what_is_wrong():
     assert flags({**good, "vanilla": [-0.1, 0.1]}) == ["no better than vanilla"]
     assert flags({**good, "random": [-0.1, 0.0]}) == ["no better than random"]
     assert flags({**good, "mean_difference": [0.1, 0.2]}) == ["worse than mean difference"]
-    assert flags(collapsed=True) == ["collapse"]
+    assert flags(collapsed=True) == ["collapse at x1"]
     assert flags(final={"ratio": 1.7}) == flags(final={}) == ["norm out of range"]
     assert flags(counts={"tokens": 49}) == ["under budget"]
     nan = [math.nan, math.nan]

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import CONFIGS, tiny
 
 import hook_model as hm
@@ -498,6 +499,34 @@ def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
     fast = sum(hm.example_sums(model.losses, rows, max_tokens=40))
     assert model.fast and model.prefix.states.dtype == torch.bfloat16
     assert fast / tokens == pytest.approx(plain / tokens, abs=0.01)
+
+
+# ---------------------------------------------------------------- a model in several places
+
+
+def test_model_split_over_memory_and_disk_gives_the_same_gradient(tiny_folder, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(4)} | {"lm_head": "cpu"}
+    split = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_folder, dtype=torch.float32, device_map=places, offload_folder=str(tmp_path)
+    )
+    whole = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
+    rows, noise = rows_of(9, 14), torch.randn(32, generator=torch.Generator().manual_seed(1))
+    for layer in (1, 2):  # on disk (its weights are on no device), in memory
+        model = hm.SteerModel(split, layer)
+        assert next(split.model.layers[1].parameters()).device.type == "meta"
+        for each in (model, whole):
+            each.set_layer(layer)
+            each.set_vector(noise)
+        expected = gradient_of(whole, plain_loss(whole, rows))
+        for cache in ("off", "host"):
+            model.cache_prefix(rows, cache)
+            got = gradient_of(model, model.losses(rows).sum())
+            assert model.fast and torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+        options = {"max_new_tokens": 6, "do_sample": False}
+        answers = [each.generate(input_ids=IDS, **options) for each in (model, whole)]
+        assert torch.equal(*answers)
+        model._handle.remove()
 
 
 # ---------------------------------------------------------------- loading

@@ -536,3 +536,27 @@ def test_training_lowers_nll_of_unseen_real_data_on_the_real_model(smol, tmp_pat
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_out_of_memory_halves_the_micro_batch_and_does_the_step_again(
+    tmp_path, monkeypatch, caplog
+):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    rows, flags = examples([8, 9, 10, 11]), ["--batch-size", "4", "--micro-batch-tokens", "64"]
+    whole, _, _ = fit(tmp_path / "a", rows, *flags)
+    real = hm.SteerModel.losses
+
+    def losses(self, batch):
+        if len(batch) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+
+    monkeypatch.setattr(hm.SteerModel, "losses", losses)
+    halved, _, folder = fit(tmp_path / "b", rows, *flags)
+    assert "--micro-batch-tokens is 32 from now" in caplog.text and "is 16 from" in caplog.text
+    assert torch.allclose(halved.steering.vector, whole.steering.vector, atol=1e-5)
+    assert steps_in(folder) == [1, 2, 3, 4]
+    monkeypatch.setattr(hm.SteerModel, "losses", lambda *_: losses(None, [1, 2]))
+    with pytest.raises(torch.OutOfMemoryError):  # a row alone is as small as it gets
+        fit(tmp_path / "c", examples([8, 9]), "--batch-size", "1")
