@@ -280,7 +280,13 @@ def plot_fluency(axis, result):
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
     handles = [*axis.lines, *right.lines]
-    axis.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8)
+    axis.legend(
+        handles,
+        [line.get_label() for line in handles],
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+    )
 
 
 @picture

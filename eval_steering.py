@@ -422,7 +422,11 @@ def parse_args(argv=None):
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
     add = parser.add_argument_group("output").add_argument
-    add("--report-dir", metavar="DIR", help="report of several runs; default: where they all are")
+    add(
+        "--report-dir",
+        metavar="DIR",
+        help="of the report of several runs; default: the folder of all",
+    )
     add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
     add("--restart", action="store_true", help="evaluate anew what is evaluated already")
     args = parser.parse_args(argv)
@@ -469,7 +473,10 @@ def run(args):
             codes.append(1 if isinstance(error, JudgeError) else 2)
     if len(folders) > 1 and args.prompt is None:
         done = [folder for folder in folders if (folder / "eval.json").exists()]
-        out = Path(args.report_dir or os.path.commonpath([folder.resolve() for folder in folders]))
+        shared = (
+            args.run[0] if len(args.run) == 1 else os.path.commonpath(map(os.path.abspath, folders))
+        )
+        out = Path(args.report_dir or shared)
         out.mkdir(parents=True, exist_ok=True)
         matrices = specificity(done, args, models, out / "specificity.json")
         runs = eval_report.all_runs(args.run)

@@ -23,7 +23,7 @@ import eval_steering
 import train_steering
 from chat_format import ChatFormat, load_tokenizer
 from data_layouts import find_datasets, parse_row, read_rows
-from hook_model import load_model, micro_batches, save_vector
+from hook_model import load_model, response_means, save_vector
 
 COMMON = "--data-root sample_data --val-fraction 0.3 --save-every 1000000"
 
@@ -43,15 +43,8 @@ def mean_difference(path, model_name, name, layer):
     responses, _ = datasets[name.split("__")[0] + "__role__0_default"]
     rows = [parse_row(raw, None) for _, raw, _ in read_rows(responses)]
     rows, _ = df.split_by_question(rows, options.heldout_fraction, options.split_seed)
-    model, means = load_model(model_name, layer), []
-    for examples in (persona, chat.encode(rows)):
-        model.cache_prefix(examples)
-        states = [
-            model.prefix.rows(e)[[label >= 0 for label in e.labels]].float().mean(dim=0)
-            for batch in micro_batches(examples, 1024)
-            for e in batch
-        ]
-        means.append(sum(states) / len(states))
+    model = load_model(model_name, layer)
+    means = [response_means(model, e, 1024).mean(dim=0) for e in (persona, chat.encode(rows))]
     save_vector(path, means[0] - means[1], {"model": model_name, "layer": layer})
 
 
