@@ -62,6 +62,14 @@ if [[ $command == status ]]; then
     mapfile -d '' options <"$LOG_DIR/sweep"
     exec "$PYTHON" "$TRAIN" "${options[@]}" --print-status
 fi
+for option in "$@"; do
+    case $option in
+        --restart | --print-* | --dataset | --list-file)
+            echo "error: $option is for train_steering.py alone; this loop goes on with what is there" >&2
+            exit 2
+            ;;
+    esac
+done
 options=(--data-root "$DATA_ROOT" --output-dir "$OUTPUT_DIR" "$@")
 printf '%s\0' "${options[@]}" --list-file "$list" >"$LOG_DIR/sweep"
 
@@ -116,7 +124,7 @@ fi
 # ---------------------------------------------------------------- workers
 
 if [[ -z ${GPUS:-} ]]; then
-    GPUS=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null |
+    GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null |
         paste -sd, - || true)}
 fi
 IFS=, read -r -a gpus <<<"${GPUS:-cpu}"
@@ -176,6 +184,7 @@ worker() { # worker NUMBER GPU: train what the queue holds; 75 or 130 if a signa
             give_back "$name"
         done
     done
+    return "${stopped:-0}"
 }
 
 stopped='' usr1='' workers=()
@@ -218,7 +227,7 @@ if [[ -n ${EVAL:-} ]]; then
     "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" $EVAL </dev/null >>"$LOG_DIR/eval.log" 2>&1 ||
         echo "evaluation ended with exit code $? ($LOG_DIR/eval.log)" >&2
 fi
-if [[ -d $OUTPUT_DIR ]]; then
+if [[ -d $OUTPUT_DIR && ($left -gt 0 || ! -e $OUTPUT_DIR/report.csv) ]]; then
     "$PYTHON" eval_report.py "$OUTPUT_DIR" </dev/null || true # no run at all, if every role failed
 fi
 left=$(wc -l <"$work/todo")

@@ -175,3 +175,27 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
     assert vectors == vector_files(tmp_path / "quiet")
     logs = {name: next(output.glob(f"*/layer1/{name}/train.log")).read_text() for name in good}
     assert all(text.count("\ndone ") == 1 for text in logs.values())  # none was trained twice
+
+
+@pytest.mark.full
+def test_rerun_over_five_hundred_finished_names_does_nothing(tiny_folder, tmp_path):
+    rows, scores = persona_rows(8)
+    names = [write_raw(tmp_path / "data", f"r{i}", rows, scores) for i in range(500)]
+    listing = tmp_path / "roles.txt"
+    listing.write_text("\n".join(names))
+    options = ["--model", tiny_folder, "--layer", "1", "--device", "cpu", "--max-steps", "1"]
+    options += ["--init-scale", "0.1", "--val-fraction", "0"]
+    variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu"}
+    variables |= {"OUTPUT_DIR": str(tmp_path / "runs"), "DATA_ROOT": str(tmp_path / "data")}
+    variables = {**os.environ, **variables, "ROLES_PER_LOAD": "500"}
+    command = ["bash", "run_all_roles.sh", str(listing), *options]
+    first = run(command, env=variables)
+    assert first.returncode == 0 and len(vector_files(tmp_path / "runs")) == 500, first.stderr
+    (log,) = (tmp_path / "logs").glob("*.log")
+    before = log.read_text()
+    assert before.count("loading  ") == 1
+    started = time.perf_counter()
+    again = run(command, env=variables)
+    print(f"{again.stdout.strip()}; {time.perf_counter() - started:.1f} s")
+    assert again.returncode == 0 and "500 done or in work elsewhere, 0 to train" in again.stdout
+    assert log.read_text() == before  # no training was started, so no model loaded

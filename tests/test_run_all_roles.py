@@ -136,6 +136,8 @@ def test_stopped_role_stops_the_loop_and_usage_errors_exit_2(tmp_path):
     assert result.returncode == 75 and set(done) == {"a"}
     assert loop(tmp_path / "none.txt", tmp_path).returncode == 2
     assert stub_loop(tmp_path, ["# nothing"])[0].returncode == 2
+    refused = loop(tmp_path / "list with spaces.txt", tmp_path, "--restart")
+    assert refused.returncode == 2 and "--restart" in refused.stderr
     assert loop("--help", tmp_path).returncode == loop("status", tmp_path / "new").returncode == 2
     assert SCRIPT.stat().st_mode & stat.S_IXUSR
 
