@@ -12,8 +12,8 @@
 # roles.txt: one full dataset name a line; "#" starts a comment, blank lines are skipped. Write one
 # with: python data_filter.py --data-root DATA --model ID --write-list roles.txt
 # Run it again to go on: what is done is not done again, and several of these loops (panes, users,
-# nodes on one file system) may share a list. A role that fails is tried once more at the end, then
-# written to LOG_DIR/failed.txt. SIGTERM and SIGUSR1 are passed on: each role in work saves a
+# nodes on one file system) may share a list. A role that fails is tried once more at the end (four
+# times if its process was killed), then written to LOG_DIR/failed.txt. SIGTERM and SIGUSR1 are passed on: each role in work saves a
 # checkpoint, and the loop exits with 75. A Slurm job that gets SIGUSR1 (near its time limit)
 # requeues itself; its array task takes every n-th role of the list.
 # Exit codes: 0 all done, 1 some failed, 2 bad usage, 75 or 130 (Ctrl-C) stopped.
@@ -149,7 +149,7 @@ give_back() { # put a name at the end of the queue
 }
 
 worker() { # worker NUMBER GPU: train what the queue holds; 75 or 130 if a signal stopped it
-    local number=$1 gpu=$2 log code name stopped='' child='' names undone
+    local number=$1 gpu=$2 log code name stopped='' child='' names undone tries
     log="$LOG_DIR/${HOSTNAME:-host}${SLURM_ARRAY_TASK_ID:+-task$SLURM_ARRAY_TASK_ID}-$gpu.$number.log"
     trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM
     [[ $gpu == cpu ]] || export CUDA_VISIBLE_DEVICES=$gpu
@@ -168,16 +168,18 @@ worker() { # worker NUMBER GPU: train what the queue holds; 75 or 130 if a signa
         if [[ $code -eq 75 || $code -eq 130 || -n $stopped ]]; then
             return "${stopped:-$code}"
         fi
-        # What is not done has failed; of a process that was killed, only the one it was at.
+        # What is not done has failed; of a process that was killed, only the one it was at, and
+        # that may be tried more often: it goes on after its last checkpoint.
+        tries=$((code < 128 ? 2 : 5))
         printf '%s\n' "${names[@]}" >"$work/chunk-$number"
         mapfile -t undone < <(todo "$work/chunk-$number" 2>/dev/null)
         for name in "${undone[@]}"; do
             if [[ $code -lt 128 || $name == "${undone[0]}" ]]; then
                 echo "$name" >>"$work/tries"
-                if [[ $(grep -cxF -- "$name" "$work/tries") -ge 2 ]]; then
+                if [[ $(grep -cxF -- "$name" "$work/tries") -ge $tries ]]; then
                     echo "$name" >>"$work/failed"
                     echo "$(date '+%F %T') $name, exit code $code, $log" >>"$LOG_DIR/failed.txt"
-                    echo "$(date +%H:%M:%S) $gpu: FAILED twice: $name ($log)"
+                    echo "$(date +%H:%M:%S) $gpu: FAILED: $name ($log)"
                     continue
                 fi
             fi

@@ -134,7 +134,8 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
     listing = tmp_path / "roles.txt"
     listing.write_text("\n".join(["sample__role__poison", *good, "sample__role__0_default"]) + "\n")
     quiet = train(tmp_path / "data", tiny_folder, tmp_path / "quiet", "--dataset", *good)
-    assert run(quiet).returncode == 0
+    one = {"OMP_NUM_THREADS": "1"}  # another number of threads sums in another order
+    assert run(quiet, env={**os.environ, **one}).returncode == 0
 
     def sweep(output):
         variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu,cpu"}
@@ -142,7 +143,7 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
         start = quiet.index("--layer")
         options = ["--model", tiny_folder, *quiet[start : quiet.index("--dataset")]]
         command = ["bash", "run_all_roles.sh", str(listing), *options]
-        variables = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "ROLES_PER_LOAD": "2"}
+        variables = {**os.environ, **variables, **one, "ROLES_PER_LOAD": "2"}
         log = open(tmp_path / "sweep.log", "a")  # noqa: SIM115 (for its child)
         return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
 
@@ -167,10 +168,10 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
     assert process.returncode == 1  # the poisoned one
     said = (tmp_path / "sweep.log").read_text()
     print(said)
-    again = sweep(output)
-    assert again.wait() == 1
-    assert "failed: sample__role__poison" in said and kills >= 3
     vectors = vector_files(output)
+    again = sweep(output)  # again the poisoned one, and nothing else
+    assert again.wait() == 1 and vectors == vector_files(output)
+    assert "failed: sample__role__poison" in said and kills >= 3
     print(f"{kills} workers killed; {len(vectors)} of {len(good)} vectors")
     assert vectors == vector_files(tmp_path / "quiet")
     logs = {name: next(output.glob(f"*/layer1/{name}/train.log")).read_text() for name in good}

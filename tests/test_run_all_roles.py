@@ -106,7 +106,7 @@ def test_killed_training_gives_its_roles_back(tmp_path):
     result, done, calls = stub_loop(tmp_path, names, ROLES_PER_LOAD="6")
     assert result.returncode == 1 and done == dict.fromkeys("abcd", 1)
     tried = " ".join(calls).split()
-    assert tried.count("killer") == 2
+    assert tried.count("killer") == 5
     failed = (tmp_path / "logs" / "failed.txt").read_text()
     assert failed.count("killer, exit code 137") == failed.count("bad, exit code 1") == 1
 
