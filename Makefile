@@ -6,7 +6,7 @@ DEMO_RUN = runs/demo
 
 .PHONY: demo test test-full test-slurm bench clean
 
-# One real persona vector on a real chat model, 2 CPU cores, under 5 minutes once installed.
+# One real persona vector on a real chat model, 2 CPU cores, about 5 minutes once installed.
 # Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
 demo: .venv/ready $(MODEL)/config.json
 	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
