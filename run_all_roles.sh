@@ -13,9 +13,9 @@
 # with: python data_filter.py --data-root DATA --model ID --write-list roles.txt
 # Run it again to go on: what is done is not done again, and several of these loops (panes, users,
 # nodes on one file system) may share a list. A role that fails is tried once more at the end (four
-# times if its process was killed), then written to LOG_DIR/failed.txt. SIGTERM and SIGUSR1 are passed on: each role in work saves a
-# checkpoint, and the loop exits with 75. A Slurm job that gets SIGUSR1 (near its time limit)
-# requeues itself; its array task takes every n-th role of the list.
+# times more if its process was killed), then written to LOG_DIR/failed.txt. SIGTERM and SIGUSR1 are
+# passed on: each role in work saves a checkpoint, and the loop exits with 75. A Slurm job that gets
+# SIGUSR1 (near its time limit) requeues itself; its array task takes every n-th role of the list.
 # Exit codes: 0 all done, 1 some failed, 2 bad usage, 75 or 130 (Ctrl-C) stopped.
 #
 # Environment (relative paths start at this script's folder):
