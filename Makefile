@@ -4,7 +4,7 @@ PY = .venv/bin/python
 MODEL = models/SmolLM2-135M-Instruct
 DEMO_RUN = runs/demo
 
-.PHONY: demo test test-full test-slurm bench clean
+.PHONY: demo test test-full test-interop test-slurm bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, about 5 minutes once installed.
 # Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
@@ -22,17 +22,23 @@ test: .venv/ready $(MODEL)/config.json
 
 # What takes minutes, or a compiler: twenty kills, a sweep with kills and a full disk, the judge
 # against llama.cpp's server, built from source.
-test-full: .venv/ready .venv-judge/ready $(MODEL)/config.json
-	JUDGE_PYTHON=.venv-judge/bin/python $(PY) -m pytest -m full
+test-full: .venv/ready .venv-interop/llama-cpp-python/ready $(MODEL)/config.json
+	$(PY) -m pytest -m full
+
+# Exported vectors read by the tools they are for, each in an environment of its own.
+CONSUMERS = repeng steering-vectors llama-cpp-python
+test-interop: .venv/ready $(CONSUMERS:%=.venv-interop/%/ready) $(MODEL)/config.json
+	$(PY) -m pytest -m interop -s
 
 # The sample list as an array job on a real Slurm of this machine (root; apt-get install slurm-wlm munge).
 test-slurm: .venv/ready $(MODEL)/config.json
 	bash tests/slurm/run.sh
 
-.venv-judge/ready:
-	$(PYTHON) -m venv .venv-judge
+.venv-interop/%/ready: requirements-interop.txt requirements.txt
+	$(PYTHON) -m venv .venv-interop/$*
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
-	    .venv-judge/bin/python -m pip install --quiet "llama-cpp-python[server]==0.3.36"
+	    .venv-interop/$*/bin/python -m pip install --quiet -c requirements.txt torch \
+	    "$$(grep '^$*' requirements-interop.txt)"
 	touch $@
 
 # Speed against TRL's SFTTrainer, in an environment of its own; ARGS="--help" lists the options.
@@ -57,4 +63,4 @@ $(MODEL)/config.json: .venv/ready demo/get_model.py
 	$(PY) demo/get_model.py $(MODEL)
 
 clean:
-	rm -rf .venv .venv-bench .venv-judge models runs/demo
+	rm -rf .venv .venv-bench .venv-interop models runs/demo

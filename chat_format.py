@@ -2,7 +2,8 @@
 
 chat = ChatFormat(load_tokenizer("Qwen/Qwen3-32B"))
 example = chat.encode([row])[0]      # example.input_ids, example.labels
-text = chat.prompt_text([{"role": "user", "content": "Hello"}])
+inputs = chat.inputs(["Hello"])      # what `generate` takes
+text = chat.answers(inputs, model.generate(**inputs))[0]
 """
 
 from dataclasses import dataclass
@@ -104,6 +105,37 @@ class ChatFormat:
         if not prompted or not row["system_prompt"] or row["messages"][0]["role"] == "system":
             return row["messages"]
         return [{"role": "system", "content": row["system_prompt"]}, *row["messages"]]
+
+    def inputs(self, conversations, device="cpu"):
+        """Left-padded input_ids and attention_mask (B, T) that ask for an answer to each.
+
+        conversations: lists of messages, or single questions as strings.
+        """
+        import torch  # here, since counting tokens needs none
+
+        turns = [
+            [{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations
+        ]
+        prompts = self.tokenize([self.prompt_text(messages) for messages in turns])
+        longest = max(map(len, prompts))
+        ids = [[0] * (longest - len(p)) + p for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        return {name: torch.tensor(rows, device=device) for name, rows in arrays.items()}
+
+    def answers(self, inputs, output, stop_ids=()):
+        """Texts of what `generate` wrote after `inputs`, up to a stop token: B strings.
+
+        output: (B, T + new) ids. Raises AssertionError if it does not begin with the inputs.
+        """
+        prompts, texts = inputs["input_ids"].tolist(), []
+        for prompt, ids in zip(prompts, output.tolist(), strict=True):
+            assert ids[: len(prompt)] == prompt, "an answer does not start where its prompt ends"
+            new = ids[len(prompt) :]
+            stops = (i for i, t in enumerate(new) if t in stop_ids or t == self.end_of_turn_id)
+            new = new[: next(stops, len(new))]
+            texts.append(self.tokenizer.decode(new, skip_special_tokens=True).strip())
+        return texts
 
     def encode(self, rows, prompted=False):
         """Tokenize rows into Examples; prompted: with their system prompts put back."""

@@ -198,25 +198,17 @@ def generate_answers(model, chat, conversations, options):
     torch.manual_seed(options.seed)
     answers = []
     for start in range(0, len(conversations), options.batch_size):
-        texts = [chat.prompt_text(m) for m in conversations[start : start + options.batch_size]]
-        prompts = chat.tokenize(texts)
-        longest = max(map(len, prompts))
-        ids = [[0] * (longest - len(p)) + p for p in prompts]  # left padding
-        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        batch = conversations[start : start + options.batch_size]
+        inputs = chat.inputs(batch, model.input_device)
         output = model.generate(
-            input_ids=torch.tensor(ids, device=model.input_device),  # (B, longest)
-            attention_mask=torch.tensor(mask, device=model.input_device),
+            **inputs,
             max_new_tokens=options.max_new_tokens,
             eos_token_id=stop_ids or None,
             pad_token_id=stop_ids[0] if stop_ids else 0,
             repetition_penalty=1.0,
             **sampling,
-        ).tolist()
-        for padded, whole in zip(ids, output, strict=True):
-            assert whole[:longest] == padded, "an answer does not start where its prompt ends"
-            new = whole[longest:]
-            end = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
-            answers.append(chat.tokenizer.decode(new[:end], skip_special_tokens=True).strip())
+        )
+        answers += chat.answers(inputs, output, stop_ids)
     return answers
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from hook_model import load_vector, write_atomically
 from run_folder import VECTOR_FILE, read_json
 
+FORMAT_VERSION = "2"  # of eval.json
 NAMES = {"steered_chosen": "steered, chosen scale", "mean_difference": "mean difference"}
 COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
 COLORS |= {"mean_difference": "#029e73", "steered": "#4a9fd4", "steered_chosen": "#9fd0f0"}
@@ -105,9 +106,9 @@ def scored(value):
     return "-" if value is None else f"{value['mean']:.2f} {bracket(value['interval'], '{:.2f}')}"
 
 
-def answers_text(sample):
+def answers_text(sample, heading="##"):
     """One question and its answers as Markdown."""
-    parts = [f"## {sample['question']}", f"persona prompt: *{sample['system_prompt']}*"]
+    parts = [f"{heading} {sample['question']}", f"persona prompt: *{sample['system_prompt']}*"]
     parts += [f"**{condition}**\n\n{text}" for condition, text in sample["answers"].items()]
     return "\n\n".join(parts)
 

@@ -56,7 +56,7 @@ from hook_model import (
     write_atomically,
 )
 from judge import SCALES, Judge, JudgeError, rubric_for
-from run_folder import VECTOR_FILE, read_json, write_json
+from run_folder import VECTOR_FILE, find_runs, read_json, write_json
 
 RANDOM_VECTORS = 3
 # Options that do not change the numbers: a finished evaluation with others is not done again.
@@ -68,19 +68,6 @@ NOT_RESULTS = (
 
 
 # ------------------------------------------------------------------ the run
-
-
-def find_runs(paths):
-    """Run folders with a finished vector, at or below each path, each once; ValueError if none."""
-    found = {}
-    for path in map(Path, paths):
-        here = [path] if (path / "run.json").exists() else []
-        below = sorted(file.parent for file in path.rglob(VECTOR_FILE))
-        below = [folder for folder in below if not folder.name.startswith("old-")]
-        if not (here or below):
-            raise ValueError(f"--run {path}: no readable run.json, and no finished run below it")
-        found |= dict.fromkeys(here or below)
-    return list(found)
 
 
 def read_run(folder):
@@ -235,7 +222,7 @@ def evaluation_config(args, run_args, record, vector):
     digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
     datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
     options |= {"data": data_digest(record["dataset"], datasets), "vector": digest}
-    return options | {"run": record["config_hash"], "format_version": "2"}
+    return options | {"run": record["config_hash"], "format_version": eval_report.FORMAT_VERSION}
 
 
 def evaluate_folder(folder, args, models):

@@ -2,8 +2,8 @@
 
     model = load_model("Qwen/Qwen3-32B", layer=22)
     model.load_vector("steering_vector.safetensors")
-    ids = model.generate(input_ids=..., attention_mask=..., max_new_tokens=100)
-    with model.steering_off():
+    ids = model.generate(input_ids=..., attention_mask=..., max_new_tokens=100, scale=1.3)
+    with model.scaled(0):  # the plain model
         logits = model(input_ids=...).logits
 
 The only file that touches the inside of a model.
@@ -45,23 +45,25 @@ log = logging.getLogger("train_steering")
 
 
 class ResidualHook(nn.Module):
-    """One trainable vector, added to the residual stream: `hidden_states + vector`.
+    """One trainable vector, added to the residual stream: `hidden_states + scale * vector`.
 
     vector: fp32 (hidden_size,), randn * init_scale (generator: for a seeded start). It stays fp32
     because bf16 cannot hold Adam's small updates; a cast copy is added, never in place.
+    scale: a number, 1 unless `SteerModel.scaled` sets it.
     """
 
     def __init__(self, hidden_size, init_scale=0.0, generator=None):
         super().__init__()
         noise = torch.randn(hidden_size, generator=generator, dtype=torch.float32)
         self.vector = nn.Parameter(noise * init_scale)
-        self.enabled = True
+        self.scale = 1.0
 
     def forward(self, hidden_states):
         """Add the vector to (..., hidden_size) states of any float dtype, on their device."""
-        if not self.enabled:
+        if self.scale == 0:
             return hidden_states
-        return hidden_states + self.vector.to(hidden_states.device, hidden_states.dtype)
+        vector = self.scale * self.vector
+        return hidden_states + vector.to(hidden_states.device, hidden_states.dtype)
 
     def hook(self, module, inputs, output):
         """Forward hook of a decoder layer; its output is a tensor, in older versions a tuple."""
@@ -71,10 +73,15 @@ class ResidualHook(nn.Module):
 
 
 def save_vector(path, vector, metadata):
-    """Write a (n,) tensor as fp32 safetensors with metadata, by write and rename.
+    """Write a (n,) tensor as a vector file: fp32 safetensors with metadata. By write and rename."""
+    write_atomically(path, vector_bytes(vector, metadata))
 
-    The same vector and metadata give the same bytes: the library writes metadata in random order,
-    so its header (8 bytes of length, JSON padded with spaces) is written again, sorted.
+
+def vector_bytes(vector, metadata):
+    """The content of a vector file, the same bytes for the same vector (n,) and metadata.
+
+    The library writes metadata in random order, so its header (8 bytes of length, JSON padded with
+    spaces) is written again, sorted.
     """
     tensor = vector.detach().to("cpu", torch.float32).contiguous()
     strings = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
@@ -82,7 +89,7 @@ def save_vector(path, vector, metadata):
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    write_atomically(path, len(header).to_bytes(8, "little") + header + data[end:])
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def load_vector(path):
@@ -196,28 +203,32 @@ class SteerModel(nn.Module):
         self._tuples = isinstance(output, tuple)
         return self.steering.hook(module, inputs, output)
 
-    def set_vector(self, vector, scale=1.0):
-        """Use `scale * vector`, shape (hidden_size,); ValueError on another shape or NaN."""
+    def set_vector(self, vector, scale=1.0, add=False):
+        """Use `scale * vector`, shape (hidden_size,); add: on top of the vector that is there.
+
+        Raises ValueError on another shape or NaN.
+        """
         vector = torch.as_tensor(vector, dtype=torch.float32)
         if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
             raise ValueError(
                 f"a vector of shape {list(vector.shape)} (finite: {bool(vector.isfinite().all())}) "
                 f"does not fit {self.name}: it needs [{self.hidden_size}] finite numbers"
             )
+        vector = (scale * vector).to(self.steering.vector.device)
         with torch.no_grad():
-            self.steering.vector.copy_(scale * vector)
+            self.steering.vector.copy_(self.steering.vector + vector if add else vector)
 
     def save_vector(self, path, **metadata):
-        """Write the vector with the model's name, the layer and `metadata` in the file's header."""
-        save_vector(
-            path, self.steering.vector, {"model": self.name, "layer": self.layer, **metadata}
-        )
+        """Write the vector; model, its type, layer and `metadata` go into the file's header."""
+        model = {"model": self.name, "model_type": self.config.model_type, "layer": self.layer}
+        save_vector(path, self.steering.vector, {**model, **metadata})
 
-    def load_vector(self, path, scale=1.0, any_model=False):
+    def load_vector(self, path, scale=1.0, add=False, any_model=False):
         """Use the vector of a file. ValueError if its model, width or layer is not this one's.
 
-        Models are compared by the last part of their name, so a local copy of a hub model passes;
-        any_model: skip that, for a fine-tune or a renamed copy. Returns the file's metadata.
+        add: on top of the vector that is there, so that several act at once. Models are compared by
+        the last part of their name, so a local copy of a hub model passes; any_model: skip that,
+        for a fine-tune or a renamed copy. Returns the file's metadata.
         """
         vector, metadata = load_vector(path)
         layer, model = metadata.get("layer"), metadata.get("model", "unknown")
@@ -230,25 +241,33 @@ class SteerModel(nn.Module):
             raise ValueError(
                 f"{path} was trained at layer {layer}, the model is set to {self.layer}"
             )
-        self.set_vector(vector, scale)
+        self.set_vector(vector, scale, add)
         return metadata
 
     @contextlib.contextmanager
-    def steering_off(self):
-        """Context: the plain model, without the vector."""
-        before, self.steering.enabled = self.steering.enabled, False
+    def scaled(self, scale):
+        """Context: `scale` times the vector; 0 is the plain model."""
+        before, self.steering.scale = self.steering.scale, scale
         try:
             yield self
         finally:
-            self.steering.enabled = before
+            self.steering.scale = before
+
+    def steering_off(self):
+        """Context: the plain model, without the vector."""
+        return self.scaled(0)
 
     def forward(self, *args, **kwargs):
         """The model's own forward, steered."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args, **kwargs):
-        """The model's own generate, steered. Batches of prompts must be padded on the LEFT."""
-        return self.model.generate(*args, **kwargs)
+    def generate(self, *args, scale=None, **kwargs):
+        """The model's own generate, steered, at `scale` times the vector if given.
+
+        Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does.
+        """
+        with self.scaled(self.steering.scale if scale is None else scale):
+            return self.model.generate(*args, **kwargs)
 
     @torch.no_grad()
     def layer_output(self, input_ids, **kwargs):
@@ -657,15 +676,25 @@ def gguf_arguments(name):
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
-def model_shape(name, trust_remote_code=False):
-    """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
+def read_config(name, trust_remote_code=False):
+    """The config of a model, by itself; ValueError if it is not readable."""
     try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             **gguf_arguments(name), trust_remote_code=trust_remote_code
-        ).get_text_config()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
-    return config.num_hidden_layers, config.hidden_size
+
+
+def model_shape(name, trust_remote_code=False):
+    """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
+    return shape_of(read_config(name, trust_remote_code))
+
+
+def shape_of(config):
+    """(number of layers, hidden_size) of a config, of its text part if there are several."""
+    text = config.get_text_config()
+    return text.num_hidden_layers, text.hidden_size
 
 
 def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_remote_code=False):

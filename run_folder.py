@@ -93,6 +93,19 @@ def run_folder(args, name):
     return Path(args.output_dir, short, f"layer{args.layer}", name, args.run_name or "")
 
 
+def find_runs(paths):
+    """Run folders with a finished vector, at or below each path, each once; ValueError if none."""
+    found = {}
+    for path in map(Path, paths):
+        here = [path] if (path / "run.json").exists() else []
+        below = sorted(file.parent for file in path.rglob(VECTOR_FILE))
+        below = [f for f in below if (f / "run.json").exists() and not f.name.startswith("old-")]
+        if not (here or below):
+            raise ValueError(f"{path}: no readable run.json, and no finished run below it")
+        found |= dict.fromkeys(here or below)
+    return list(found)
+
+
 @contextlib.contextmanager
 def lock_folder(folder):
     """Hold <folder>/lock, made if need be; yields False if another process holds it.

@@ -141,7 +141,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     vector = model.steering.vector
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    total = args.max_steps or args.num_epochs * steps_per_epoch
+    total = args.num_epochs * steps_per_epoch if args.max_steps is None else args.max_steps
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     shuffle = torch.Generator().manual_seed(args.seed)
@@ -281,7 +281,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     if out_of_patience():
         log.info(f"stopped  early: the last {args.patience} validations were no better")
     if val_set:
-        if info["best_step"] == 0:
+        if total and info["best_step"] == 0:
             raise RuntimeError(
                 f"no validation in {info['step']} steps was better than the untrained start "
                 f"({info['best_val']:.4f}). Try a lower --lr or more steps"
@@ -490,7 +490,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=2, help="a step takes this many rows ...")
     add("--gradient-accumulation", type=int, default=1, help="... times this")
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
-    add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
+    add("--max-steps", type=int, help="in place of --num-epochs; 0: --init-vector, as a run")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
     add("--val-fraction", type=float, default=0.1, help="share of training questions to validate")
     add("--val-every", type=int, help="steps between validations; default: half an epoch")
@@ -525,6 +525,8 @@ def check_arguments(args):
     counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "patience")
     counts += ("micro_batch_tokens", "val_every", "save_every", "keep_checkpoints")
     for key in counts:
+        if key == "max_steps" and args.max_steps == 0 and args.init_vector:
+            continue
         if (value := getattr(args, key)) is not None and value < 1:
             problems.append(f"--{key.replace('_', '-')} {value}: must be at least 1")
     for key in ("val_fraction", "warmup_ratio"):

