@@ -7,19 +7,18 @@
 
 Each folder gets a README.md, a card that says what the vector is and how each tool loads it. Layers
 are 0-based decoder blocks whose output gets the vector, whatever the format calls them. No model is
-loaded, and no pickle is run. Exit codes: 0 done, 2 bad input.
+loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written, 2 bad input.
 """
 
 import argparse
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
+
+import torch
 
 import eval_report
-from data_layouts import parse_name
 from hook_model import (
     base_name,
     check_layer,
@@ -28,8 +27,8 @@ from hook_model import (
     shape_of,
     write_atomically,
 )
-from judge import SCALES
 from run_folder import VECTOR_FILE, find_runs, read_json
+from vector_card import card
 from vector_formats import read_vector, write_chatspace, write_gguf, write_pt, write_safetensors
 
 FORMATS = ("safetensors", "gguf", "pt", "chatspace")
@@ -39,11 +38,11 @@ FORMATS = ("safetensors", "gguf", "pt", "chatspace")
 class Source:
     """A vector (n,) and all that is known of it.
 
-    model_type: the architecture, as in the model's config; metadata: what goes into our own file's
-    header; record, result: run.json and eval.json, empty for a vector from elsewhere.
+    model, model_type: its name and architecture, as in its config; metadata: the header of our own
+    format; record, result: run.json and eval.json, empty for a vector from elsewhere.
     """
 
-    vector: object
+    vector: torch.Tensor
     model: str
     model_type: str
     layer: int
@@ -55,8 +54,12 @@ class Source:
 # ------------------------------------------------------------------ where vectors come from
 
 
-def from_run(folder):
-    """The Source of a finished run folder; ValueError if it is not finished or not readable."""
+def from_run(folder, args):
+    """The Source of a finished run folder; ValueError if it is not finished or not readable.
+
+    --model is the name that the files are to give the model, a local copy's place being of no use
+    to others.
+    """
     record, path = read_json(folder / "run.json"), folder / VECTOR_FILE
     if not path.exists():
         raise ValueError(f"{folder}: no {VECTOR_FILE}, so this run has not finished")
@@ -64,14 +67,19 @@ def from_run(folder):
         raise ValueError(f"{folder / 'run.json'}: unreadable, no {', '.join(sorted(missing))}")
     vector, metadata = load_vector(path)
     try:
-        model, layer = metadata["model"], int(metadata["layer"])
+        trained_on, layer = metadata["model"], int(metadata["layer"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its header names no model and layer ({metadata})") from error
-    kind = metadata.get("model_type") or read_config(model).model_type  # not in older runs
-    metadata, result = {**metadata, "model_type": kind}, read_json(folder / "eval.json")
+    model = args.model or trained_on
+    check_same_model(path, trained_on, model, args.any_model)
+    model_type = metadata.get("model_type")  # not in older runs
+    if not model_type:
+        model_type = read_config(trained_on, args.trust_remote_code).model_type
+    metadata |= {"model": model, "model_type": model_type}
+    result = read_json(folder / "eval.json")
     if result.get("config", {}).get("format_version") != eval_report.FORMAT_VERSION:
         result = {}
-    return Source(vector, model, kind, layer, metadata, record, result)
+    return Source(vector, model, model_type, layer, metadata, record, result)
 
 
 def from_file(path, args):
@@ -81,11 +89,8 @@ def from_file(path, args):
     if args.layer is not None:
         check_layer(args.layer, layers, args.model)
     found = read_vector(path, layers, width, args.layer)
-    if found.model and base_name(found.model) != base_name(args.model) and not args.any_model:
-        raise ValueError(
-            f"{path} is for model {found.model}, not {args.model} "
-            "(--any-model if they are the same model under two names)"
-        )
+    if found.model:
+        check_same_model(path, found.model, args.model, args.any_model)
     if found.model_type not in ("", config.model_type):  # tools name some architectures differently
         print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
     metadata = {"imported_from": f"{Path(path).name} ({found.kind})", **(found.metadata or {})}
@@ -94,161 +99,13 @@ def from_file(path, args):
     return Source(found.vector, args.model, config.model_type, found.layer, metadata, {}, {})
 
 
-# ------------------------------------------------------------------ the card
-
-# What loads each format: (format, tool, language, lines), $model and $layer to be filled in.
-SNIPPETS = [
-    (
-        "safetensors",
-        "hook_model.py (the scripts that trained it)",
-        "python",
-        """\
-from chat_format import ChatFormat, load_tokenizer
-from hook_model import load_model
-
-model, chat = load_model("$model", layer=$layer), ChatFormat(load_tokenizer("$model"))
-model.load_vector("steering_vector.safetensors")
-inputs = chat.inputs(["How was your day?"], model.input_device)
-print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.0))[0])
-""",
-    ),
-    (
-        "gguf",
-        "llama.cpp",
-        "sh",
-        """\
-llama-cli --model MODEL.gguf --control-vector-scaled steering_vector.gguf:1.0 \\
-    --control-vector-layer-range $layer $layer
-""",
-    ),
-    (
-        "gguf",
-        "repeng",
-        "python",
-        """\
-from repeng import ControlModel, ControlVector
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
-model = ControlModel(model, layer_ids=[$layer])
-model.set_control(ControlVector.import_gguf("steering_vector.gguf"), 1.0)
-""",
-    ),
-    (
-        "gguf",
-        "EasySteer (not checked)",
-        "python",
-        """\
-from vllm import LLM
-from vllm.steer_vectors.request import SteerVectorRequest
-
-llm = LLM("$model", enable_steer_vector=True, enforce_eager=True)
-place = {"target_layers": [$layer], "prefill_trigger_tokens": [-1], "generate_trigger_tokens": [-1]}
-steer = SteerVectorRequest("persona", 1, steer_vector_local_path="steering_vector.gguf", **place)
-print(llm.generate("How was your day?", steer_vector_request=steer))
-""",
-    ),
-    (
-        "pt",
-        "steering-vectors",
-        "python",
-        """\
-import torch
-from steering_vectors import SteeringVector
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
-vector = torch.load("layer_$layer.pt", weights_only=True)
-handle = SteeringVector({$layer: vector}).patch_activations(model, multiplier=1.0)
-""",
-    ),
-    (
-        "pt",
-        "transformers alone",
-        "python",
-        """\
-import torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
-vector = torch.load("layer_$layer.pt", weights_only=True)
-block = model.model.layers[$layer]  # where most models keep their decoder layers
-block.register_forward_hook(lambda module, inputs, output: output + 1.0 * vector.to(output))
-""",
-    ),
-    (
-        "chatspace",
-        "chatspace (not checked)",
-        "python",
-        """\
-from chatspace.steering.model import TransformerSteerModel
-
-model = TransformerSteerModel.from_pretrained(".", torch_dtype="auto")
-""",
-    ),
-]
-
-
-def card(source, formats, scale, names):
-    """README.md of an export folder: front matter as on the Hugging Face Hub, facts, how to load.
-
-    names: the files exported. What is not known is left out.
-    """
-    front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not Path(source.model).exists():
-        front.insert(1, f"base_model: {source.model}")  # a name on the Hub
-    layer, vector = source.layer, source.vector
-    place = f"the output of decoder block {layer} (counted from 0), at every token"
-    facts = {
-        "base model": f"`{source.model}` ({source.model_type}), frozen",
-        "layer": f"{layer}: added to {place}",
-        "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g} as trained",
-        "scale": f"the files hold {scale:g} x the vector as trained",
-        **origin(source),
-        "files": ", ".join(f"`{name}`" for name in names),
-    }
-    title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
-    table = ["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in facts.items())]
-    parts = ["\n".join(front), f"# Steering vector: {title}", "\n".join(table)]
-    parts += ["## Does it work?", *evaluation(source.result), "## How to load it"]
-    for kind, tool, language, lines in SNIPPETS:
-        if kind in formats:
-            code = Template(lines).substitute(model=source.model, layer=layer)
-            parts.append(f"### {tool}\n\n```{language}\n{code}```")
-    return "\n\n".join(parts) + "\n"
-
-
-def origin(source):
-    """{name: words}: the data, its scores and the training, as run.json has them; or the import."""
-    record, facts = source.record, {}
-    if "imported_from" in source.metadata:
-        facts["imported from"] = source.metadata["imported_from"]
-    if not record:
-        return facts
-    args, counts, final, name = record["args"], record["counts"], record["final"], record["dataset"]
-    kinds = sorted({parse_name(part)[1] for part in name.split("+")})
-    scores = [f"{kind}s {args[f'{kind}_min_score']:g} of {SCALES[kind][1]}" for kind in kinds]
-    facts["data"] = f"`{name}`: {counts['summary']}"
-    facts["scores"] = f"a judge's, of each row; at least {', '.join(scores)} to be kept"
-    facts["training"] = (
-        f"{counts['train']} rows, {final['steps']} steps (best: {final['best_step']}), "
-        f"{final['label_tokens']:,} label tokens, lr {final['lr']:.3g}, seed {args['seed']}"
-    )
-    facts["norm"] = f"{final['ratio']:.2f} of the median token norm of the residual stream there"
-    return facts
-
-
-def evaluation(result):
-    """Paragraphs: the tables of eval.json, and its first question with the answers."""
-    if not result:
-        return ["Not evaluated."]
-    tables = eval_report.likelihood_text(result)
-    if result["samples"]:
-        tables += "\n\n" + eval_report.answers_table(result)
-    about = "On questions that training never saw; `x` is a multiple of the vector as trained."
-    flags = f"Flags: {', '.join(result['flags']) or 'none'}."
-    sample = [eval_report.answers_text(sample, "###") for sample in result["samples"][:1]]
-    return [about, f"```\n{tables}\n```", flags, *sample]
+def check_same_model(path, trained_on, model, any_model):
+    """ValueError if the names are of two models, unless told that they are one."""
+    if not any_model and base_name(trained_on) != base_name(model):
+        raise ValueError(
+            f"{path} is for model {trained_on}, not {model} "
+            "(--any-model if they are the same model under two names)"
+        )
 
 
 # ------------------------------------------------------------------ writing a folder
@@ -261,15 +118,16 @@ def export(source, formats, out, scale, overwrite):
     """
     vector, files = source.vector * scale, {}
     total = float(source.metadata.get("scale", 1)) * scale  # of an export of an export
+    header = {**source.metadata, "scale": total}
     writers = {
-        "safetensors": lambda: write_safetensors(vector, {**source.metadata, "scale": total}),
+        "safetensors": lambda: write_safetensors(vector, header),
         "gguf": lambda: write_gguf(vector, source.layer, source.model_type),
         "pt": lambda: write_pt(vector, source.layer),
         "chatspace": lambda: write_chatspace(vector, source.layer, source.model),
     }
     for name in formats:
         files |= writers[name]()
-    files["README.md"] = card(source, formats, scale, [*files]).encode()
+    files["README.md"] = card(source, vector, total, formats, [*files]).encode()
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
     if out.exists() and not out.is_dir():
@@ -291,13 +149,13 @@ def run(args):
             if folder is None:
                 source = from_file(args.source, args)
             else:
-                source, out = from_run(folder), Path(args.out) / folder.relative_to(args.run)
+                source, out = from_run(folder, args), Path(args.out) / folder.relative_to(args.run)
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
             codes.append(0)
         except (ValueError, OSError, ImportError) as error:  # the next one may do better
             print(f"error: {error}", file=sys.stderr)
-            codes.append(2)
+            codes.append(1 if isinstance(error, OSError) else 2)
     return max(codes)
 
 
@@ -311,13 +169,14 @@ def parse_args(argv=None):
     )
     add = parser.add_argument_group("what to export").add_argument
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
+    add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
+    add("--model", help="the model's HF id or folder; of a run: the name to give it in the files")
     add(
-        "--from", dest="source", metavar="PATH", help="instead: a vector file or folder of any tool"
+        "--layer",
+        type=int,
+        help="with --from: 0-based decoder layer, if the file says not just one",
     )
-    add = parser.add_argument_group("with --from").add_argument
-    add("--model", help="the model that the vector is for: HF id or local folder")
-    add("--layer", type=int, help="0-based decoder layer, where the file has several or says none")
-    add("--any-model", action="store_true", help="whatever model the file names")
+    add("--any-model", action="store_true", help="whatever model the vector was made for")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("output").add_argument
     choices = (*FORMATS, "all")
@@ -331,8 +190,8 @@ def parse_args(argv=None):
         problems.append("name either RUN_DIR or --from PATH")
     if args.source and not args.model:
         problems.append("--from needs --model: the model that the vector is for")
-    elif not args.source and (args.model or args.layer is not None or args.any_model):
-        problems.append("--model, --layer and --any-model go with --from; a run knows its own")
+    if args.run and args.layer is not None:
+        problems.append("--layer goes with --from: a run knows its own")
     if not (math.isfinite(args.scale) and args.scale):
         problems.append(f"--scale {args.scale}: must be finite and not 0")
     if problems:

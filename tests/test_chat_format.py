@@ -1,6 +1,7 @@
 """Which tokens carry loss: proven against decoded text for templates of three model families."""
 
 import pytest
+import torch
 from conftest import templated_chat
 
 from chat_format import IGNORE_INDEX, ChatFormat
@@ -110,3 +111,24 @@ def test_tokenizer_without_template_is_an_error_that_names_the_flag(smol):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--chat-template FILE"):
         ChatFormat(tokenizer)
+
+
+def test_inputs_are_left_padded_prompts_and_answers_are_what_follows_them(smol_chat):
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi?"}]
+    inputs = smol_chat.inputs(["Hi?", turns])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    texts = [smol_chat.prompt_text(m) for m in ([turns[1]], turns)]
+    for i, text in enumerate(texts):
+        length = int(mask[i].sum())
+        assert mask[i].tolist() == [0] * (ids.shape[1] - length) + [1] * length
+        assert smol_chat.tokenizer.decode(ids[i, -length:]) == text
+    assert mask.sum(dim=1).min() < mask.shape[1] == mask.sum(dim=1).max()
+    said = smol_chat.tokenize(["Arr!<|im_end|>\nmore", "Aye, aye, matey, aye."])
+    width = max(map(len, said))
+    new = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in said])
+    answers = smol_chat.answers(inputs, torch.cat([ids, new], dim=1))
+    assert answers[0] == "Arr!" and answers[1].startswith("Aye, aye, matey, aye.")
+    dot = smol_chat.tokenize([","])[0][0]
+    assert smol_chat.answers(inputs, torch.cat([ids, new], dim=1), {dot})[1] == "Aye"
+    with pytest.raises(AssertionError, match="does not start where"):
+        smol_chat.answers(inputs, new)

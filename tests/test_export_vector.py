@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ import export_vector as ex
 import hook_model as hm
 import train_steering as ts
 import vector_formats as vf
+from vector_card import SNIPPETS
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(3))
 FILES = {
@@ -327,7 +329,7 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
         f"{record['final']['steps']} steps",
         f"{result['likelihood']['steered']['nll']:.4f}",
         result["samples"][0]["answers"]["steered x1"],
-        *(f"### {tool}" for _, tool, _, _ in ex.SNIPPETS),
+        *(f"### {tool}" for _, tool, _, _ in SNIPPETS),
     ):
         assert fact in text, fact
 
@@ -403,6 +405,37 @@ def test_unfinished_and_unreadable_runs_are_clear_errors(a_run, tmp_path, capsys
     assert "no finished run below it" in capsys.readouterr().err
 
 
+def test_run_on_a_local_copy_can_name_the_model_as_others_know_it(a_run, tmp_path, capsys):
+    hub = ["--format", "all", "--model", "org/Tiny-Llama"]
+    assert export(a_run, *hub, "--out", tmp_path / "a") == 0
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "org/Tiny-Llama"
+    assert a_run.parts[-1] in text and str(tmp_path.parent) not in text  # no path of this machine
+    config = json.loads((tmp_path / "a" / "steering_config.json").read_text())
+    assert config["model_name"] == "org/Tiny-Llama"
+    header = hm.load_vector(tmp_path / "a" / ex.VECTOR_FILE)[1]
+    assert header["model"] == "org/Tiny-Llama"
+    assert export(a_run, *hub[:-1], "org/other", "--out", tmp_path / "b") == 2
+    assert "tiny-llama, not org/other (--any-model" in capsys.readouterr().err
+    assert export(a_run, *hub[:-1], "org/other", "--out", tmp_path / "b", "--any-model") == 0
+
+
+def test_full_disk_is_one_line_and_leaves_whole_files_only(a_run, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    try:
+        code = export(a_run, "--format", "all", "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert "README.md" not in {path.name for path in tmp_path.iterdir()}  # the card comes last
+    assert not (tmp_path / ".partial").exists()
+    for path in tmp_path.glob("steering_vector.*"):
+        assert vf.read_vector(path, 4, 32).layer == 1
+    assert export(a_run, "--format", "all", "--out", tmp_path) == 0
+
+
 def test_missing_gguf_package_is_named(monkeypatch, a_run, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export(a_run, "--format", "gguf", "--out", tmp_path / "out") == 2
@@ -417,7 +450,7 @@ def test_bad_flags_are_reported_all_at_once(capsys):
     assert "--from needs --model" in error and "--scale nan" in error
     with pytest.raises(SystemExit, match="2"):
         export("run", "--format", "pt", "--out", "o", "--layer", "3")
-    assert "a run knows its own" in capsys.readouterr().err
+    assert "--layer goes with --from" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         export("--format", "pt", "--out", "o")
     assert "name either RUN_DIR or --from" in capsys.readouterr().err

@@ -236,6 +236,45 @@ def test_scale_layer_and_switch():
     assert not torch.equal(model(input_ids=IDS).logits, plain)
 
 
+def test_scale_of_a_generate_call_multiplies_the_vector_for_that_call_only():
+    model = steered("qwen3", value=0.05)
+    vector = model.steering.vector.detach().clone()
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+
+    def tokens(**more):
+        return model.generate(input_ids=IDS, pad_token_id=0, **options, **more).tolist()
+
+    plain, at_one, at_three = (tokens(scale=scale) for scale in (0, 1, 3))
+    assert tokens() == at_one and torch.equal(model.steering.vector, vector)
+    with model.scaled(3):
+        assert tokens() == at_three and tokens(scale=1) == at_one
+    with pytest.raises(ValueError, match="no_such_option"):
+        tokens(scale=3, no_such_option=1)
+    assert tokens() == at_one  # an error does not leave the scale behind
+    model.set_vector(vector, scale=3)
+    assert tokens() == at_three
+    with model.steering_off():
+        assert tokens() == plain
+    assert plain != at_one != at_three
+
+
+def test_vectors_add_up_with_their_scales(tmp_path):
+    model, paths = steered(), [tmp_path / f"{i}.safetensors" for i in range(2)]
+    a, b = torch.arange(32.0), torch.ones(32)
+    for path, vector in zip(paths, (a, b), strict=True):
+        model.set_vector(vector)
+        model.save_vector(path)
+    assert hm.load_vector(paths[0])[1]["model_type"] == "llama"
+    model.load_vector(paths[0], scale=2)  # in place of what was there
+    assert torch.equal(model.steering.vector, 2 * a)
+    model.load_vector(paths[1], scale=-0.5, add=True)
+    model.set_vector(b, scale=4, add=True)
+    assert torch.equal(model.steering.vector, 2 * a + 3.5 * b)
+    with pytest.raises(ValueError, match="does not fit"):
+        model.set_vector(torch.ones(31), add=True)
+    assert torch.equal(model.steering.vector, 2 * a + 3.5 * b)
+
+
 def test_left_padded_generation_equals_unpadded():
     model = steered("qwen3", value=3.0)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -4,7 +4,6 @@ A vector is trained, exported, and loaded by the lines on its card; the tool's l
 text must be ours, at the vector's layer and, for the same vector, at the layer above.
 """
 
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -78,8 +77,10 @@ def exported(fp32_folder, tmp_path_factory):
     (run,) = (root / "runs").glob("*/*/sample__role__pirate")
     folders = {LAYER: root / "at", LAYER + 1: root / "above"}
     assert ex.main([str(run), "--format", "all", "--out", str(folders[LAYER])]) == 0
-    source = dataclasses.replace(ex.from_run(run), layer=LAYER + 1)
-    ex.export(source, ex.FORMATS, folders[LAYER + 1], 1.0, False)
+    moved = root / f"layer_{LAYER + 1}.pt"
+    moved.write_bytes((folders[LAYER] / f"layer_{LAYER}.pt").read_bytes())
+    arguments = ["--from", str(moved), "--model", fp32_folder, "--format", "all"]
+    assert ex.main([*arguments, "--out", str(folders[LAYER + 1])]) == 0
     return folders
 
 

@@ -1,0 +1,172 @@
+"""The card of an exported vector: README.md of its folder, as the Hugging Face Hub shows it.
+
+    text = card(source, vector, scale=1.3, formats=["gguf"], names=["steering_vector.gguf"])
+
+What it is, where it is from, what the evaluation found, and the lines that load it in each tool.
+"""
+
+import re
+from pathlib import Path
+from string import Template
+
+import eval_report
+from data_layouts import parse_name
+from judge import SCALES
+
+# What loads each format: (format, tool, language, lines), $model and $layer to be filled in.
+SNIPPETS = [
+    (
+        "safetensors",
+        "hook_model.py (the scripts that trained it)",
+        "python",
+        """\
+from chat_format import ChatFormat, load_tokenizer
+from hook_model import load_model
+
+model, chat = load_model("$model", layer=$layer), ChatFormat(load_tokenizer("$model"))
+model.load_vector("steering_vector.safetensors")
+inputs = chat.inputs(["How was your day?"], model.input_device)
+print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.0))[0])
+""",
+    ),
+    (
+        "gguf",
+        "llama.cpp",
+        "sh",
+        """\
+llama-cli --model MODEL.gguf --control-vector-scaled steering_vector.gguf:1.0 \\
+    --control-vector-layer-range $layer $layer
+""",
+    ),
+    (
+        "gguf",
+        "repeng",
+        "python",
+        """\
+from repeng import ControlModel, ControlVector
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+model = ControlModel(model, layer_ids=[$layer])
+model.set_control(ControlVector.import_gguf("steering_vector.gguf"), 1.0)
+""",
+    ),
+    (
+        "gguf",
+        "EasySteer (not checked)",
+        "python",
+        """\
+from vllm import LLM
+from vllm.steer_vectors.request import SteerVectorRequest
+
+llm = LLM("$model", enable_steer_vector=True, enforce_eager=True)
+place = {"target_layers": [$layer], "prefill_trigger_tokens": [-1], "generate_trigger_tokens": [-1]}
+steer = SteerVectorRequest("persona", 1, steer_vector_local_path="steering_vector.gguf", **place)
+print(llm.generate("How was your day?", steer_vector_request=steer))
+""",
+    ),
+    (
+        "pt",
+        "steering-vectors",
+        "python",
+        """\
+import torch
+from steering_vectors import SteeringVector
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+vector = torch.load("layer_$layer.pt", weights_only=True)
+handle = SteeringVector({$layer: vector}).patch_activations(model, multiplier=1.0)
+""",
+    ),
+    (
+        "pt",
+        "transformers alone",
+        "python",
+        """\
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+vector = torch.load("layer_$layer.pt", weights_only=True)
+block = model.model.layers[$layer]  # where most models keep their decoder layers
+block.register_forward_hook(lambda module, inputs, output: output + 1.0 * vector.to(output))
+""",
+    ),
+    (
+        "chatspace",
+        "chatspace (not checked)",
+        "python",
+        """\
+from chatspace.steering.model import TransformerSteerModel
+
+model = TransformerSteerModel.from_pretrained(".", torch_dtype="auto")
+""",
+    ),
+]
+
+
+def card(source, vector, scale, formats, names):
+    """The card as Markdown with front matter; what is not known is left out.
+
+    source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
+    one; formats, names: what they are and are called.
+    """
+    front = ["tags:", "- steering-vector", "- control-vector", "- persona"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not Path(source.model).exists():
+        front = [
+            f"base_model: {source.model}",
+            "base_model_relation: adapter",
+            *front,
+        ]  # on the Hub
+    place = f"the output of decoder block {source.layer} (counted from 0), at every token"
+    facts = {
+        "base model": f"`{source.model}` ({source.model_type}), frozen",
+        "layer": f"{source.layer}: added to {place}",
+        "scale": f"the files hold {scale:g} x the vector as trained",
+        "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
+        **origin(source),
+        "files": ", ".join(f"`{name}`" for name in names),
+    }
+    title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
+    table = ["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in facts.items())]
+    parts = ["\n".join(["---", *front, "---"]), f"# Steering vector: {title}", "\n".join(table)]
+    parts += ["## Does it work?", *evaluation(source.result), "## How to load it"]
+    for kind, tool, language, lines in SNIPPETS:
+        if kind in formats:
+            code = Template(lines).substitute(model=source.model, layer=source.layer)
+            parts.append(f"### {tool}\n\n```{language}\n{code}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def origin(source):
+    """{name: words}: the data, its scores and the training, as run.json has them; or the import."""
+    record, facts = source.record, {}
+    if "imported_from" in source.metadata:
+        facts["imported from"] = source.metadata["imported_from"]
+    if not record:
+        return facts
+    args, counts, final, name = record["args"], record["counts"], record["final"], record["dataset"]
+    kinds = sorted({parse_name(part)[1] for part in name.split("+")})
+    scores = [f"{kind}s {args[f'{kind}_min_score']:g} of {SCALES[kind][1]}" for kind in kinds]
+    facts["data"] = f"`{name}`: {counts['summary']}"
+    facts["scores"] = f"a judge's, of each row; at least {', '.join(scores)} to be kept"
+    facts["training"] = (
+        f"{counts['train']} rows, {final['steps']} steps (best: {final['best_step']}), "
+        f"{final['label_tokens']:,} label tokens, lr {final['lr']:.3g}, seed {args['seed']}"
+    )
+    facts["norm"] = f"{final['ratio']:.2f} of the median token norm of the residual stream there"
+    return facts
+
+
+def evaluation(result):
+    """Paragraphs: the tables of eval.json, and its first question with the answers."""
+    if not result:
+        return ["Not evaluated."]
+    tables = eval_report.likelihood_text(result)
+    if result["samples"]:
+        tables += "\n\n" + eval_report.answers_table(result)
+    about = "On questions that training never saw; `x` is a multiple of the vector as trained."
+    flags = f"Flags: {', '.join(result['flags']) or 'none'}."
+    sample = [eval_report.answers_text(sample, "###") for sample in result["samples"][:1]]
+    return [about, f"```\n{tables}\n```", flags, *sample]
