@@ -23,7 +23,8 @@ SNIPPETS = [
 from chat_format import ChatFormat, load_tokenizer
 from hook_model import load_model
 
-model, chat = load_model("$model", layer=$layer), ChatFormat(load_tokenizer("$model"))
+name = "$model"
+model, chat = load_model(name, layer=$layer), ChatFormat(load_tokenizer(name))
 model.load_vector("steering_vector.safetensors")
 inputs = chat.inputs(["How was your day?"], model.input_device)
 print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.0))[0])
@@ -148,14 +149,14 @@ def origin(source):
         return facts
     args, counts, final, name = record["args"], record["counts"], record["final"], record["dataset"]
     kinds = sorted({parse_name(part)[1] for part in name.split("+")})
-    scores = [f"{kind}s {args[f'{kind}_min_score']:g} of {SCALES[kind][1]}" for kind in kinds]
+    bounds = [f"{args[f'{kind}_min_score']:g} of {SCALES[kind][1]} ({kind}s)" for kind in kinds]
     facts["data"] = f"`{name}`: {counts['summary']}"
-    facts["scores"] = f"a judge's, of each row; at least {', '.join(scores)} to be kept"
+    facts["scores"] = f"rows are kept that a judge gave at least {', '.join(bounds)}"
     facts["training"] = (
         f"{counts['train']} rows, {final['steps']} steps (best: {final['best_step']}), "
-        f"{final['label_tokens']:,} label tokens, lr {final['lr']:.3g}, seed {args['seed']}"
+        f"{final['label_tokens']:,} label tokens, lr {final['lr']:.3g}, seed {args['seed']}; norm "
+        f"{final['ratio']:.2f} of the median token norm of the residual stream at the layer"
     )
-    facts["norm"] = f"{final['ratio']:.2f} of the median token norm of the residual stream there"
     return facts
 
 

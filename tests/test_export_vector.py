@@ -325,7 +325,7 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
         "# Steering vector: src__role__pirate",
         "decoder block 1 (counted from 0)",
         record["counts"]["summary"],
-        "at least roles 3 of 3",
+        "at least 3 of 3 (roles)",
         f"{record['final']['steps']} steps",
         f"{result['likelihood']['steered']['nll']:.4f}",
         result["samples"][0]["answers"]["steered x1"],
