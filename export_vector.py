@@ -13,7 +13,7 @@ loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written,
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,8 +38,9 @@ FORMATS = ("safetensors", "gguf", "pt", "chatspace")
 class Source:
     """A vector (n,) and all that is known of it.
 
-    model, model_type: its name and architecture, as in its config; metadata: the header of our own
-    format; record, result: run.json and eval.json, empty for a vector from elsewhere.
+    model, model_type: its name and architecture, as in its config; scale: what it was multiplied by
+    since it was trained; metadata: the header of our own format; record, result: run.json and
+    eval.json, empty for a vector from elsewhere.
     """
 
     vector: torch.Tensor
@@ -47,8 +48,9 @@ class Source:
     model_type: str
     layer: int
     metadata: dict
-    record: dict
-    result: dict
+    scale: float = 1.0
+    record: dict = field(default_factory=dict)
+    result: dict = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------ where vectors come from
@@ -79,7 +81,7 @@ def from_run(folder, args):
     result = read_json(folder / "eval.json")
     if result.get("config", {}).get("format_version") != eval_report.FORMAT_VERSION:
         result = {}
-    return Source(vector, model, model_type, layer, metadata, record, result)
+    return Source(vector, model, model_type, layer, metadata, 1.0, record, result)
 
 
 def from_file(path, args):
@@ -93,10 +95,11 @@ def from_file(path, args):
         check_same_model(path, found.model, args.model, args.any_model)
     if found.model_type not in ("", config.model_type):  # tools name some architectures differently
         print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
-    metadata = {"imported_from": f"{Path(path).name} ({found.kind})", **(found.metadata or {})}
+    metadata = {"imported_from": f"{Path(path).name} ({found.kind})", **found.metadata}
     metadata |= {"model": args.model, "model_type": config.model_type, "layer": found.layer}
     print(f"read     {path}: {found.kind}, layer {found.layer}, norm {found.vector.norm():.4g}")
-    return Source(found.vector, args.model, config.model_type, found.layer, metadata, {}, {})
+    model = args.model, config.model_type
+    return Source(found.vector, *model, found.layer, metadata, found.scale)
 
 
 def check_same_model(path, trained_on, model, any_model):
@@ -112,12 +115,11 @@ def check_same_model(path, trained_on, model, any_model):
 
 
 def export(source, formats, out, scale, overwrite):
-    """Write the vector's files and its card to the folder `out`; returns their names.
+    """Write `scale` times the vector and its card to the folder `out`; returns the files' names.
 
     Raises ValueError, with nothing written, where that would replace what is not the same.
     """
-    vector, files = source.vector * scale, {}
-    total = float(source.metadata.get("scale", 1)) * scale  # of an export of an export
+    vector, files, total = source.vector * scale, {}, source.scale * scale
     header = {**source.metadata, "scale": total}
     writers = {
         "safetensors": lambda: write_safetensors(vector, header),
@@ -171,11 +173,7 @@ def parse_args(argv=None):
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
     add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
     add("--model", help="the model's HF id or folder; of a run: the name to give it in the files")
-    add(
-        "--layer",
-        type=int,
-        help="with --from: 0-based decoder layer, if the file says not just one",
-    )
+    add("--layer", type=int, help="with --from: 0-based layer, where the file has not just one")
     add("--any-model", action="store_true", help="whatever model the vector was made for")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("output").add_argument

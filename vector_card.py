@@ -96,7 +96,7 @@ block.register_forward_hook(lambda module, inputs, output: output + 1.0 * vector
     ),
     (
         "chatspace",
-        "chatspace (not checked)",
+        "chatspace",
         "python",
         """\
 from chatspace.steering.model import TransformerSteerModel

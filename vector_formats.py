@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -92,15 +92,16 @@ def saved(value):
 class Found:
     """What a file holds: `vector` (n,) fp32 on the host, for `layer`; and what it says of itself.
 
-    kind: words for the format; model, model_type: "" where the file does not say; metadata: the
-    header of our own format.
+    kind: words for the format; model, model_type: "" where the file does not say; scale: what it
+    was multiplied by since it was trained; metadata: the header of our own format.
     """
 
     kind: str
     rows: dict  # {layer: tensor}, layer None where the file does not say
     model: str = ""
     model_type: str = ""
-    metadata: dict | None = None
+    scale: float = 1.0
+    metadata: dict = field(default_factory=dict)
     layer: int | None = None
     vector: torch.Tensor | None = None
 
@@ -167,8 +168,12 @@ def read_safetensors_file(path, layers):
     vector, metadata = load_vector(path)
     known = metadata.get("layer", "")
     rows = {int(known) if known.isdigit() else None: vector}
-    names = {key: metadata.get(key, "") for key in ("model", "model_type")}
-    return Found("steering vector", rows, **names, metadata=metadata)
+    about = {key: metadata.get(key, "") for key in ("model", "model_type")}
+    try:
+        about["scale"] = float(metadata.get("scale", 1))
+    except ValueError as error:
+        raise ValueError(f"{path}: scale {metadata['scale']!r:.40} is not a number") from error
+    return Found("steering vector", rows, **about, metadata=metadata)
 
 
 def read_gguf_file(path, layers):

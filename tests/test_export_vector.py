@@ -49,7 +49,7 @@ def source(layer=1, **changes):
     """A Source of VECTOR, without a run behind it."""
     facts = {"vector": VECTOR, "model": "org/model", "model_type": "llama", "layer": layer}
     metadata = {"model": "org/model", "model_type": "llama", "layer": layer, "dataset": "d"}
-    return ex.Source(**{**facts, "metadata": metadata, "record": {}, "result": {}, **changes})
+    return ex.Source(**{**facts, "metadata": metadata, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,7 @@ def bad_files(folder):
     save_file({"steering_vector": torch.ones(32, 2)}, folder / "flat.safetensors")
     hm.save_vector(folder / "wide.safetensors", torch.ones(31), {"layer": 1})
     (folder / "torn.safetensors").write_bytes((folder / "wide.safetensors").read_bytes()[:-4])
+    hm.save_vector(folder / "scale.safetensors", torch.ones(32), {"layer": 1, "scale": "big"})
     (folder / "vector.npy").write_bytes(b"\x93NUMPY")
     needs = "the model needs 32 floating-point numbers"
     rows = r"the model has 4 layers, so \[n\], \[4, n\]"
@@ -254,6 +255,7 @@ def bad_files(folder):
         "torn.gguf": "not a readable GGUF file", "names.safetensors": 'no finite 1-D tensor',
         "flat.safetensors": "no finite 1-D tensor", "wide.safetensors": needs,
         "torn.safetensors": "not a readable safetensors file",
+        "scale.safetensors": "scale 'big' is not a number",
         "vector.npy": r"not a vector file \(allowed: .safetensors, .gguf",
         "missing.pt": "no such file",
     }  # fmt: skip
@@ -286,6 +288,15 @@ def test_chatspace_config_is_checked(tiny_folder, tmp_path, capsys):
         assert convert(tmp_path, tiny_folder, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
     assert convert(tmp_path, tiny_folder, tmp_path / "out", "--any-model") == 0
+
+
+def test_scales_of_an_export_of_an_export_multiply(tiny_folder, tmp_path):
+    ex.export(source(model=tiny_folder), ["safetensors"], tmp_path / "a", 2.0, False)
+    more = ["--any-model", "--scale", "-1.5"]
+    assert convert(tmp_path / "a", tiny_folder, tmp_path / "b", *more) == 0
+    vector, metadata = hm.load_vector(tmp_path / "b" / FILES["safetensors"])
+    assert torch.equal(vector, -3 * VECTOR) and metadata["scale"] == "-3.0"
+    assert "hold -3 x the vector as trained" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_vector_of_another_model_is_refused_unless_told(tiny_folder, tmp_path, capsys):
