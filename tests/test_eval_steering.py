@@ -569,13 +569,6 @@ def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp
     assert ev.read_run(tmp_path)[0].keep_system_prompt is False
 
 
-def test_vector_snippet_of_the_readme_runs(finished, tiny_folder, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = code.replace("Qwen/Qwen3-32B", tiny_folder).replace("layer=22", "layer=1, dtype='fp32'")
-    exec(code.replace("RUN_DIR", str(finished)), {})
-    assert capsys.readouterr().out.strip()
-
-
 def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
