@@ -9,7 +9,6 @@ import contextlib
 import csv
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
