@@ -113,25 +113,21 @@ def card(source, vector, scale, formats, names):
     source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
     one; formats, names: what they are and are called.
     """
-    front = ["tags:", "- steering-vector", "- control-vector", "- persona"]
+    front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not Path(source.model).exists():
-        front = [
-            f"base_model: {source.model}",
-            "base_model_relation: adapter",
-            *front,
-        ]  # on the Hub
+        front[1:1] = [f"base_model: {source.model}", "base_model_relation: adapter"]  # on the Hub
     place = f"the output of decoder block {source.layer} (counted from 0), at every token"
     facts = {
         "base model": f"`{source.model}` ({source.model_type}), frozen",
         "layer": f"{source.layer}: added to {place}",
-        "scale": f"the files hold {scale:g} x the vector as trained",
+        "scale": f"the files hold {scale:g} x the original vector",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
         "files": ", ".join(f"`{name}`" for name in names),
     }
     title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
     table = ["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in facts.items())]
-    parts = ["\n".join(["---", *front, "---"]), f"# Steering vector: {title}", "\n".join(table)]
+    parts = ["\n".join(front), f"# Steering vector: {title}", "\n".join(table)]
     parts += ["## Does it work?", *evaluation(source.result), "## How to load it"]
     for kind, tool, language, lines in SNIPPETS:
         if kind in formats:
@@ -167,7 +163,7 @@ def evaluation(result):
     tables = eval_report.likelihood_text(result)
     if result["samples"]:
         tables += "\n\n" + eval_report.answers_table(result)
-    about = "On questions that training never saw; `x` is a multiple of the vector as trained."
+    about = "On questions that training never saw; `x` is a multiple of the original vector."
     flags = f"Flags: {', '.join(result['flags']) or 'none'}."
     sample = [eval_report.answers_text(sample, "###") for sample in result["samples"][:1]]
     return [about, f"```\n{tables}\n```", flags, *sample]

@@ -296,7 +296,7 @@ def test_scales_of_an_export_of_an_export_multiply(tiny_folder, tmp_path):
     assert convert(tmp_path / "a", tiny_folder, tmp_path / "b", *more) == 0
     vector, metadata = hm.load_vector(tmp_path / "b" / FILES["safetensors"])
     assert torch.equal(vector, -3 * VECTOR) and metadata["scale"] == "-3.0"
-    assert "hold -3 x the vector as trained" in (tmp_path / "b" / "README.md").read_text()
+    assert "hold -3 x the original" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_vector_of_another_model_is_refused_unless_told(tiny_folder, tmp_path, capsys):
@@ -349,7 +349,7 @@ def test_card_names_a_model_of_the_hub_and_what_it_does_not_know(tmp_path):
     ex.export(source(metadata={"imported_from": "evil.pt (x)"}), ["pt"], tmp_path, 0.5, False)
     text = (tmp_path / "README.md").read_text()
     assert ModelCard(text).data.base_model == "org/model"
-    assert "evil.pt" in text and "Not evaluated." in text and "hold 0.5 x the vector" in text
+    assert "evil.pt" in text and "Not evaluated." in text and "hold 0.5 x the original" in text
     assert "### repeng" not in text and "### steering-vectors" in text
 
 
