@@ -109,14 +109,20 @@ class ChatFormat:
     def inputs(self, conversations, device="cpu"):
         """Left-padded input_ids and attention_mask (B, T) that ask for an answer to each.
 
-        conversations: lists of messages, or single questions as strings.
+        conversations: a list of lists of messages, or of single questions as strings; ValueError
+        otherwise.
         """
         import torch  # here, since counting tokens needs none
 
-        turns = [
-            [{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations
-        ]
-        prompts = self.tokenize([self.prompt_text(messages) for messages in turns])
+        if not conversations or not isinstance(conversations, list):
+            raise ValueError(f"{conversations!r:.60}: a list of conversations belongs here")
+        prompts = []
+        for turns in conversations:
+            if not turns or not isinstance(turns, (str, list)):
+                raise ValueError(f"{turns!r:.60}: a question or a list of messages belongs here")
+            turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+            prompts.append(self.prompt_text(turns))
+        prompts = self.tokenize(prompts)
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(p)) + p for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -126,10 +132,14 @@ class ChatFormat:
     def answers(self, inputs, output, stop_ids=()):
         """Texts of what `generate` wrote after `inputs`, up to a stop token: B strings.
 
-        output: (B, T + new) ids. Raises AssertionError if it does not begin with the inputs.
+        output: (B, T + new) ids, or (B * k, T + new) of num_return_sequences=k. Raises
+        AssertionError if it does not begin with the inputs.
         """
         prompts, texts = inputs["input_ids"].tolist(), []
-        for prompt, ids in zip(prompts, output.tolist(), strict=True):
+        each = len(output) // len(prompts)
+        assert each * len(prompts) == len(output) > 0, "not an output for these inputs"
+        for i, ids in enumerate(output.tolist()):
+            prompt = prompts[i // each]
             assert ids[: len(prompt)] == prompt, "an answer does not start where its prompt ends"
             new = ids[len(prompt) :]
             stops = (i for i, t in enumerate(new) if t in stop_ids or t == self.end_of_turn_id)

@@ -12,7 +12,6 @@ held-out ones. Exit codes: 0 done, 1 the judge failed on some answers, 2 bad inp
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -53,6 +52,7 @@ from hook_model import (
     load_model,
     load_vector,
     response_means,
+    vector_digest,
     write_atomically,
 )
 from judge import SCALES, Judge, JudgeError, rubric_for
@@ -219,9 +219,8 @@ def find_flags(result, record):
 def evaluation_config(args, run_args, record, vector):
     """What decides the numbers: options, the run's own settings, the data and the vector."""
     options = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
-    digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
     datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
-    options |= {"data": data_digest(record["dataset"], datasets), "vector": digest}
+    options |= {"data": data_digest(record["dataset"], datasets), "vector": vector_digest(vector)}
     return options | {"run": record["config_hash"], "format_version": eval_report.FORMAT_VERSION}
 
 

@@ -12,6 +12,7 @@ loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written,
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,27 +26,38 @@ from hook_model import (
     load_vector,
     read_config,
     shape_of,
+    vector_digest,
     write_atomically,
 )
-from run_folder import VECTOR_FILE, find_runs, read_json
+from run_folder import VECTOR_FILE, find_runs, lock_folder, read_json
 from vector_card import card
-from vector_formats import read_vector, write_chatspace, write_gguf, write_pt, write_safetensors
+from vector_formats import (
+    file_names,
+    read_vector,
+    write_chatspace,
+    write_gguf,
+    write_pt,
+    write_safetensors,
+)
 
-FORMATS = ("safetensors", "gguf", "pt", "chatspace")
+FORMATS = tuple(file_names(0))
 
 
 @dataclass
 class Source:
-    """A vector (n,) and all that is known of it.
+    """A vector (n,) and all that is known of it; path: where it was found.
 
-    model, model_type: its name and architecture, as in its config; scale: what it was multiplied by
-    since it was trained; metadata: the header of our own format; record, result: run.json and
-    eval.json, empty for a vector from elsewhere.
+    model, model_type: its name and architecture, as in its config; local: whether that name is a
+    folder of this machine; metadata: the header of our own format; scale: of the original vector,
+    that in training or in the file it was imported from; record, result: run.json and eval.json,
+    empty for a vector from elsewhere.
     """
 
+    path: Path
     vector: torch.Tensor
     model: str
     model_type: str
+    local: bool
     layer: int
     metadata: dict
     scale: float = 1.0
@@ -74,18 +86,28 @@ def from_run(folder, args):
         raise ValueError(f"{path}: its header names no model and layer ({metadata})") from error
     model = args.model or trained_on
     check_same_model(path, trained_on, model, args.any_model)
+    local = Path(model).exists()
+    if not args.model:  # a relative path says nothing elsewhere
+        local = local or metadata.get("model_is_local") == "True"
     model_type = metadata.get("model_type")  # not in older runs
     if not model_type:
         model_type = read_config(trained_on, args.trust_remote_code).model_type
-    metadata |= {"model": model, "model_type": model_type}
-    result = read_json(folder / "eval.json")
-    if result.get("config", {}).get("format_version") != eval_report.FORMAT_VERSION:
+    metadata |= {"model": model, "model_type": model_type, "model_is_local": local}
+    result, config = read_json(folder / "eval.json"), {}
+    if result:
+        config = result.get("config", {})
+        of_this = config.get("format_version") == eval_report.FORMAT_VERSION
+        of_this = of_this and config.get("vector") == vector_digest(vector)
+    if (folder / "eval.json").exists() and not (result and of_this):
+        print(f"WARNING: {folder / 'eval.json'} left out: torn, or of another vector or version")
         result = {}
-    return Source(vector, model, model_type, layer, metadata, 1.0, record, result)
+    return Source(folder, vector, model, model_type, local, layer, metadata, 1.0, record, result)
 
 
 def from_file(path, args):
     """The Source of a file of any format, for --model; ValueError if it is not one for it."""
+    if (Path(path) / "run.json").exists():
+        raise ValueError(f"{path} is a run folder: name it without --from")
     config = read_config(args.model, args.trust_remote_code)
     layers, width = shape_of(config)
     if args.layer is not None:
@@ -95,11 +117,14 @@ def from_file(path, args):
         check_same_model(path, found.model, args.model, args.any_model)
     if found.model_type not in ("", config.model_type):  # tools name some architectures differently
         print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
-    metadata = {"imported_from": f"{Path(path).name} ({found.kind})", **found.metadata}
-    metadata |= {"model": args.model, "model_type": config.model_type, "layer": found.layer}
     print(f"read     {path}: {found.kind}, layer {found.layer}, norm {found.vector.norm():.4g}")
-    model = args.model, config.model_type
-    return Source(found.vector, *model, found.layer, metadata, found.scale)
+    metadata = found.metadata or {"imported_from": f"{Path(path).name} ({found.kind})"}
+    about = {"model": args.model, "model_type": config.model_type, "layer": found.layer}
+    local = Path(args.model).exists()
+    metadata |= {**about, "model_is_local": local}
+    return Source(
+        Path(path), found.vector, **about, local=local, metadata=metadata, scale=found.scale
+    )
 
 
 def check_same_model(path, trained_on, model, any_model):
@@ -117,9 +142,38 @@ def check_same_model(path, trained_on, model, any_model):
 def export(source, formats, out, scale, overwrite):
     """Write `scale` times the vector and its card to the folder `out`; returns the files' names.
 
-    Raises ValueError, with nothing written, where that would replace what is not the same.
+    A folder holds one vector: formats that are there already are kept up with. Raises ValueError,
+    with nothing written, where that would replace what is not the same.
     """
-    vector, files, total = source.vector * scale, {}, source.scale * scale
+    if (out / "run.json").exists():
+        raise ValueError(f"--out {out} is a run folder: name another one")
+    names = file_names(source.layer)
+    present = [f for f in FORMATS if any((out / name).exists() for name in names[f])]
+    files = contents(source, [f for f in FORMATS if f in formats or f in present], scale)
+    before = contents(source, present, scale) if present else {}
+    with lock_folder(out) as held:
+        if not held:
+            raise ValueError(f"{out}: another process is writing there")
+        other = [n for n in files if not same(out / n, files[n], before.get(n))]
+        stale = [path for path in out.glob("layer_*.pt") if path.name not in files]
+        if (other or stale) and not overwrite:
+            differ = ", ".join([*other, *(path.name for path in stale)])
+            raise ValueError(f"{out} has another {differ}: --overwrite replaces what is there")
+        for name, data in files.items():
+            write_atomically(out / name, data)
+        for path in stale:
+            path.unlink()
+    return [*files]
+
+
+def contents(source, formats, scale):
+    """{file name: bytes} of `scale` times the vector in these formats, and of their card."""
+    vector, total = source.vector * scale, source.scale * scale
+    if not (vector.isfinite().all() and vector.any()):
+        norm = source.vector.norm()
+        raise ValueError(
+            f"{source.path}: --scale {scale:g} x a vector of norm {norm:.4g} is zero or infinite"
+        )
     header = {**source.metadata, "scale": total}
     writers = {
         "safetensors": lambda: write_safetensors(vector, header),
@@ -127,20 +181,21 @@ def export(source, formats, out, scale, overwrite):
         "pt": lambda: write_pt(vector, source.layer),
         "chatspace": lambda: write_chatspace(vector, source.layer, source.model),
     }
+    files = {}
     for name in formats:
         files |= writers[name]()
-    files["README.md"] = card(source, vector, total, formats, [*files]).encode()
-    if (out / "run.json").exists():
-        raise ValueError(f"--out {out} is a run folder: name another one")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
-    other = [n for n in files if (out / n).exists() and (out / n).read_bytes() != files[n]]
-    if other and not overwrite:
-        raise ValueError(f"{out} has another {', '.join(other)}: --overwrite replaces it")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomically(out / name, data)
-    return [*files]
+    try:
+        text = card(source, vector, total, formats, [*files])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{source.path}: run.json or eval.json is not as this version writes it ({error!r:.80})"
+        ) from error
+    return {**files, "README.md": text.encode()}
+
+
+def same(path, *contents):
+    """Whether there is nothing at the path, or one of these contents."""
+    return not path.exists() or (path.is_file() and path.read_bytes() in contents)
 
 
 def run(args):
@@ -154,6 +209,11 @@ def run(args):
                 source, out = from_run(folder, args), Path(args.out) / folder.relative_to(args.run)
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
+            if source.local:
+                print(
+                    f"NOTE: the files name the model {source.model}, a folder of this machine: "
+                    "before you publish them, give its public name with --model"
+                )
             codes.append(0)
         except (ValueError, OSError, ImportError) as error:  # the next one may do better
             print(f"error: {error}", file=sys.stderr)
@@ -194,6 +254,8 @@ def parse_args(argv=None):
         problems.append(f"--scale {args.scale}: must be finite and not 0")
     if problems:
         parser.error("; ".join(problems))
+    if args.model and Path(args.model).exists():  # as in training: "models/x/" is "models/x"
+        args.model = os.path.normpath(args.model)
     args.format = FORMATS if "all" in args.format else list(dict.fromkeys(args.format))
     return args
 

@@ -3,7 +3,7 @@
     model = load_model("Qwen/Qwen3-32B", layer=22)
     model.load_vector("steering_vector.safetensors")
     ids = model.generate(input_ids=..., attention_mask=..., max_new_tokens=100, scale=1.3)
-    with model.scaled(0):  # the plain model
+    with torch.no_grad(), model.scaled(0):  # the plain model
         logits = model(input_ids=...).logits
 
 The only file that touches the inside of a model.
@@ -12,6 +12,7 @@ The only file that touches the inside of a model.
 import contextlib
 import ctypes
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -94,12 +95,24 @@ def vector_bytes(vector, metadata):
 
 def load_vector(path):
     """Read a vector file: (fp32 tensor (n,), metadata). ValueError if it is missing or not one."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name the vector file in it")
+    if Path(path).suffix in (".pt", ".pth", ".bin", ".gguf"):
+        raise ValueError(
+            f"{path} is another tool's file: export_vector.py --from makes one of ours"
+        )
     tensors, metadata = read_safetensors(path)
     vector = tensors.get("steering_vector")
-    if vector is None or vector.dim() != 1 or not vector.isfinite().all():
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f'{path}: no finite 1-D tensor "steering_vector"; found {found}')
+    fits = vector is not None and vector.dim() == 1 and vector.is_floating_point()
+    if not fits or not vector.isfinite().all():
+        found = {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
+        raise ValueError(f'{path}: no finite 1-D float tensor "steering_vector"; found {found}')
     return vector.float(), metadata
+
+
+def vector_digest(vector):
+    """16 hex digits that stand for the numbers of a (n,) fp32 tensor on the host."""
+    return hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
 
 
 def read_safetensors(path):
@@ -206,15 +219,15 @@ class SteerModel(nn.Module):
     def set_vector(self, vector, scale=1.0, add=False):
         """Use `scale * vector`, shape (hidden_size,); add: on top of the vector that is there.
 
-        Raises ValueError on another shape or NaN.
+        Raises ValueError on another shape, NaN or infinity.
         """
-        vector = torch.as_tensor(vector, dtype=torch.float32)
+        vector = scale * torch.as_tensor(vector, dtype=torch.float32)
         if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
             raise ValueError(
                 f"a vector of shape {list(vector.shape)} (finite: {bool(vector.isfinite().all())}) "
                 f"does not fit {self.name}: it needs [{self.hidden_size}] finite numbers"
             )
-        vector = (scale * vector).to(self.steering.vector.device)
+        vector = vector.to(self.steering.vector.device)
         with torch.no_grad():
             self.steering.vector.copy_(self.steering.vector + vector if add else vector)
 
@@ -246,8 +259,10 @@ class SteerModel(nn.Module):
 
     @contextlib.contextmanager
     def scaled(self, scale):
-        """Context: `scale` times the vector; 0 is the plain model."""
-        before, self.steering.scale = self.steering.scale, scale
+        """Context: `scale` times the vector; 0: the plain model. ValueError for NaN or infinity."""
+        if not math.isfinite(scale):
+            raise ValueError(f"scale {scale}: must be a finite number")
+        before, self.steering.scale = self.steering.scale, float(scale)
         try:
             yield self
         finally:
@@ -678,6 +693,8 @@ def gguf_arguments(name):
 
 def read_config(name, trust_remote_code=False):
     """The config of a model, by itself; ValueError if it is not readable."""
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise ValueError(f"--model {name}: no such file or folder")
     try:
         return AutoConfig.from_pretrained(
             **gguf_arguments(name), trust_remote_code=trust_remote_code
@@ -701,8 +718,11 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
     """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
 
     dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
-    ValueError if the model, the layer or the device is not there.
+    ValueError if the model, the layer, the dtype or the device is not there.
     """
+    name = str(name)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
     device = pick_device(device)
     if device == "cpu":

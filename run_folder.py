@@ -117,7 +117,7 @@ def lock_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a")  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise ValueError(f"--output-dir: {folder} cannot be written ({error.strerror})") from error
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror})") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,11 +194,11 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON file's object; {} if it is missing or torn."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    """A JSON file's object; {} if it is missing, torn or no object."""
+    value = None
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
 
 
 def last_speed(folder):

@@ -10,7 +10,6 @@ after a checkpoint (start again to go on), 130 Ctrl-C. Several datasets: the wor
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -41,6 +40,7 @@ from hook_model import (
     model_shape,
     pick_device,
     pick_dtype,
+    vector_digest,
 )
 from run_folder import (
     VECTOR_FILE,
@@ -123,8 +123,7 @@ def result_config(args, name, datasets):
     data = data_digest(name, datasets)
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     if args.init_vector:  # what it holds counts, not where it lies
-        start = load_vector(args.init_vector)[0]
-        config["init_vector"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
+        config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
     return config | {"auto_lr": AUTO_LR, "format_version": FORMAT_VERSION}
 
 
@@ -283,7 +282,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     if val_set:
         if total and info["best_step"] == 0:
             raise RuntimeError(
-                f"no validation in {info['step']} steps was better than the untrained start "
+                f"no validation in {info['step']} steps was better than the start "
                 f"({info['best_val']:.4f}). Try a lower --lr or more steps"
             )
         vector.data.copy_(best_vector)
@@ -370,6 +369,10 @@ def fill_folder(folder, config, data, get_model, args, laps, stop):
     write_json(folder / "run.json", record)
     header = {"dataset": config["name"], "steps": final["steps"], "seed": args.seed}
     header |= {"label_tokens": final["label_tokens"], "config_hash": digest}
+    header["model_is_local"] = Path(args.model).exists()  # then its name means nothing elsewhere
+    if args.init_vector:
+        start = load_vector(args.init_vector)[1]
+        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
     model.save_vector(folder / VECTOR_FILE, **header)
     best = f"best val {final['best_val']:.4f} at step {final['best_step']}, " if val_set else ""
     log.info(f"done     {best}|v| {final['vector_norm']:.2f}: {folder / VECTOR_FILE}")

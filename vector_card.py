@@ -5,8 +5,8 @@
 What it is, where it is from, what the evaluation found, and the lines that load it in each tool.
 """
 
+import json
 import re
-from pathlib import Path
 from string import Template
 
 import eval_report
@@ -23,7 +23,7 @@ SNIPPETS = [
 from chat_format import ChatFormat, load_tokenizer
 from hook_model import load_model
 
-name = "$model"
+name = $model
 model, chat = load_model(name, layer=$layer), ChatFormat(load_tokenizer(name))
 model.load_vector("steering_vector.safetensors")
 inputs = chat.inputs(["How was your day?"], model.input_device)
@@ -47,7 +47,7 @@ llama-cli --model MODEL.gguf --control-vector-scaled steering_vector.gguf:1.0 \\
 from repeng import ControlModel, ControlVector
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained($model, dtype="auto")
 model = ControlModel(model, layer_ids=[$layer])
 model.set_control(ControlVector.import_gguf("steering_vector.gguf"), 1.0)
 """,
@@ -60,7 +60,7 @@ model.set_control(ControlVector.import_gguf("steering_vector.gguf"), 1.0)
 from vllm import LLM
 from vllm.steer_vectors.request import SteerVectorRequest
 
-llm = LLM("$model", enable_steer_vector=True, enforce_eager=True)
+llm = LLM($model, enable_steer_vector=True, enforce_eager=True)
 place = {"target_layers": [$layer], "prefill_trigger_tokens": [-1], "generate_trigger_tokens": [-1]}
 steer = SteerVectorRequest("persona", 1, steer_vector_local_path="steering_vector.gguf", **place)
 print(llm.generate("How was your day?", steer_vector_request=steer))
@@ -75,7 +75,7 @@ import torch
 from steering_vectors import SteeringVector
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained($model, dtype="auto")
 vector = torch.load("layer_$layer.pt", weights_only=True)
 handle = SteeringVector({$layer: vector}).patch_activations(model, multiplier=1.0)
 """,
@@ -88,7 +88,7 @@ handle = SteeringVector({$layer: vector}).patch_activations(model, multiplier=1.
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("$model", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained($model, dtype="auto")
 vector = torch.load("layer_$layer.pt", weights_only=True)
 block = model.model.layers[$layer]  # where most models keep their decoder layers
 block.register_forward_hook(lambda module, inputs, output: output + 1.0 * vector.to(output))
@@ -114,35 +114,50 @@ def card(source, vector, scale, formats, names):
     one; formats, names: what they are and are called.
     """
     front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not Path(source.model).exists():
-        front[1:1] = [f"base_model: {source.model}", "base_model_relation: adapter"]  # on the Hub
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not source.local:  # on the Hub
+        front[1:1] = [f"base_model: {source.model}", "base_model_relation: adapter"]
+    original = "the vector as trained"
+    if "imported_from" in source.metadata:
+        original = "the vector as imported"
     place = f"the output of decoder block {source.layer} (counted from 0), at every token"
     facts = {
         "base model": f"`{source.model}` ({source.model_type}), frozen",
         "layer": f"{source.layer}: added to {place}",
-        "scale": f"the files hold {scale:g} x the original vector",
+        "scale": f"the files hold {scale:g} x {original}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
         "files": ", ".join(f"`{name}`" for name in names),
     }
     title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
-    table = ["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in facts.items())]
-    parts = ["\n".join(front), f"# Steering vector: {title}", "\n".join(table)]
+    if source.record and source.record["final"]["steps"] == 0:  # a run to evaluate it, no more
+        title = source.metadata["started_from"]
+    rows = [f"| {name} | {plain(words)} |" for name, words in facts.items()]
+    table = ["| | |", "|---|---|", *rows]
+    parts = ["\n".join(front), f"# Steering vector: {plain(title)}", "\n".join(table)]
     parts += ["## Does it work?", *evaluation(source.result), "## How to load it"]
     for kind, tool, language, lines in SNIPPETS:
         if kind in formats:
-            code = Template(lines).substitute(model=source.model, layer=source.layer)
+            name = json.dumps(source.model, ensure_ascii=False)
+            code = Template(lines).substitute(model=name, layer=source.layer)
             parts.append(f"### {tool}\n\n```{language}\n{code}```")
     return "\n\n".join(parts) + "\n"
 
 
+def plain(text):
+    """Text for a line of Markdown, whatever a foreign file had to say."""
+    text = " ".join(str(text).split())
+    return text.replace("<", "&lt;").replace("|", "\\|")
+
+
 def origin(source):
     """{name: words}: the data, its scores and the training, as run.json has them; or the import."""
-    record, facts = source.record, {}
-    if "imported_from" in source.metadata:
-        facts["imported from"] = source.metadata["imported_from"]
+    record, metadata = source.record, source.metadata
+    keys = ("imported_from", "started_from")
+    facts = {key.replace("_", " "): metadata[key] for key in keys if key in metadata}
     if not record:
         return facts
+    if record["final"]["steps"] == 0:
+        return facts | {"training": "none here"}
     args, counts, final, name = record["args"], record["counts"], record["final"], record["dataset"]
     kinds = sorted({parse_name(part)[1] for part in name.split("+")})
     bounds = [f"{args[f'{kind}_min_score']:g} of {SCALES[kind][1]} ({kind}s)" for kind in kinds]
@@ -159,11 +174,17 @@ def origin(source):
 def evaluation(result):
     """Paragraphs: the tables of eval.json, and its first question with the answers."""
     if not result:
-        return ["Not evaluated."]
+        return ["No evaluation is at hand."]
     tables = eval_report.likelihood_text(result)
     if result["samples"]:
         tables += "\n\n" + eval_report.answers_table(result)
-    about = "On questions that training never saw; `x` is a multiple of the original vector."
+    about = (
+        "On questions that training never saw; `x1.3` is 1.3 times the vector as trained. NLL: "
+        "nats per response token, on rows of the persona. Recovered: 1 is as much as the prompt "
+        f"of the persona gives. Answers: {len(result['samples'])} a condition, of at most "
+        f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by a "
+        "linear probe; KL: from the plain model, on rows without the persona."
+    )
     flags = f"Flags: {', '.join(result['flags']) or 'none'}."
     sample = [eval_report.answers_text(sample, "###") for sample in result["samples"][:1]]
     return [about, f"```\n{tables}\n```", flags, *sample]

@@ -9,6 +9,7 @@ is translated here. Pickles are read as tensors only: code in them is refused, n
 
 import io
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -36,6 +37,12 @@ def import_gguf():
 # ------------------------------------------------------------------ writing
 
 
+def file_names(layer):
+    """{format: names of its files}, for a vector of a layer."""
+    names = {"safetensors": [VECTOR_FILE], "gguf": [GGUF_FILE], "pt": [f"layer_{layer}.pt"]}
+    return names | {"chatspace": [CHATSPACE_FILE, CHATSPACE_CONFIG]}
+
+
 def write_safetensors(vector, metadata):
     """Our own file, as a run leaves it: for hook_model.py and --init-vector."""
     return {VECTOR_FILE: vector_bytes(vector, metadata)}
@@ -48,7 +55,9 @@ def write_gguf(vector, layer, model_type):
     ValueError for layer 0. The keys are those that its cvector-generator and repeng write.
     """
     if layer < 1:
-        raise ValueError(f"layer {layer}: a GGUF control vector can only hold layers 1 and above")
+        raise ValueError(
+            f"layer {layer}: --format gguf can hold layers 1 and above (the others hold any)"
+        )
     gguf = import_gguf()
     with tempfile.TemporaryDirectory() as folder:  # the library writes files only
         path = Path(folder, GGUF_FILE)
@@ -64,7 +73,7 @@ def write_gguf(vector, layer, model_type):
 
 
 def write_pt(vector, layer):
-    """A bare tensor (n,) as layer_<layer>.pt: steering-vectors, EasyEdit2, five lines of torch."""
+    """A bare tensor (n,) as layer_<layer>.pt: steering-vectors, EasyEdit2, plain torch."""
     return {f"layer_{layer}.pt": saved(vector)}
 
 
@@ -115,10 +124,10 @@ def read_vector(path, layers, width, layer=None):
     path = Path(path)
     if path.is_dir():
         path = vector_file_in(path)
-    if path.suffix not in READERS:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix not in READERS or not path.is_file():
         raise ValueError(f"{path}: not a vector file (allowed: {', '.join(READERS)}, or a folder)")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     found = READERS[path.suffix](path, layers)
     found.layer = choose_layer(path, found, layer)
     if not 0 <= found.layer < layers:
@@ -167,12 +176,14 @@ def read_safetensors_file(path, layers):
     """Our own file."""
     vector, metadata = load_vector(path)
     known = metadata.get("layer", "")
-    rows = {int(known) if known.isdigit() else None: vector}
+    rows = {int(known) if re.fullmatch("[0-9]{1,6}", known) else None: vector}
     about = {key: metadata.get(key, "") for key in ("model", "model_type")}
     try:
         about["scale"] = float(metadata.get("scale", 1))
     except ValueError as error:
         raise ValueError(f"{path}: scale {metadata['scale']!r:.40} is not a number") from error
+    if not math.isfinite(about["scale"]):
+        raise ValueError(f"{path}: scale {metadata['scale']!r:.40} is not a finite number")
     return Found("steering vector", rows, **about, metadata=metadata)
 
 
@@ -193,7 +204,7 @@ def read_gguf_file(path, layers):
         )
     rows = {}
     for name, tensor in tensors.items():
-        number = re.fullmatch(r"direction\.(\d{1,6})", name)
+        number = re.fullmatch(r"direction\.([0-9]{1,6})", name)
         if not number or tensor.tensor_type.name not in ("F32", "F16") or tensor.data.ndim != 1:
             what = f"{tensor.tensor_type.name} of shape {list(tensor.data.shape)}"
             raise ValueError(
@@ -209,31 +220,47 @@ def read_pickle_file(path, layers):
     """What torch.save wrote, as tensors only.
 
     A tensor (n,): layer_<k>.pt says its layer. A tensor of one row a layer: persona-vectors puts
-    the embeddings before them (row k + 1 is ours), others do not. A dict: chatspace's, or
-    assistant-axis's.
+    the embeddings before them (row k + 1 is ours, but not the last, which it takes after the final
+    norm), others do not. A dict: chatspace's, or assistant-axis's.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parser runs into whatever broken bytes make it
-        reason = str(error).strip().split("\n")[0]
+        if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's word for a name to import
+            raise ValueError(
+                f"{path}: refused, and nothing in it was run: it imports {found[1]:.80}, and only "
+                "tensors are read. If you trust it, save its tensor alone with torch.save"
+            ) from error
         raise ValueError(
-            f"{path}: refused, it is broken or holds more than tensors, and nothing of it was run "
-            f"({type(error).__name__}: {reason:.200})"
+            f"{path}: not a readable torch file, broken or of another kind, and nothing in it was "
+            f"run ({type(error).__name__})"
         ) from error
     if isinstance(value, dict) and "steering_vector" in value:
         layer, model = chatspace_config(path)
         return Found("chatspace", {layer: tensor_of(path, value["steering_vector"])}, model)
     if isinstance(value, dict) and "vector" in value:
-        return Found("assistant-axis", stacked(path, tensor_of(path, value["vector"]), layers, 0))
+        tensor = tensor_of(path, value["vector"])
+        if tensor.dim() != 2 or len(tensor) != layers:
+            raise ValueError(
+                f'{path}: "vector" of shape {list(tensor.shape)}, where [{layers}, n] belongs, one '
+                "row a layer of the model"
+            )
+        return Found("assistant-axis", dict(enumerate(tensor)))
     tensor = tensor_of(path, value)
     if tensor.dim() == 1:
-        number = re.fullmatch(r"layer_(\d{1,6})", path.stem)
-        return Found("bare tensor", {int(number[1]) if number else None: tensor})
+        number = re.fullmatch(r"layer_([0-9]{1,6})", path.stem)
+        kind = "bare tensor, its layer in its file's name" if number else "bare tensor"
+        return Found(kind, {int(number[1]) if number else None: tensor})
+    if tensor.dim() == 2 and len(tensor) == layers:
+        return Found("one row a layer", dict(enumerate(tensor)))
     if tensor.dim() == 2 and len(tensor) == layers + 1:
-        return Found("persona-vectors", stacked(path, tensor, layers, 1))
-    return Found("one row a layer", stacked(path, tensor, layers, 0))
+        return Found("persona-vectors", dict(enumerate(tensor[1:-1])))
+    raise ValueError(
+        f"{path}: a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so [n], "
+        f"[{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
+    )
 
 
 def tensor_of(path, value):
@@ -249,16 +276,6 @@ def tensor_of(path, value):
     )
 
 
-def stacked(path, tensor, layers, extra):
-    """{layer: row} of a tensor (layers + extra, n), its first `extra` rows not being layers'."""
-    if tensor.dim() != 2 or len(tensor) != layers + extra:
-        raise ValueError(
-            f"{path}: a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so "
-            f"[n], [{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
-        )
-    return {layer: tensor[layer + extra] for layer in range(layers)}
-
-
 def chatspace_config(path):
     """(layer or None, model or "") as the steering_config.json beside the file says."""
     config = path.with_name(CHATSPACE_CONFIG)
@@ -266,12 +283,12 @@ def chatspace_config(path):
         return None, ""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-        layer, model = values.get("target_layer"), str(values.get("model_name", ""))
+        layer, model = values.get("target_layer"), values.get("model_name") or ""
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{config}: not readable ({error})") from error
     if layer is not None and type(layer) is not int:
         raise ValueError(f"{config}: target_layer {layer!r:.40} is not a whole number")
-    return layer, model
+    return layer, str(model)
 
 
 READERS = {

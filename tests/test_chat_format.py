@@ -130,5 +130,15 @@ def test_inputs_are_left_padded_prompts_and_answers_are_what_follows_them(smol_c
     assert answers[0] == "Arr!" and answers[1].startswith("Aye, aye, matey, aye.")
     dot = smol_chat.tokenize([","])[0][0]
     assert smol_chat.answers(inputs, torch.cat([ids, new], dim=1), {dot})[1] == "Aye"
+    twice = torch.cat([ids, new], dim=1).repeat_interleave(2, dim=0)  # num_return_sequences=2
+    assert smol_chat.answers(inputs, twice) == [answers[0], answers[0], answers[1], answers[1]]
     with pytest.raises(AssertionError, match="does not start where"):
         smol_chat.answers(inputs, new)
+    with pytest.raises(AssertionError, match="not an output for these"):
+        smol_chat.answers(inputs, twice[:3])
+
+
+@pytest.mark.parametrize("wrong", ["Hi?", [], [[]], [""], [{"role": "user", "content": "Hi?"}]])
+def test_inputs_are_a_list_of_conversations_and_nothing_else(smol_chat, wrong):
+    with pytest.raises(ValueError, match="belongs here"):
+        smol_chat.inputs(wrong)

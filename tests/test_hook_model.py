@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, tiny
+from safetensors.torch import save_file
 
 import hook_model as hm
 
@@ -216,10 +217,23 @@ def test_unreadable_vector_files_are_clear_errors(tmp_path):
     for path in (torn, tmp_path / "none.safetensors"):
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             hm.load_vector(path)
-    with pytest.raises(ValueError, match="no finite 1-D tensor"):
-        hm.load_vector(nan)
-    with pytest.raises(ValueError, match="finite: False"):
-        steered().set_vector(torch.full((32,), math.inf))
+    whole = tmp_path / "whole.safetensors"
+    save_file({"steering_vector": torch.ones(8, dtype=torch.int32)}, whole)
+    for path in (nan, whole):
+        with pytest.raises(ValueError, match="no finite 1-D float tensor"):
+            hm.load_vector(path)
+    with pytest.raises(ValueError, match="is a folder: name the vector"):
+        hm.load_vector(tmp_path)
+    with pytest.raises(ValueError, match="--from makes one of ours"):
+        hm.load_vector(tmp_path / "layer_1.pt")
+    model = steered()
+    before = model.steering.vector.detach().clone()
+    for vector, scale in ((torch.full((32,), math.inf), 1), (torch.ones(32), math.nan)):
+        with pytest.raises(ValueError, match="finite: False"):
+            model.set_vector(vector, scale)
+    assert torch.equal(model.steering.vector, before)
+    with pytest.raises(ValueError, match="scale nan: must be"), model.scaled(math.nan):
+        pass
 
 
 def test_scale_layer_and_switch():
@@ -569,6 +583,13 @@ def test_model_split_over_memory_and_disk_gives_the_same_gradient(tiny_folder, t
 
 
 # ---------------------------------------------------------------- loading
+
+
+def test_load_model_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="dtype float32: not one of auto, bf16, fp32, fp16"):
+        hm.load_model(tmp_path, 0, dtype="float32")
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        hm.load_model("./nowhere", 0)
 
 
 def test_load_model_from_folder_in_the_dtype_asked_for(tmp_path):

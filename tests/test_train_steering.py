@@ -177,10 +177,10 @@ def test_vector_no_better_than_its_start_is_a_failed_run(
     worse = itertools.count(1000)
     monkeypatch.setattr(ts, "example_sums", lambda *_: [next(worse)])
     assert ts.main(command(data_root, tiny_folder, tmp_path)) == 1
-    assert "better than the untrained start" in capsys.readouterr().out
+    assert "better than the start" in capsys.readouterr().out
     assert not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
     record = json.loads((the_folder(tmp_path) / "run.json").read_text())
-    assert record["status"] == "failed" and "untrained start" in record["error"]
+    assert record["status"] == "failed" and "than the start" in record["error"]
 
 
 def test_run_that_failed_before_its_first_checkpoint_may_get_other_settings(
