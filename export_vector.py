@@ -93,15 +93,21 @@ def from_run(folder, args):
     if not model_type:
         model_type = read_config(trained_on, args.trust_remote_code).model_type
     metadata |= {"model": model, "model_type": model_type, "model_is_local": local}
-    result, config = read_json(folder / "eval.json"), {}
-    if result:
-        config = result.get("config", {})
-        of_this = config.get("format_version") == eval_report.FORMAT_VERSION
-        of_this = of_this and config.get("vector") == vector_digest(vector)
-    if (folder / "eval.json").exists() and not (result and of_this):
-        print(f"WARNING: {folder / 'eval.json'} left out: torn, or of another vector or version")
-        result = {}
+    result = evaluation_of(folder, vector)
     return Source(folder, vector, model, model_type, local, layer, metadata, 1.0, record, result)
+
+
+def evaluation_of(folder, vector):
+    """The content of eval.json, {} with a warning if it is not of this vector (n,)."""
+    path = folder / "eval.json"
+    result = read_json(path)
+    config = result.get("config", {})
+    digests = config.get("format_version"), config.get("vector")
+    if digests == (eval_report.FORMAT_VERSION, vector_digest(vector)):
+        return result
+    if path.exists():
+        print(f"WARNING: {path} left out: torn, or of another vector or version")
+    return {}
 
 
 def from_file(path, args):
@@ -142,8 +148,8 @@ def check_same_model(path, trained_on, model, any_model):
 def export(source, formats, out, scale, overwrite):
     """Write `scale` times the vector and its card to the folder `out`; returns the files' names.
 
-    A folder holds one vector: formats that are there already are kept up with. Raises ValueError,
-    with nothing written, where that would replace what is not the same.
+    A folder holds one vector: formats that are there already are written along with the new ones.
+    Raises ValueError, with nothing written, where that would replace what is not the same.
     """
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")

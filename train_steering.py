@@ -343,6 +343,11 @@ def fill_folder(folder, config, data, get_model, args, laps, stop):
     record = {"dataset": config["name"], "status": "running", "config_hash": digest}
     record |= {"config": config, "args": vars(args), "counts": counts, **environment()}
     write_json(folder / "run.json", record)
+    header = {"dataset": config["name"], "config_hash": digest, "seed": args.seed}
+    header["model_is_local"] = Path(args.model).exists()  # then its name means nothing elsewhere
+    if args.init_vector:
+        start = load_vector(args.init_vector)[1]
+        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
     log.info(f"dataset  {config['name']}: {counts['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
     budget = f"{counts['tokens']:,} tokens of --target-tokens {args.target_tokens:,}"
@@ -367,12 +372,7 @@ def fill_folder(folder, config, data, get_model, args, laps, stop):
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
     write_json(folder / "run.json", record)
-    header = {"dataset": config["name"], "steps": final["steps"], "seed": args.seed}
-    header |= {"label_tokens": final["label_tokens"], "config_hash": digest}
-    header["model_is_local"] = Path(args.model).exists()  # then its name means nothing elsewhere
-    if args.init_vector:
-        start = load_vector(args.init_vector)[1]
-        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
+    header |= {"steps": final["steps"], "label_tokens": final["label_tokens"]}
     model.save_vector(folder / VECTOR_FILE, **header)
     best = f"best val {final['best_val']:.4f} at step {final['best_step']}, " if val_set else ""
     log.info(f"done     {best}|v| {final['vector_norm']:.2f}: {folder / VECTOR_FILE}")
