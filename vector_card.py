@@ -116,20 +116,19 @@ def card(source, vector, scale, formats, names):
     front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not source.local:  # on the Hub
         front[1:1] = [f"base_model: {source.model}", "base_model_relation: adapter"]
-    original = "the vector as trained"
-    if "imported_from" in source.metadata:
-        original = "the vector as imported"
+    untrained = source.record and source.record["final"]["steps"] == 0  # a run to evaluate it
+    imported = untrained or "imported_from" in source.metadata
     place = f"the output of decoder block {source.layer} (counted from 0), at every token"
     facts = {
         "base model": f"`{source.model}` ({source.model_type}), frozen",
         "layer": f"{source.layer}: added to {place}",
-        "scale": f"the files hold {scale:g} x {original}",
+        "scale": f"the files hold {scale:g} x the vector as {'imported' if imported else 'trained'}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
         "files": ", ".join(f"`{name}`" for name in names),
     }
     title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
-    if source.record and source.record["final"]["steps"] == 0:  # a run to evaluate it, no more
+    if untrained:
         title = source.metadata["started_from"]
     rows = [f"| {name} | {plain(words)} |" for name, words in facts.items()]
     table = ["| | |", "|---|---|", *rows]
@@ -176,15 +175,18 @@ def evaluation(result):
     if not result:
         return ["No evaluation is at hand."]
     tables = eval_report.likelihood_text(result)
+    about = (
+        "On questions that training never saw; `x1.3` is 1.3 times the vector that the run ended "
+        "with. NLL: nats per response token, on rows of the persona. Recovered: 1 is as much as "
+        "the prompt of the persona gives."
+    )
     if result["samples"]:
         tables += "\n\n" + eval_report.answers_table(result)
-    about = (
-        "On questions that training never saw; `x1.3` is 1.3 times the vector as trained. NLL: "
-        "nats per response token, on rows of the persona. Recovered: 1 is as much as the prompt "
-        f"of the persona gives. Answers: {len(result['samples'])} a condition, of at most "
-        f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by a "
-        "linear probe; KL: from the plain model, on rows without the persona."
-    )
+        about += (
+            f" Answers: {len(result['samples'])} a condition, of at most "
+            f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by "
+            "a linear probe; KL: from the plain model, on rows without the persona."
+        )
     flags = f"Flags: {', '.join(result['flags']) or 'none'}."
     sample = [eval_report.answers_text(sample, "###") for sample in result["samples"][:1]]
     return [about, f"```\n{tables}\n```", flags, *sample]

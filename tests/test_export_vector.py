@@ -593,6 +593,7 @@ def test_imported_vector_can_be_evaluated_and_trained_on(
     text = (tmp_path / "card" / "README.md").read_text()
     assert "# Steering vector: layer_1.pt (bare tensor" in text  # not the data's name
     assert "| training | none here |" in text and "| data |" not in text
+    assert "hold 1 x the vector as imported" in text
     capsys.readouterr()
     assert ts.main([*base, "--run-name", "further", "--lr", "0.0001"]) in (0, 1)
     lines = (Path(folder).parent / "further" / "metrics.jsonl").read_text().splitlines()
