@@ -117,12 +117,12 @@ def card(source, vector, scale, formats, names):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.model) and not source.local:  # on the Hub
         front[1:1] = [f"base_model: {source.model}", "base_model_relation: adapter"]
     untrained = source.record and source.record["final"]["steps"] == 0  # a run to evaluate it
-    imported = untrained or "imported_from" in source.metadata
+    made = "imported" if untrained or "imported_from" in source.metadata else "trained"
     place = f"the output of decoder block {source.layer} (counted from 0), at every token"
     facts = {
         "base model": f"`{source.model}` ({source.model_type}), frozen",
         "layer": f"{source.layer}: added to {place}",
-        "scale": f"the files hold {scale:g} x the vector as {'imported' if imported else 'trained'}",
+        "scale": f"the files hold {scale:g} x the vector as {made}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
         "files": ", ".join(f"`{name}`" for name in names),
