@@ -153,13 +153,15 @@ def export(source, formats, out, scale, overwrite):
     """
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
-    names = file_names(source.layer)
-    present = [f for f in FORMATS if any((out / name).exists() for name in names[f])]
-    files = contents(source, [f for f in FORMATS if f in formats or f in present], scale)
-    before = contents(source, present, scale) if present else {}
+    files, before = contents(source, formats, scale), {}  # bad input ends before there is a folder
     with lock_folder(out) as held:
         if not held:
             raise ValueError(f"{out}: another process is writing there")
+        names = file_names(source.layer)
+        present = [f for f in FORMATS if any((out / name).exists() for name in names[f])]
+        if present:
+            files = contents(source, [f for f in FORMATS if f in formats or f in present], scale)
+            before = contents(source, present, scale)
         other = [n for n in files if not same(out / n, files[n], before.get(n))]
         stale = [path for path in out.glob("layer_*.pt") if path.name not in files]
         if (other or stale) and not overwrite:

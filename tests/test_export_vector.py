@@ -443,6 +443,20 @@ def test_second_process_on_an_export_folder_is_refused(a_run, tmp_path, capsys):
     assert export(a_run, "--format", "pt", "--out", tmp_path) == 0
 
 
+def test_files_that_come_while_waiting_for_the_lock_are_seen(a_run, tmp_path, monkeypatch):
+    def after_another_process(folder):
+        monkeypatch.setattr(ex, "lock_folder", lock_folder)
+        ex.export(source(), ["gguf"], folder, 1.0, False)  # another vector
+        return lock_folder(folder)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(ex, "lock_folder", after_another_process)
+    assert export(a_run, "--format", "pt", "--out", out, "--overwrite") == 0
+    trained_vector = hm.load_vector(a_run / ex.VECTOR_FILE)[0]
+    for name in (FILES["gguf"], FILES["pt"]):
+        assert torch.equal(vf.read_vector(out / name, 4, 32).vector, trained_vector)
+
+
 @pytest.mark.parametrize("scale", ["1e39", "1e-60"])
 def test_scale_that_leaves_no_vector_is_refused(a_run, tmp_path, capsys, scale):
     assert export(a_run, "--format", "pt", "--out", tmp_path / "o", "--scale", scale) == 2
