@@ -528,10 +528,9 @@ def check_arguments(args):
     counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "patience")
     counts += ("micro_batch_tokens", "val_every", "save_every", "keep_checkpoints")
     for key in counts:
-        if key == "max_steps" and args.max_steps == 0 and args.init_vector:
-            continue
-        if (value := getattr(args, key)) is not None and value < 1:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least 1")
+        least = 0 if key == "max_steps" and args.init_vector else 1
+        if (value := getattr(args, key)) is not None and value < least:
+            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     for key in ("val_fraction", "warmup_ratio"):
         if not 0 <= (value := getattr(args, key)) < 1:
             problems.append(f"--{key.replace('_', '-')} {value}: not in [0, 1)")
