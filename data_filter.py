@@ -11,6 +11,7 @@ Exit codes: 0 done, 2 bad input (also: a dataset has scores and none passes).
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,37 +22,53 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat_format import ChatFormat, load_tokenizer
-from data_layouts import (
+from steering.data_layouts import (
     dataset_parts,
     find_datasets,
     parse_name,
-    parse_row,
-    read_rows,
-    read_scores,
+    parsed_rows,
+    requested_names,
 )
 
 # Why a row is dropped; the first that holds is counted.
 MALFORMED, NO_RESPONSE, MISSING_SCORE = "malformed", "no response", "missing score"
 LABEL, BELOW, DUPLICATE, TOO_LONG = "label", "below threshold", "duplicate", "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
+PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
 
 
-def requested_names(args, datasets):
-    """Names of --dataset and --list-file, each once, known or not; all datasets if neither is."""
-    if not (args.dataset or args.list_file):
-        return list(datasets)
-    names = list(args.dataset or [])
-    if args.list_file:
-        lines = Path(args.list_file).read_text(encoding="utf-8").splitlines()
-        names += [line.split("#")[0].strip() for line in lines]
-    if not any(names):
-        raise ValueError(f"no dataset is named by --dataset {args.dataset} or {args.list_file}")
-    if args.source_model and args.kind:  # bare names
-        prefix = f"{args.source_model}__{args.kind}__"
-        pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in names if n]
-        names = ["+".join(parts) for parts in pooled]
-    return [name for name in dict.fromkeys(names) if name]
+@dataclass(frozen=True)
+class DataOptions:
+    """Which rows of a dataset are used, and how they are split. The one place of these defaults.
+
+    data_root, source_model, kind: where datasets are found; the rest is said in
+    `add_data_arguments`. A run keeps them in run.json.
+    """
+
+    data_root: str = "data"
+    source_model: str | None = None
+    kind: str | None = None
+    role_min_score: float = 3.0
+    trait_min_score: float = 75.0
+    include_missing_scores: bool = False
+    keep_system_prompt: bool = False
+    target_tokens: int = 100_000
+    max_length: int = 2048
+    heldout_fraction: float = 0.2
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    seed: int = 0
+    strict: bool = False
+
+    @classmethod
+    def of(cls, values):
+        """The options in a dict, of parsed arguments or run.json; one it lacks has its default."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
+
+    def datasets(self):
+        """Every dataset there: {name: (responses path, scores path or None)}. ValueError if none"""
+        return find_datasets(self.data_root, self.source_model, self.kind)
 
 
 # ------------------------------------------------------------------ filter, split, budget
@@ -59,9 +76,13 @@ def requested_names(args, datasets):
 
 @dataclass
 class Filtered:
-    """Rows kept of one dataset, rows dropped by reason, and a message for every broken line."""
+    """Rows kept of one dataset, rows dropped by reason, and a message for every broken line.
+
+    plain: its rows that were asked not to show the persona, and do not (of traits, label "neg").
+    """
 
     rows: list = field(default_factory=list)
+    plain: list = field(default_factory=list)
     total: int = 0
     dropped: Counter = field(default_factory=Counter)
     problems: list = field(default_factory=list)
@@ -74,13 +95,18 @@ class Filtered:
 
     def counts(self):
         """Say it in one line: "79 rows: 70 kept, 9 below threshold"."""
-        dropped = [f"{self.dropped[r]:,} {r}" for r in REASONS if self.dropped[r]]
-        return f"{self.total:,} rows: " + ", ".join([f"{self.kept:,} kept", *dropped])
+        parts = [f"{self.kept:,} kept", *reason_counts(self.dropped)]
+        return f"{self.total:,} rows: {', '.join(parts)}"
 
     @property
     def is_baseline(self):
         """Whether nothing is kept because nobody scored it: to be skipped, not an error."""
         return not self.rows and not self.has_scores and self.dropped[MISSING_SCORE] > 0
+
+
+def reason_counts(dropped):
+    """["9 below threshold", ...] of {reason: count}, in the order of REASONS."""
+    return [f"{dropped[reason]:,} {reason}" for reason in REASONS if dropped.get(reason)]
 
 
 def drop_reason(row, kind, threshold, include_missing_scores, seen):
@@ -101,38 +127,52 @@ def drop_reason(row, kind, threshold, include_missing_scores, seen):
     return None
 
 
-def filter_dataset(name, datasets, args):
+def filter_dataset(name, datasets, options):
     """Read one dataset ("A+B" pooled) and keep the rows that pass, as a Filtered.
 
-    args: a namespace of `add_data_arguments`. Raises ValueError for an unknown name, an unreadable
-    file and, with --strict, a broken line.
+    Raises ValueError for an unknown name, an unreadable file and, if strict, a broken line.
     """
     result, seen = Filtered(), set()
     for part in dataset_parts(name, datasets):
-        kind, (rows_path, scores_path) = parse_name(part)[1], datasets[part]
-        threshold = args.role_min_score if kind == "role" else args.trait_min_score
-        scores = None if scores_path is None else read_scores(scores_path)
-        for number, raw, error in read_rows(rows_path):
+        kind = parse_name(part)[1]
+        threshold = options.role_min_score if kind == "role" else options.trait_min_score
+        for row, problem in parsed_rows(datasets[part], options.keep_system_prompt):
             result.total += 1
-            try:
-                if error:
-                    raise ValueError(error)
-                row = parse_row(raw, scores, args.keep_system_prompt)
-            except ValueError as problem:
-                where = f"{rows_path.parent.name}/{rows_path.name}:{number}: {problem}"
-                if args.strict:
-                    raise ValueError(f"{where} (--strict)") from None
-                result.problems.append(where)
+            if problem:
+                if options.strict:
+                    raise ValueError(f"{problem} (--strict)")
+                result.problems.append(problem)
                 result.dropped[MALFORMED] += 1
                 continue
             row["key"] = row["key"] and f"{part} {row['key']}"
-            result.has_scores |= row["extract_score"] is not None
-            reason = drop_reason(row, kind, threshold, args.include_missing_scores, seen)
+            score, response = row["extract_score"], row["messages"][-1]["content"]
+            result.has_scores |= score is not None
+            if kind == "trait" and row["label"] == "neg" and response:
+                result.plain += [row] if (score or 0.0) < PLAIN_SCORE else []
+            reason = drop_reason(row, kind, threshold, options.include_missing_scores, seen)
             if reason:
                 result.dropped[reason] += 1
             else:
                 result.rows.append(row)
     return result
+
+
+def plain_rows(name, datasets, filtered):
+    """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
+
+    A trait's own neg rows; otherwise a default dataset (0_default, 1_default, default) of the same
+    source model, whatever its labels and scores. Lines that do not parse are left out.
+    """
+    if filtered.plain:
+        return filtered.plain, "neg rows of the dataset"
+    source, kind, _ = parse_name(dataset_parts(name, datasets)[0])
+    for its_kind in (kind, "trait" if kind == "role" else "role"):
+        for default in ("0_default", "1_default", "default"):
+            other = f"{source}__{its_kind}__{default}"
+            rows = [row for row, _ in parsed_rows(datasets[other])] if other in datasets else []
+            if rows := [row for row in rows if row and row["messages"][-1]["content"]]:
+                return rows, other
+    return [], "nobody's"
 
 
 def hash_unit(*parts):
@@ -175,26 +215,69 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
     return examples, tokens, too_long
 
 
+@dataclass
+class Splits:
+    """Examples of one dataset by what they are for; no question is in two of the three.
+
+    validation is cut from the questions that are not held out; tokens: of it and `train` together;
+    filtered: the dataset's rows, and why others were dropped.
+    """
+
+    train: list
+    validation: list
+    heldout: list
+    tokens: int
+    filtered: Filtered
+
+    def counts(self):
+        """What became of the dataset's rows, as run.json keeps it."""
+        rows = self.filtered
+        return {
+            "rows": rows.total, "kept": rows.kept, "dropped": +rows.dropped, "tokens": self.tokens,
+            "train": len(self.train), "validation": len(self.validation), "summary": rows.counts(),
+        }  # fmt: skip
+
+
+def split_dataset(name, datasets, chat, options, heldout_tokens=0):
+    """Filter one dataset, split it by question and tokenize what the budgets ask for, as Splits.
+
+    chat: a ChatFormat; heldout_tokens: the budget of held-out examples, 0 for none. Raises
+    ValueError as `filter_dataset` does; a dataset of which nothing is kept gives empty lists.
+    """
+    filtered = filter_dataset(name, datasets, options)
+    seed, limit = options.seed, options.max_length
+    rows, others = split_by_question(filtered.rows, options.heldout_fraction, options.split_seed)
+    examples, tokens, filtered.dropped[TOO_LONG] = take_budget(
+        rows, chat, options.target_tokens, limit, seed
+    )
+    train, validation = split_by_question(
+        examples, options.val_fraction, options.split_seed, "validation"
+    )
+    heldout = take_budget(others, chat, heldout_tokens, limit, seed)[0] if heldout_tokens else []
+    return Splits(train, validation, heldout, tokens, filtered)
+
+
 # ------------------------------------------------------------------ command line
 
 
 def add_data_arguments(parser):
     """Add the data options that data_filter.py and train_steering.py share."""
+    parser.set_defaults(**dataclasses.asdict(DataOptions()))
     add = parser.add_argument_group("data").add_argument
-    add("--data-root", default="data", help="folder of datasets, in any of the three layouts")
+    add("--data-root", help="folder of datasets, in any of the three layouts")
     add("--dataset", nargs="+", metavar="NAME", help="dataset names; A+B pools two into one")
     add("--list-file", metavar="FILE", help="file of dataset names, one a line, # comments")
     add("--source-model", help="source model of bare names and of the assistant-axis layout")
     add("--kind", choices=("role", "trait"), help="kind of bare names and of that layout")
-    add("--role-min-score", type=float, default=3.0, help="lowest score kept of a role, 0-3")
-    add("--trait-min-score", type=float, default=75.0, help="lowest score kept of a trait, 0-100")
+    add("--role-min-score", type=float, help="lowest score kept of a role, 0-3")
+    add("--trait-min-score", type=float, help="lowest score kept of a trait, 0-100")
     add("--include-missing-scores", action="store_true", help="DANGER: keep rows nobody scored")
     add("--keep-system-prompt", action="store_true", help="leave the persona's text in the prompt")
-    add("--target-tokens", type=int, default=100_000, help="budget of training examples, tokens")
-    add("--max-length", type=int, default=2048, help="drop longer examples (of those tokenized)")
-    add("--heldout-fraction", type=float, default=0.2, help="share of questions held out")
-    add("--split-seed", type=int, default=0, help="seed of the split by question")
-    add("--seed", type=int, default=0, help="seed of the order of rows and the initial vector")
+    add("--target-tokens", type=int, help="token budget of training and validation examples")
+    add("--max-length", type=int, help="drop examples of more tokens")
+    add("--heldout-fraction", type=float, help="share of questions held out for the evaluation")
+    add("--split-seed", type=int, help="seed of the split by question")
+    add("--seed", type=int, help="seed of the order of rows and the initial vector")
     add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
     add("--strict", action="store_true", help="stop at the first broken line")
 
@@ -212,37 +295,31 @@ def check_data_arguments(args):
     return [message for passed, message in checks if not passed]
 
 
-def budgeted(filtered, chat, args):
-    """Training examples of the kept rows: (examples, tokens); counts the rows that are too long."""
-    rows, _ = split_by_question(filtered.rows, args.heldout_fraction, args.split_seed)
-    examples, tokens, filtered.dropped[TOO_LONG] = take_budget(
-        rows, chat, args.target_tokens, args.max_length, args.seed
-    )
-    return examples, tokens
-
-
-def inspect_dataset(name, datasets, chat, args):
+def inspect_dataset(name, datasets, chat, options):
     """(table line as a dict, broken lines) of one dataset; chat None: rows are only counted."""
-    filtered, tokens, examples = filter_dataset(name, datasets, args), None, None
-    min_role, min_trait = args.role_min_score, args.trait_min_score
-    status = "ok" if chat else "not tokenized"
-    if chat:
-        found, tokens = budgeted(filtered, chat, args)
-        examples = len(found)
+    if chat is None:
+        filtered, tokens, examples = filter_dataset(name, datasets, options), None, None
+        status = "not tokenized"
+    else:
+        splits = split_dataset(name, datasets, chat, options)
+        filtered, tokens = splits.filtered, splits.tokens
+        examples, status = len(splits.train) + len(splits.validation), "ok"
     if filtered.is_baseline:
         status = "no examples: no scores"
     elif not filtered.rows or examples == 0:
         status = "no examples: none passes" if not filtered.rows else "no examples: all held out"
-    elif chat and tokens < args.target_tokens:
-        status = f"under budget: {tokens:,} of {args.target_tokens:,}"
-    if chat and tokens < args.target_tokens and filtered.dropped[BELOW]:
-        lower = argparse.Namespace(**vars(args))  # 3 -> 2 for roles, 75 -> 50 for traits
-        lower.role_min_score, lower.trait_min_score = min_role / 1.5, min_trait / 1.5
-        _, more = budgeted(filter_dataset(name, datasets, lower), chat, lower)
-        threshold = getattr(lower, f"{parse_name(name)[1]}_min_score")
-        status += f" (score >= {threshold:g} gives {more:,})" if more > tokens else ""
-    line = {"dataset": name, "status": status, "tokens": tokens, "examples": examples}
-    line |= {"rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped}
+    elif chat and tokens < options.target_tokens:
+        status = f"under budget: {tokens:,} of {options.target_tokens:,}"
+    if chat and tokens < options.target_tokens and filtered.dropped[BELOW]:
+        key = f"{parse_name(name)[1]}_min_score"
+        lower = getattr(options, key) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
+        laxer = dataclasses.replace(options, **{key: lower})
+        more = split_dataset(name, datasets, chat, laxer).tokens
+        status += f" (score >= {lower:g} gives {more:,})" if more > tokens else ""
+    line = {
+        "dataset": name, "status": status, "tokens": tokens, "examples": examples,
+        "rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped,
+    }  # fmt: skip
     return line, filtered.problems
 
 
@@ -260,8 +337,7 @@ def print_table(lines):
     for line in [*lines, total]:
         numbers = [line[key] for key in ("tokens", "examples", "rows", "kept")]
         cells = ["-" if number is None else f"{number:,}" for number in numbers]
-        dropped = [f"{line['dropped'][r]:,} {r}" for r in REASONS if line["dropped"].get(r)]
-        reasons = ", ".join(dropped) or "none dropped"
+        reasons = ", ".join(reason_counts(line["dropped"])) or "none dropped"
         print(form.format(line["dataset"], *cells, line["status"], reasons))
 
 
@@ -288,27 +364,29 @@ def parse_args(argv=None):
 
 def run(args):
     """Print the table of the requested datasets, write what was asked for, return the exit code."""
-    datasets = find_datasets(args.data_root, args.source_model, args.kind)
-    names = requested_names(args, datasets)
+    options = DataOptions.of(vars(args))
+    datasets = options.datasets()
+    names = requested_names(datasets, args.dataset, args.list_file, args.source_model, args.kind)
     for name in names:
         dataset_parts(name, datasets)
     if args.include_missing_scores:
         print("WARNING: --include-missing-scores keeps rows that nobody scored", file=sys.stderr)
-    chat = None
+    chat, lines = None, []
     if args.model:
-        chat = ChatFormat(load_tokenizer(args.model, args.chat_template, args.trust_remote_code))
-    lines = []
+        from steering.loading import load_chat  # here: it takes seconds, and rows need none
+
+        chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
+    if not sys.stderr.isatty():  # the bar is for people
+        print(f"reading {len(names)} datasets", file=sys.stderr)
     for name in tqdm(names, unit="dataset", disable=None):
         try:
-            line, problems = inspect_dataset(name, datasets, chat, args)
+            line, problems = inspect_dataset(name, datasets, chat, options)
         except (ValueError, OSError) as error:  # one unreadable file must not hide the others
             if args.strict:
                 raise
             zeros = dict.fromkeys(("tokens", "examples", "rows", "kept"), 0)
-            line, problems = (
-                {"dataset": name, "status": f"error: {error}", **zeros, "dropped": {}},
-                [],
-            )
+            line = {"dataset": name, "status": f"error: {error}", "dropped": {}, **zeros}
+            problems = []
         for problem in problems:
             tqdm.write(f"{name}: {problem}", file=sys.stderr)
         lines.append(line)

@@ -2,8 +2,10 @@
 
     python eval_steering.py --run RUN_DIR                         # eval.json, samples.md, eval.png
     python eval_steering.py --run runs                            # every run in there, and a report
+    python eval_steering.py --run runs --report-only              # the report of what is there
     python eval_steering.py --run RUN_DIR --judge http://localhost:8000/v1 --judge-model NAME
     python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
+    python eval_steering.py --vector evil.pt --model Qwen/Qwen3-32B --layer 22 --dataset NAME
 
 vanilla: the plain model; prompted: the row's own persona system prompt put back; steered: the
 vector added, no prompt; mean_difference: the vector that no training made; random: of the same
@@ -12,98 +14,111 @@ held-out ones. Exit codes: 0 done, 1 the judge failed on some answers, 2 bad inp
 """
 
 import argparse
-import json
 import math
 import os
+import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from tqdm import tqdm
 
-import eval_report
-from chat_format import ChatFormat, load_tokenizer
-from data_layouts import data_digest, find_datasets, parse_name
-from eval_measures import (
-    COEFFICIENTS,
-    add_own_answers,
-    choose_coefficients,
-    compare_answers,
-    describe_answers,
-    first_rows,
-    generate_answers,
-    heldout_examples,
-    heldout_losses,
-    load_data,
-    questions_of,
-    side_effects,
-    train_probe,
-    within_budget,
-    without_end,
-)
-from eval_stats import compare_losses, mean_interval, recovered_fraction
-from hook_model import (
-    DTYPES,
-    example_sums,
-    label_count,
-    load_model,
-    load_vector,
-    response_means,
-    vector_digest,
-    write_atomically,
-)
-from judge import SCALES, Judge, JudgeError, rubric_for
-from run_folder import VECTOR_FILE, find_runs, read_json, write_json
+from data_filter import DataOptions, plain_rows, split_by_question, split_dataset, take_budget
+from evaluation import measures, report
+from evaluation.judge import Judge, JudgeError, rubric_for
+from evaluation.stats import compare_losses, recovered_fraction
+from hook_model import load_chat, load_model
+from steering import run_state
+from steering.chat_format import label_count
+from steering.data_layouts import data_digest, parse_name
+from steering.loading import DTYPES
+from steering.run_folder import all_runs, find_runs, run_path
+from steering.run_state import read_run, write_imported_run
+from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
+from steering.vector_formats import import_vector
 
 RANDOM_VECTORS = 3
 # Options that do not change the numbers: a finished evaluation with others is not done again.
-NOT_RESULTS = (
-    *("run", "data_root", "model", "device", "micro_batch_tokens", "batch_size", "restart"),
-    *("judge", "judge_model", "judge_workers", "judge_tokens", "rubric_dir"),
-    *("report_dir", "specificity_runs", "prompt"),
-)
+NOT_IN_CONFIG = """
+    run vector dataset layer any_model out data_root source_model kind model device
+    micro_batch_tokens batch_size restart judge judge_model judge_workers judge_tokens rubric_dir
+    report_dir report_only specificity_runs prompt
+"""
+# Files that show numbers and make none: their code is not part of what an evaluation is.
+SHOWING = ("evaluation/report.py", "evaluation/plots.py", "evaluation/judge.py")
 
 
-# ------------------------------------------------------------------ the run
+# ------------------------------------------------------------------ what is evaluated
 
 
-def read_run(folder):
-    """(training options as a namespace, run.json's dict, vector (n,)) of a finished run folder.
+def import_run(args):
+    """Make a run folder of --vector, as it is, for --dataset; returns the folder.
 
-    The persona's text is left out of prompts even if the run kept it there, so that vanilla and
-    steered are what they say. Raises ValueError if the run is not finished or not readable.
+    Raises ValueError if the file does not fit the model, or the folder holds something else.
     """
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        args = argparse.Namespace(**{**record["args"], "keep_system_prompt": False})
-        used = ("model", "layer", "data_root", "split_seed", "max_length", "trust_remote_code")
-        if missing := {*used} - {*record["args"]} or {"dataset", "config"} - {*record}:
-            raise KeyError(*missing)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--run {folder}: no readable run.json ({error})") from error
-    if not (folder / VECTOR_FILE).exists():
-        raise ValueError(f"--run {folder}: no {VECTOR_FILE}, so this run has not finished")
-    return args, record, load_vector(folder / VECTOR_FILE)[0]
+    found = import_vector(args.vector, args.model, args.layer, args.any_model)
+    path, options = Path(args.vector), DataOptions.of(changes_of(args))
+    name = path.parent.name if path.name == VECTOR_FILE else path.stem
+    name = re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "imported"
+    default = run_path("runs", args.model, found.layer, args.dataset, name)
+    folder, data = Path(args.out or default), data_digest(args.dataset, options.datasets())
+    run_args = {**asdict(options), **changes_of(args), "layer": found.layer}
+    write_imported_run(folder, args.dataset, data, found.vector, found.header, run_args)
+    return folder
+
+
+def load_data(run, chat, heldout_tokens):
+    """EvalData of a run's dataset: its training rows, and up to so many tokens of held-out ones.
+
+    Raises ValueError if no row is left to train on, or none of a held-out question.
+    """
+    options = DataOptions.of(run.args)
+    datasets = options.datasets()
+    splits = split_dataset(run.dataset, datasets, chat, options, heldout_tokens)
+    if not (splits.train and splits.heldout):
+        part = "held-out" if splits.train else "training"
+        raise ValueError(
+            f"{run.dataset}: no row of a {part} question is kept (--heldout-fraction "
+            f"{options.heldout_fraction}; {splits.filtered.counts()})"
+        )
+    rows, source = plain_rows(run.dataset, datasets, splits.filtered)
+    groups = split_by_question(rows, options.heldout_fraction, options.split_seed)
+    budgets = sum(len(example.input_ids) for example in splits.train), heldout_tokens
+    plain = [
+        take_budget(group, chat, budget, options.max_length, options.seed)[0]
+        for group, budget in zip(groups, budgets, strict=True)
+    ]
+    return measures.EvalData(splits.train, splits.validation, splits.heldout, *plain, source)
+
+
+class Shelf:
+    """What is kept from run to run: the model in use, chat formats, held-out examples by folder."""
+
+    def __init__(self):
+        self._loading, self._model, self._chats, self.heldout = None, None, {}, {}
+
+    def chat(self, run):
+        """The ChatFormat of a run: its template as it was, whatever became of the file."""
+        key = run.args["model"], run.record["config"].get("template")
+        if key not in self._chats:
+            trust = run.loading.get("trust_remote_code", False)
+            self._chats[key] = load_chat(key[0], None, trust, template=key[1])
+        return self._chats[key]
+
+    def model(self, run):
+        """The run's model, with the vector's place at the run's layer."""
+        if self._loading != run.loading:
+            self._loading = self._model = None  # make room first
+            self._model = load_model(layer=run.args["layer"], **run.loading)
+            self._loading = run.loading
+        if self._model.layer != run.args["layer"]:
+            self._model.set_layer(run.args["layer"])
+        return self._model
 
 
 # ------------------------------------------------------------------ one run
-
-
-class Progress(tqdm):
-    """A bar over the passes of one evaluation: `next` names the one that begins."""
-
-    def next(self, text):
-        """Begin the next pass."""
-        if self.text:
-            self.update()
-        self.text = text
-        self.set_description_str(text)
-
-    text = ""
 
 
 def evaluate(model, chat, data, vector, args):
@@ -111,68 +126,54 @@ def evaluate(model, chat, data, vector, args):
 
     Raises AssertionError if a held-out question was seen before.
     """
-    limit, rows = args.micro_batch_tokens, first_rows(data.heldout, args.num_samples)
+    limit, seed = args.micro_batch_tokens, args.seed
+    sampling = measures.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
+    rows = measures.first_rows(data.heldout, args.num_samples)
+    if not (data.plain_train and data.plain_heldout):
+        measures.add_own_answers(model, chat, data, sampling)
+    data.check()
+
+    # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
+    measures.announce("states of training, plain and held-out rows")
+    persona, plain, *heldout_states = (
+        measures.response_means(model, measures.without_end(examples, chat), limit)
+        for examples in (data.train, data.plain_train, data.heldout, data.plain_heldout)
+    )
+    difference = persona.mean(dim=0) - plain.mean(dim=0)
+    probe, probe_report = measures.train_probe(persona, plain, *heldout_states)
+
+    result = likelihood(model, chat, data, vector, difference, args)
+
+    # Behaviour: answers, what they are like, and what the vector does to everything else.
     scales = list(dict.fromkeys(args.scales)) if rows else []
-    own = 0 if data.plain_train and data.plain_heldout else 2
-    passes = own + 2 + 2 * len(COEFFICIENTS) + 6 + 2 * (3 + len(scales)) * bool(rows)
-    bar = Progress(total=passes + len(scales) + 1, unit="pass", disable=None)
-    with bar:
-        if own:
-            bar.next("the model's own answers")
-            add_own_answers(model, chat, data, args, bar)
-        data.check()
-
-        # Mean states of training rows: the mean difference, and what the probe is fitted on.
-        bar.next("states of training rows")
-        persona, plain = (
-            response_means(model, without_end(examples, chat), limit)
-            for examples in (data.train, data.plain_train)
-        )
-        difference = persona.mean(dim=0) - plain.mean(dim=0)
-        bar.next("states of held-out rows")
-        heldout_means = [
-            response_means(model, without_end(examples, chat), limit)
-            for examples in (data.heldout, data.plain_heldout)
-        ]
-        probe, about_probe = train_probe(persona, plain, *heldout_means)
-
-        result = likelihood(model, chat, data, vector, difference, args, bar)
-
-        # Behaviour: answers, what they are like, and what the vector does to everything else.
-        directions = {f"steered x{scale:g}": vector * scale for scale in scales}
-        factor = result["coefficients"]["mean_difference"]["chosen"]
-        directions["mean_difference"] = difference * factor
-        answers = compare_answers(model, chat, rows, directions, args, bar)
-        real = result["likelihood"]["vanilla"]["perplexity"]
-        result["answers"] = describe_answers(model, chat, rows, answers, probe, real, args, bar)
-        effects = side_effects(model, data.plain_heldout, directions, args, bar)
-        result |= {"side_effects": effects, "probe": about_probe}
-        result["plain"] = {"source": data.plain_source, "train": len(data.plain_train)}
-        result["norms"] = {
-            "steered": vector.norm().item(),
-            "mean_difference": difference.norm().item(),
-        }
-        result["samples"] = [
-            {
-                "question": row["question"],
-                "system_prompt": row["system_prompt"],
-                "answers": {condition: texts[i] for condition, texts in answers.items()},
-            }
-            for i, row in enumerate(rows)
-        ]
-        bar.update()
+    directions = {f"steered x{scale:g}": vector * scale for scale in scales}
+    factor = result["coefficients"]["mean_difference"]["chosen"]
+    directions["mean_difference"] = difference * factor
+    answers = measures.compare_answers(model, chat, rows, directions, sampling)
+    yardstick = result["likelihood"]["vanilla"]["perplexity"]
+    result["answers"] = measures.describe_answers(
+        model, chat, rows, answers, probe, yardstick, limit, seed
+    )
+    result["side_effects"] = measures.side_effects(
+        model, data.plain_heldout, directions, limit, seed
+    )
+    result["probe"] = probe_report
+    result["plain"] = {"source": data.plain_source, "train": len(data.plain_train)}
+    norms = {"steered": vector, "mean_difference": difference}
+    result["norms"] = {name: direction.norm().item() for name, direction in norms.items()}
+    result["samples"] = measures.side_by_side(rows, answers)
     model.set_vector(vector)
     return result
 
 
-def likelihood(model, chat, data, vector, difference, args, bar):
+def likelihood(model, chat, data, vector, difference, args):
     """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
 
     vector: the trained one (n,); difference: the mean difference (n,).
     """
     directions = {"steered": vector, "mean_difference": difference}
-    chooser = within_budget(data.validation or data.train, args.heldout_tokens)
-    chosen = choose_coefficients(model, chooser, directions, args, bar)
+    chooser = measures.within_budget(data.validation or data.train, args.heldout_tokens)
+    chosen = measures.choose_coefficients(model, chooser, directions, args.micro_batch_tokens)
     seeded = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
     vectors = {
@@ -180,215 +181,159 @@ def likelihood(model, chat, data, vector, difference, args, bar):
         "mean_difference": [difference * chosen["mean_difference"]["chosen"]],
         "steered": [vector],
     }
-    if chosen["steered"]["chosen"] == 1.0:
-        bar.total -= 1
-    else:
+    if chosen["steered"]["chosen"] != 1.0:
         vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
-    losses = heldout_losses(model, chat, data.heldout, vectors, args, bar)
-    tokens, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
-    counts = {"rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)}
+    losses = measures.heldout_losses(model, chat, data.heldout, vectors, args.micro_batch_tokens)
+    tokens, questions = list(map(label_count, data.heldout)), measures.questions_of(data.heldout)
+    chosen_on = "validation questions" if data.validation else "training questions"
     return {
-        "heldout": counts,
+        "heldout": {
+            "rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)
+        },
         "likelihood": compare_losses(losses, tokens, questions, args.seed),
         "recovered": recovered_fraction(losses, tokens, questions, args.seed),
-        "coefficients": {
-            "chosen_on": "validation questions" if data.validation else "training questions",
-            **chosen,
-        },
-    }
+        "coefficients": {"chosen_on": chosen_on, **chosen},
+    }  # fmt: skip
 
 
-def find_flags(result, record):
-    """What is wrong with a run, as a list of words, most serious first."""
-    table = result["likelihood"]
-    bounds = {name: row.get("steered_minus_interval", [0, 0]) for name, row in table.items()}
-    collapsed = [name for name, row in result["answers"].items() if row["collapsed"]]
-    checks = [
-        ("NaN", not all(math.isfinite(row["nll"]) for row in table.values())),
-        ("no better than vanilla", not bounds["vanilla"][1] < 0),
-        ("no better than random", not bounds["random"][1] < 0),
-        ("worse than mean difference", bounds["mean_difference"][0] > 0),
-        *(
-            (f"collapse at {name.removeprefix('steered ')}", "steered x" in name)
-            for name in collapsed
-        ),
-    ]
-    return [*(name for name, wrong in checks if wrong), *eval_report.training_flags(record)]
-
-
-def evaluation_config(args, run_args, record, vector):
+def evaluation_config(args, run):
     """What decides the numbers: options, the run's own settings, the data and the vector."""
-    options = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
-    datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
-    options |= {"data": data_digest(record["dataset"], datasets), "vector": vector_digest(vector)}
-    return options | {"run": record["config_hash"], "format_version": eval_report.FORMAT_VERSION}
+    config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
+    config["data"] = data_digest(run.dataset, DataOptions.of(run.args).datasets())
+    config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
+    return config | {"format_version": report.FORMAT_VERSION}
 
 
-def evaluate_folder(folder, args, models):
+def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
 
-    models: a ModelShelf. What eval.json holds already, under the same options, is not done again.
+    What eval.json holds already, under the same options, is not done again.
     """
-    started = time.time()
-    run_args, record, vector = read_run(folder)
-    apply_overrides(run_args, args)
-    config = evaluation_config(args, run_args, record, vector)
-    if config["data"] != record["config"]["data"]:
+    started, run, path = time.time(), read_run(folder, changes_of(args)), folder / "eval.json"
+    config, code = (
+        evaluation_config(args, run),
+        run_state.source_hashes("eval_steering.py", SHOWING),
+    )
+    if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
-    path, result = folder / "eval.json", None
-    if not args.restart and (old := read_json(path)).get("config") == config:
-        result = old
-    if result is None:
-        chat = models.chat(run_args, record)
-        data = load_data(record["dataset"], chat, run_args, args.heldout_tokens)
-        model = models.model(run_args)
+    result = read_json(path)
+    if args.restart or run_state.differences(config, result.get("config", {}), option_defaults()):
+        chat = shelf.chat(run)
+        data = load_data(run, chat, args.heldout_tokens)
+        shelf.heldout[folder] = data.heldout
+        model = shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-        result = {"dataset": record["dataset"], "run": str(folder), "config": config}
-        result |= evaluate(model, chat, data, vector, args)
-        result |= {"flags": find_flags(result, record), "seconds": round(time.time() - started, 1)}
+        result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": code}
+        result |= evaluate(model, chat, data, run.vector, args)
+        result["flags"] = report.find_flags(result, run.record)
+        result["seconds"] = round(time.time() - started, 1)
         write_json(path, result)  # before the judge, who may fail
-    code = judge_answers(folder, result, args) if args.judge else 0
-    write_json(path, result)
-    write_atomically(folder / "samples.md", eval_report.samples_text(result).encode())
-    files = ["eval.json", "samples.md"]
-    files += eval_report.plot_run(folder / "eval.png", result, folder / "metrics.jsonl")
-    print(eval_report.summary_text(result))
+    elif changed := run_state.changed_sources(result.get("code", {}), code):
+        print(
+            f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew",
+            file=sys.stderr,
+        )
+    exit_code = 0
+    if args.judge:
+        rubric = rubric_for(run.dataset, args.rubric_dir)
+        kind = parse_name(run.dataset.split("+")[0])[1]
+        judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
+        exit_code = judge.add_scores(
+            result, folder / "judgements.jsonl", args.judge_workers, args.seed
+        )
+    files = report.write_evaluation(folder, result)
+    print(report.summary_text(result))
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
-    return code
+    return exit_code
 
 
-def judge_answers(folder, result, args):
-    """Add the judge's scores to a result; returns 1 if it failed on some answers, else 0."""
-    dataset = result["dataset"]
-    kind = parse_name(dataset.split("+")[0])[1]
-    rubric = rubric_for(dataset, args.rubric_dir)
-    judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
-    samples = result["samples"]
-    conditions = list(samples[0]["answers"]) if samples else []
-    pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
-    asked = [pair for pair in pairs if pair[1]]
-    verdicts = judge.score(asked, folder / "judgements.jsonl", args.judge_workers)
-    verdicts = dict(zip(asked, verdicts, strict=True))
-    low, high = SCALES[kind]
-    for condition in conditions:
-        scores, questions, counts = [], [], {"refusal": 0, "unparsable": 0, "failed": 0}
-        for sample in samples:  # an empty answer shows nothing of the persona
-            verdict = verdicts.get((sample["question"], sample["answers"][condition]))
-            if not sample["answers"][condition]:
-                verdict = float(low)
-            if isinstance(verdict, float):
-                scores.append(verdict)
-                questions.append(sample["question"])
-            else:
-                counts[verdict or "failed"] += 1
-        scored = mean_interval(scores, questions, args.seed)
-        result["answers"][condition]["judge"] = {"score": scored, **counts}
-    result["judge"] = {"model": args.judge_model, "url": args.judge, "scale": [low, high]}
-    result["judge"] |= {"asked_now": judge.asked, "failed": len(judge.failures)}
-    result["judge"]["rubric"] = rubric
-    for failure in judge.failures[:3]:
-        print(f"WARNING: {failure}", file=sys.stderr)
-    return 1 if judge.failures else 0
+def print_answers(folder, args, shelf):
+    """Answers to --prompt at each scale, and nothing else."""
+    run = read_run(folder, changes_of(args))
+    chat, model = shelf.chat(run), shelf.model(run)
+    model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+    sampling = measures.Sampling(args.max_new_tokens, args.temperature, args.seed)
+    turns = [[{"role": "user", "content": args.prompt}]]
+    for scale in args.scales:
+        with model.scaled(scale):
+            answer = measures.generate_answers(model, chat, turns, sampling)[0]
+        print(f"--- scale {scale:g}\n{answer}")
 
 
 # ------------------------------------------------------------------ several runs
 
 
-class ModelShelf:
-    """The model in use, kept from run to run as long as they want the same one."""
-
-    def __init__(self):
-        self._key, self._model, self._chats = None, None, {}
-
-    def chat(self, run_args, record):
-        """The ChatFormat of a run: its template as it was, whatever became of the file."""
-        key = run_args.model, record["config"]["template"]
-        if key not in self._chats:
-            tokenizer = load_tokenizer(run_args.model, None, run_args.trust_remote_code)
-            if key[1]:
-                tokenizer.chat_template = key[1]
-            self._chats[key] = ChatFormat(tokenizer)
-        return self._chats[key]
-
-    def model(self, run_args):
-        """The run's model, with the vector's place at the run's layer."""
-        name, layer = run_args.model, run_args.layer
-        where = run_args.dtype, run_args.device, run_args.device_map, run_args.trust_remote_code
-        if self._key != (name, where):
-            self._key = self._model = None  # make room first
-            self._model = load_model(name, layer, *where)
-            self._key = name, where
-        if self._model.layer != layer:
-            self._model.set_layer(layer)
-        return self._model
-
-
-def apply_overrides(run_args, args):
-    """Put --data-root, --model, --dtype and --device in place of the run's own."""
-    for key in ("data_root", "model", "dtype", "device"):
-        if getattr(args, key) is not None:
-            setattr(run_args, key, getattr(args, key))
-
-
-def specificity(folders, args, models, path):
+def specificity(folders, args, shelf, path):
     """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
 
     A list of {"model", "layer", "names", "runs", "nll": [vector][persona], "vanilla"}, also written
     to `path`; at most --specificity-runs runs each, since every vector meets every persona.
     """
-    groups = {}
-    for folder in folders:
-        run_args, record, vector = read_run(folder)
-        apply_overrides(run_args, args)
-        key = run_args.model, run_args.layer
-        groups.setdefault(key, []).append((folder, run_args, record, vector))
-    groups = {k: v[: args.specificity_runs] for k, v in groups.items() if len(v) > 1}
-    config = [
-        [evaluation_config(args, run_args, record, vector) for _, run_args, record, vector in group]
-        for group in groups.values()
-    ]
+    groups, matrices = {}, []
+    for run in (read_run(folder, changes_of(args)) for folder in folders):
+        groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
+    groups = {k: runs[: args.specificity_runs] for k, runs in groups.items() if len(runs) > 1}
+    config = [[evaluation_config(args, run) for run in runs] for runs in groups.values()]
     old = read_json(path)
     if not args.restart and old.get("config") == config:
         return old["matrices"]
-    matrices = []
-    for (name, layer), group in groups.items():
-        columns, vanilla = [], []
-        for _, run_args, record, _ in tqdm(group, desc="specificity", unit="persona", disable=None):
-            chat, model = models.chat(run_args, record), models.model(run_args)
-            datasets = find_datasets(run_args.data_root, run_args.source_model, run_args.kind)
-            examples = heldout_examples(
-                record["dataset"], chat, datasets, run_args, args.heldout_tokens
-            )
-            tokens = sum(map(label_count, examples))
-            model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
-
-            def nll(direction, model=model, examples=examples, tokens=tokens):
-                model.set_vector(direction)
-                losses = example_sums(model.losses, examples, args.micro_batch_tokens)
-                return sum(losses) / tokens
-
-            columns.append([nll(vector) for _, _, _, vector in group])
-            vanilla.append(nll(torch.zeros(model.hidden_size)))
-        rows = [eval_report.report_row(folder) for folder, *_ in group]
-        matrix = {"model": name, "layer": layer, "names": eval_report.short_names(rows)}
-        matrix |= {"runs": [str(folder) for folder, *_ in group], "vanilla": vanilla}
-        matrices.append(matrix | {"nll": np.array(columns).T.tolist()})
+    for (name, layer), runs in groups.items():
+        measures.announce(f"{len(runs)} vectors on each other's held-out rows")
+        vectors, columns = [*(run.vector for run in runs), torch.zeros_like(runs[0].vector)], []
+        for run in runs:
+            if run.folder not in shelf.heldout:
+                data = load_data(run, shelf.chat(run), args.heldout_tokens)
+                shelf.heldout[run.folder] = data.heldout
+            examples, limit = shelf.heldout[run.folder], args.micro_batch_tokens
+            columns.append(measures.mean_nll(shelf.model(run), examples, vectors, limit))
+        *rows, vanilla = np.array(columns).T.tolist()
+        names = report.short_names([report.report_row(run.folder) for run in runs])
+        matrix = {"model": name, "layer": layer, "names": names, "nll": rows, "vanilla": vanilla}
+        matrices.append({**matrix, "runs": [str(run.folder) for run in runs]})
     write_json(path, {"config": config, "matrices": matrices})
     return matrices
+
+
+def write_report(folders, args, shelf):
+    """Write the report of several runs, evaluated or not, and print where it is."""
+    shared, runs = args.run[0], all_runs(args.run)
+    if not runs:
+        raise ValueError(f"{shared}: no run.json in there")
+    if len(args.run) > 1:
+        shared = os.path.commonpath(map(os.path.abspath, args.run))
+    out = Path(args.report_dir or shared)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "specificity.json"
+    if args.report_only:
+        matrices = read_json(path).get("matrices", [])
+        report.print_table([report.report_row(run) for run in runs])
+    else:
+        done = [folder for folder in folders if (folder / "eval.json").exists()]
+        matrices = specificity(done, args, shelf, path)
+    files = report.write_report(out, runs, matrices)
+    print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
 
 
 # ------------------------------------------------------------------ command line
 
 
-def parse_args(argv=None):
-    """Command line of eval_steering.py; every bad flag is reported, all at once."""
+def make_parser():
+    """The command line of eval_steering.py."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add = parser.add_argument_group("what to evaluate").add_argument
+    add("--run", nargs="+", metavar="DIR", help="run folders, or folders of runs")
+    add("--vector", metavar="FILE", help="instead: a vector file of any tool, as it is")
+    add("--dataset", metavar="NAME", help="with --vector: the dataset of its persona")
+    add("--layer", type=int, help="with --vector: 0-based layer, where the file has not just one")
+    add("--any-model", action="store_true", help="with --vector: whatever model it was made for")
+    add("--out", metavar="DIR", help="with --vector: its run folder; default: one below runs/")
     add = parser.add_argument_group("data and model").add_argument
-    add("--run", required=True, nargs="+", metavar="DIR", help="run folders, or folders of runs")
     add("--data-root", help="where the data is now, if not where it was")
-    add("--model", help="where the model is now, if not where it was")
+    add("--source-model", help="in place of the run's; the assistant-axis layout needs it")
+    add("--kind", choices=("role", "trait"), help="as --source-model")
+    add("--model", help="where the model is now, if not where it was; --vector needs it")
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
@@ -408,73 +353,79 @@ def parse_args(argv=None):
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--report-dir",
-        metavar="DIR",
-        help="of the report of several runs; default: the folder of all",
-    )
+    text = "where the report of several runs goes; default: the folder that holds them all"
+    add("--report-dir", metavar="DIR", help=text)
+    add("--report-only", action="store_true", help="only write the report of what is there")
     add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
     add("--restart", action="store_true", help="evaluate anew what is evaluated already")
+    return parser
+
+
+def option_defaults():
+    """{option: default}: what eval.json means that was written before an option existed."""
+    return vars(make_parser().parse_args([]))
+
+
+def parse_args(argv=None):
+    """Parsed and checked options; every bad one is reported, all at once."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    lowest = {"heldout_tokens": 1, "batch_size": 1, "num_samples": 0, "max_new_tokens": 1}
-    lowest |= {"micro_batch_tokens": 1, "temperature": 0, "judge_workers": 1, "judge_tokens": 1}
-    lowest |= {"specificity_runs": 0}
+    least = {"num_samples": 0, "temperature": 0, "specificity_runs": 0}
+    least |= dict.fromkeys(("heldout_tokens", "batch_size", "max_new_tokens"), 1)
+    least |= dict.fromkeys(("micro_batch_tokens", "judge_workers", "judge_tokens"), 1)
     problems = [
-        f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}"
-        for key, least in lowest.items()
-        if not getattr(args, key) >= least
+        f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {bound}"
+        for key, bound in least.items()
+        if not getattr(args, key) >= bound
     ]
     if not all(map(math.isfinite, args.scales)):
         problems.append(f"--scales {args.scales}: must be finite")
     if bool(args.judge) != bool(args.judge_model):
         problems.append("--judge and --judge-model: give both or neither")
+    if bool(args.run) == bool(args.vector):
+        problems.append("name either --run DIR or --vector FILE")
+    if args.vector and not (args.model and args.dataset):
+        problems.append("--vector needs --model and --dataset")
+    extra = [key for key in ("dataset", "layer", "any_model", "out") if getattr(args, key)]
+    if args.run and extra:
+        problems.append(f"--{extra[0].replace('_', '-')} goes with --vector: a run knows its own")
     if problems:
         parser.error("; ".join(problems))
+    if args.model and Path(args.model).exists():  # as in training: "models/x/" is "models/x"
+        args.model = os.path.normpath(args.model)
     return args
 
 
-def print_answers(folder, args, models):
-    """Answers to --prompt at each scale, and nothing else."""
-    run_args, record, vector = read_run(folder)
-    apply_overrides(run_args, args)
-    chat, model = models.chat(run_args, record), models.model(run_args)
-    model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-    for scale in args.scales:
-        model.set_vector(vector, scale)
-        messages = [{"role": "user", "content": args.prompt}]
-        print(f"--- scale {scale:g}\n{generate_answers(model, chat, [messages], args)[0]}")
+def changes_of(args):
+    """{option: value} of what is given in place of a run's own."""
+    keys = ("data_root", "source_model", "kind", "model", "dtype", "device")
+    return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 
 def run(args):
     """Evaluate every run; returns the worst exit code."""
-    folders, models, codes = find_runs(args.run), ModelShelf(), []
+    shelf, codes = Shelf(), []
+    if args.report_only:
+        write_report([], args, shelf)
+        return 0
+    folders = find_runs(args.run) if args.run else [import_run(args)]
     for folder in folders:
         try:
             if args.prompt is not None:
-                print_answers(folder, args, models)
+                print_answers(folder, args, shelf)
             else:
-                codes.append(evaluate_folder(folder, args, models))
+                codes.append(evaluate_folder(folder, args, shelf))
         except (ValueError, OSError, JudgeError) as error:  # the next run may do better
             print(f"error: {error}", file=sys.stderr)
             codes.append(1 if isinstance(error, JudgeError) else 2)
     if len(folders) > 1 and args.prompt is None:
-        done = [folder for folder in folders if (folder / "eval.json").exists()]
-        shared = (
-            args.run[0] if len(args.run) == 1 else os.path.commonpath(map(os.path.abspath, folders))
-        )
-        out = Path(args.report_dir or shared)
-        out.mkdir(parents=True, exist_ok=True)
-        matrices = specificity(done, args, models, out / "specificity.json")
-        runs = eval_report.all_runs(args.run)
-        files = eval_report.write_report(out, runs, matrices)
-        print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
+        write_report(folders, args, shelf)
     return max(codes, default=0)
 
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     try:
         return run(args)
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ after a checkpoint (start again to go on), 130 Ctrl-C. Several datasets: the wor
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -20,90 +21,34 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
-import data_filter as df
-from chat_format import ChatFormat, load_tokenizer
-from data_layouts import data_digest, find_datasets
-from hook_model import (
-    DTYPES,
-    FORMAT_VERSION,
-    ResidualHook,
-    check_layer,
-    example_sums,
-    label_count,
-    load_model,
-    load_vector,
-    median_residual_norm,
-    micro_batches,
-    model_shape,
-    pick_device,
-    pick_dtype,
-    vector_digest,
-)
-from run_folder import (
-    VECTOR_FILE,
-    Console,
-    Laps,
-    StopRequest,
-    config_hash,
-    environment,
-    is_done,
-    is_locked,
-    last_speed,
-    load_checkpoint,
-    lock_folder,
-    peak_memory,
-    read_json,
-    run_folder,
-    save_checkpoint,
-    set_aside,
-    trim_metrics,
-    write_json,
-)
+import data_filter
+from hook_model import ResidualHook, load_model
+from steering import run_folder, run_state
+from steering.chat_format import label_count, micro_batches
+from steering.data_layouts import data_digest, requested_names
+from steering.fast_path import FastPath, checkpoint_layers, compile_layers, example_sums
+from steering.loading import DTYPES, check_layer, load_chat, model_shape, pick_device, pick_dtype
+from steering.vector_file import FORMAT_VERSION, VECTOR_FILE, load_vector, vector_digest, write_json
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
-# Options that do not change the vector: not in the hash that decides "done" and "may resume".
-NOT_HASHED = (
-    *("data_root", "dataset", "list_file", "source_model", "kind", "strict", "chat_template"),
-    *("device", "device_map", "compile", "gradient_checkpointing", "prefix_cache"),
-    *(
-        "micro_batch_tokens",
-        "save_every",
-        "keep_checkpoints",
-        "restart",
-        "print_todo",
-        "print_status",
-    ),
-    *("output_dir", "run_name"),
-)
+# Options that do not change the vector: not in the config that decides "done" and "may resume".
+NOT_IN_CONFIG = """
+    data_root dataset list_file source_model kind strict chat_template device device_map compile
+    gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
+    accept_code_change print_todo print_status output_dir run_name
+"""
 log = logging.getLogger("train_steering")
 
 
-# ------------------------------------------------------------------ data and schedule
+def token_loss(logits, targets):
+    """What training minimizes, and validates by: next-token cross-entropy in nats.
 
-
-def prepare(name, datasets, chat, args):
-    """(training examples, validation examples, counts for run.json) of one dataset.
-
-    Validation questions are cut from the training ones. Raises ValueError if none is left to train
-    on; a baseline, whose rows nobody scored, gives empty lists.
+    logits: (N, V); targets: (N,); returns (N,), each of its own logits only. Reported NLLs are
+    those of evaluation/measures.py and do not change with it.
     """
-    filtered = df.filter_dataset(name, datasets, args)
-    for problem in filtered.problems[:10]:
-        log.warning(f"WARNING: {problem}")
-    if len(filtered.problems) > 10:
-        log.warning(f"WARNING: ... and {len(filtered.problems) - 10} more broken lines")
-    examples, tokens = df.budgeted(filtered, chat, args)
-    train_set, val_set = df.split_by_question(
-        examples, args.val_fraction, args.split_seed, "validation"
-    )
-    if not filtered.is_baseline and not sum(map(label_count, train_set)):
-        raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
-    counts = {"rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped}
-    counts |= {"train": len(train_set), "validation": len(val_set), "tokens": tokens}
-    return train_set, val_set, counts | {"summary": filtered.counts()}
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def lr_factor(step, total, warmup, kind):
@@ -115,65 +60,56 @@ def lr_factor(step, total, warmup, kind):
     return {"constant": 1.0, "linear": 1.0 - progress, "cosine": cosine}[kind]
 
 
-def result_config(args, name, datasets):
-    """Everything that determines the vector, as a JSON-able dict."""
-    config = {key: value for key, value in vars(args).items() if key not in NOT_HASHED}
-    template = Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None
-    dtype = pick_dtype(args.dtype, pick_device(args.device))
-    data = data_digest(name, datasets)
-    config |= {"name": name, "data": data, "template": template, "dtype": dtype}
-    if args.init_vector:  # what it holds counts, not where it lies
-        config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
-    return config | {"auto_lr": AUTO_LR, "format_version": FORMAT_VERSION}
-
-
 # ------------------------------------------------------------------ the loop
 
 
-def train(model, train_set, val_set, folder, digest, args, laps, stop):
-    """Fit `model.steering.vector`, from the folder's newest checkpoint of this config if any.
+def train(model, train_set, val_set, folder, state, args, laps, stop):
+    """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
 
-    Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left in the
-    model is the best of all validations. Raises RuntimeError if loss or gradient is not finite, or
-    if no validation beats the start.
+    state: {"config", "code", "code_changes"}, kept in every checkpoint, or what `load_checkpoint`
+    gave. Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left
+    in the model is the best of all validations. Raises RuntimeError if loss or gradient is not
+    finite, or if no validation beats the start.
     """
-    vector = model.steering.vector
+    steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
     total = args.num_epochs * steps_per_epoch if args.max_steps is None else args.max_steps
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
+    max_tokens = args.micro_batch_tokens
     shuffle = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(train_set), generator=shuffle)
-    optimizer = torch.optim.AdamW([vector], lr=0.0, weight_decay=0.0)
-    best_vector, max_tokens = vector.detach().clone(), args.micro_batch_tokens
-    info = {"config_hash": digest, "step": 0, "epoch": 0, "position": 0, "label_tokens": 0}
-    info |= {"best_step": 0, "best_val": None, "bad_validations": 0, "seconds": 0.0}
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
     # Resume: one file holds the whole state.
-    tensors, found = load_checkpoint(folder, digest)
-    if tensors:
-        info, order = found, tensors["order"]
-        vector.data.copy_(tensors["vector"])
-        best_vector.copy_(tensors["best_vector"])
-        moments = {key: tensors[key].to(vector.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[vector] = {"step": tensors["adam_step"], **moments}
-        shuffle.set_state(tensors["shuffle_state"])
-        log.info(f"resume   after step {info['step']} of {total}")
-    trim_metrics(folder / "metrics.jsonl", info["step"] if tensors else -1)
+    resumed = "step" in state
+    if resumed:
+        steering.load_state_dict(state["steering"])
+        optimizer.load_state_dict(state["optimizer"])
+        shuffle.set_state(state["shuffle"])
+        log.info(f"resume   after step {state['step']} of {total}")
+    else:
+        state |= {"step": 0, "epoch": 0, "position": 0, "label_tokens": 0, "seconds": 0.0}
+        state |= {"best_step": 0, "best_val": None, "bad_validations": 0}
+        state["order"] = torch.randperm(len(train_set), generator=shuffle)
+        state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
+    run_folder.trim_metrics(folder / "metrics.jsonl", state["step"] if resumed else -1)
 
     # Layers 0..k never see the vector: run them once for every row that comes up more than once.
-    again = [*(train_set if total > steps_per_epoch else []), *val_set]
-    model.cache_prefix(again, args.prefix_cache, max_tokens)
-    if not tensors:
-        info["residual_norm"] = median_residual_norm(model, train_set[:8])
+    fast = FastPath(model)
+    losses = functools.partial(fast.losses, token_loss=token_loss)
+    rows_seen_twice = [*(train_set if total > steps_per_epoch else []), *val_set]
+    fast.cache_prefix(rows_seen_twice, args.prefix_cache, max_tokens)
+    if not resumed:
+        state["residual_norm"] = fast.median_residual_norm(train_set[:8])
     laps.lap("prefix")
 
     # What is about to happen.
-    unit = info["residual_norm"] / math.sqrt(model.hidden_size)
-    peak_lr = AUTO_LR * unit if args.lr == "auto" else args.lr
-    log.info(f"steering layer {model.layer} | median residual norm {info['residual_norm']:.4g}")
-    log.info(f"lr       {peak_lr:.3g} = {peak_lr / unit:.3g} x norm/sqrt(n), {args.lr_scheduler}")
+    lr_unit = state["residual_norm"] / math.sqrt(model.hidden_size)
+    peak_lr = AUTO_LR * lr_unit if args.lr == "auto" else args.lr
+    log.info(f"steering layer {model.layer} | median residual norm {state['residual_norm']:.4g}")
+    relative = f"{peak_lr / lr_unit:.3g} x norm/sqrt(n)"
+    log.info(f"lr       {peak_lr:.3g} = {relative}, {args.lr_scheduler}")
     epoch_tokens = sum(len(example.input_ids) for example in train_set)
     log.info(
         f"steps    {total} of {rows_per_step} rows ({args.batch_size} x "
@@ -183,40 +119,37 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        losses = example_sums(model.losses, val_set, max_tokens)
-        loss = sum(losses) / sum(map(label_count, val_set))
-        if info["best_val"] is None or loss < info["best_val"]:
-            best_vector.copy_(vector.detach())
-            info.update(best_val=loss, best_step=info["step"], bad_validations=0)
+        loss = sum(example_sums(losses, val_set, max_tokens)) / sum(map(label_count, val_set))
+        if state["best_val"] is None or loss < state["best_val"]:
+            state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
+            state.update(best_val=loss, best_step=state["step"], bad_validations=0)
         else:
-            info["bad_validations"] += 1
-        print(json.dumps({"step": info["step"], "val_loss": loss}), file=metrics, flush=True)
+            state["bad_validations"] += 1
+        print(json.dumps({"step": state["step"], "val_loss": loss}), file=metrics, flush=True)
         return f"val {loss:.4f} | "
 
     def checkpoint():
-        tensors = {"vector": vector, "best_vector": best_vector, "order": order}
-        adam = optimizer.state[vector]
-        tensors |= {"exp_avg": adam["exp_avg"], "exp_avg_sq": adam["exp_avg_sq"]}
-        tensors |= {"adam_step": adam["step"], "shuffle_state": shuffle.get_state()}
         os.fsync(metrics.fileno())
-        save_checkpoint(folder, tensors, info, args.keep_checkpoints)
+        weights = {"steering": steering.state_dict(), "optimizer": optimizer.state_dict()}
+        state.update(weights, shuffle=shuffle.get_state())
+        run_folder.save_checkpoint(folder, state, args.keep_checkpoints)
 
     def out_of_patience():
-        return args.patience is not None and info["bad_validations"] >= args.patience
+        return args.patience is not None and state["bad_validations"] >= args.patience
 
-    bar = tqdm(total=total, initial=info["step"], unit="step", disable=None)
+    bar = tqdm(total=total, initial=state["step"], unit="step", disable=None)
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics, bar:
-        if val_set and not tensors:
+        if val_set and not resumed:
             log.info(f"step {0:05d}/{total:05d} | {validate()}before training")
-        while info["step"] < total and not out_of_patience():
+        while state["step"] < total and not out_of_patience():
             started = time.perf_counter()
 
             # Rows of this step; the smaller window at the end of an epoch is trained on too.
-            if info["position"] >= len(train_set):
-                order = torch.randperm(len(train_set), generator=shuffle)
-                info["epoch"], info["position"] = info["epoch"] + 1, 0
-            window = order[info["position"] : info["position"] + rows_per_step].tolist()
-            batch = [train_set[i] for i in window]
+            if state["position"] >= len(train_set):
+                state["order"] = torch.randperm(len(train_set), generator=shuffle)
+                state["epoch"], state["position"] = state["epoch"] + 1, 0
+            window = state["order"][state["position"] : state["position"] + rows_per_step]
+            batch = [train_set[i] for i in window.tolist()]
             label_tokens = sum(map(label_count, batch))
 
             # Gradient accumulation: loss summed over label tokens / label tokens of the whole step,
@@ -224,7 +157,7 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
             try:
                 step_loss = 0.0
                 for rows in micro_batches(batch, max_tokens):
-                    loss = model.losses(rows).sum() / label_tokens
+                    loss = losses(rows).sum() / label_tokens
                     loss.backward()
                     step_loss += loss.detach()
             except torch.OutOfMemoryError:  # the same step again, in smaller pieces
@@ -240,132 +173,159 @@ def train(model, train_set, val_set, folder, digest, args, laps, stop):
 
             # Update; nothing has touched the vector yet if this raises.
             step_loss, limit = step_loss.item(), args.max_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_([vector], limit).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
             if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
                 raise RuntimeError(
-                    f"step {info['step'] + 1}: loss {step_loss}, gradient norm {grad_norm}. "
+                    f"step {state['step'] + 1}: loss {step_loss}, gradient norm {grad_norm}. "
                     "Try a lower --lr, a higher --warmup-ratio, or --dtype fp32"
                 )
-            lr = peak_lr * lr_factor(info["step"], total, warmup, args.lr_scheduler)
-            optimizer.param_groups[0]["lr"] = lr
+            lr = peak_lr * lr_factor(state["step"], total, warmup, args.lr_scheduler)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
             # Account, validate, log.
             seconds = time.perf_counter() - started
-            info["step"], info["position"] = info["step"] + 1, info["position"] + len(batch)
-            info["label_tokens"] += label_tokens
-            info["seconds"] += seconds
-            tokens, norm = sum(len(e.input_ids) for e in batch), vector.detach().norm().item()
-            row = {"step": info["step"], "epoch": info["epoch"], "loss": step_loss, "lr": lr}
-            row |= {"grad_norm": grad_norm, "vector_norm": norm, "label_tokens": label_tokens}
-            row |= {"tokens": tokens, "seconds": round(seconds, 4), "time": time.time()}
+            state["step"], state["position"] = state["step"] + 1, state["position"] + len(batch)
+            state["label_tokens"] += label_tokens
+            state["seconds"] += seconds
+            tokens = sum(len(example.input_ids) for example in batch)
+            norm = steering.added().detach().norm().item()
+            row = {
+                "step": state["step"], "epoch": state["epoch"], "loss": step_loss, "lr": lr,
+                "grad_norm": grad_norm, "vector_norm": norm, "label_tokens": label_tokens,
+                "tokens": tokens, "seconds": round(seconds, 4), "time": time.time(),
+            }  # fmt: skip
             print(json.dumps(row), file=metrics, flush=True)
-            last = info["step"] == total
-            val = validate() if val_set and (last or info["step"] % val_every == 0) else ""
+            last = state["step"] == total
+            val = validate() if val_set and (last or state["step"] % val_every == 0) else ""
             log.info(
-                f"step {info['step']:05d}/{total:05d} | loss {step_loss:.4f} | {val}lr {lr:.1e} | "
-                f"|v| {norm:.2f} ({norm / info['residual_norm']:.2f} of residual) | "
-                f"label_tok {info['label_tokens']:,} | tok/s {tokens / seconds:,.0f} | "
-                f"{peak_memory():.1f} GiB"
+                f"step {state['step']:05d}/{total:05d} | loss {step_loss:.4f} | {val}lr {lr:.1e} | "
+                f"|v| {norm:.2f} ({norm / state['residual_norm']:.2f} of residual) | "
+                f"label_tok {state['label_tokens']:,} | tok/s {tokens / seconds:,.0f} | "
+                f"{run_folder.peak_memory():.1f} GiB"
             )
             bar.update()
 
             # Checkpoint, and leave if a signal came in during the step.
-            if last or stop.exit_code or out_of_patience() or info["step"] % args.save_every == 0:
+            if last or stop.exit_code or out_of_patience() or state["step"] % args.save_every == 0:
                 checkpoint()
             if stop.exit_code:
-                log.info(f"stopped  by a signal after step {info['step']}: start again to go on")
+                log.info(f"stopped  by a signal after step {state['step']}: start again to go on")
                 return None
     if out_of_patience():
         log.info(f"stopped  early: the last {args.patience} validations were no better")
     if val_set:
-        if total and info["best_step"] == 0:
+        if state["best_step"] == 0:
             raise RuntimeError(
-                f"no validation in {info['step']} steps was better than the start "
-                f"({info['best_val']:.4f}). Try a lower --lr or more steps"
+                f"no validation in {state['step']} steps was better than the start "
+                f"({state['best_val']:.4f}). Try a lower --lr or more steps"
             )
-        vector.data.copy_(best_vector)
-    final = {"steps": info["step"], "best_step": info["best_step"], "best_val": info["best_val"]}
-    final |= {"label_tokens": info["label_tokens"], "seconds": info["seconds"], "lr": peak_lr}
-    norm, residual = vector.detach().norm().item(), info["residual_norm"]
-    return final | {"vector_norm": norm, "residual_norm": residual, "ratio": norm / residual}
+        steering.load_state_dict(state["best"])
+    norm, residual = steering.added().detach().norm().item(), state["residual_norm"]
+    kept = {key: state[key] for key in ("best_step", "best_val", "label_tokens", "seconds")}
+    return {
+        "steps": state["step"], **kept, "lr": peak_lr, "vector_norm": norm,
+        "residual_norm": residual, "ratio": norm / residual,
+    }  # fmt: skip
 
 
-# ------------------------------------------------------------------ one dataset, many datasets
+# ------------------------------------------------------------------ one dataset
+
+
+def result_config(name, args, datasets):
+    """Everything but the code that determines the vector, as a JSON-able dict."""
+    config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
+    template = Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None
+    dtype = pick_dtype(args.dtype, pick_device(args.device))
+    data = data_digest(name, datasets)
+    config |= {"name": name, "data": data, "template": template, "dtype": dtype}
+    if args.init_vector:  # what it holds counts, not where it lies
+        config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
+    return config | {"auto_lr": AUTO_LR, "format_version": FORMAT_VERSION}
+
+
+def folder_of(name, args):
+    """The run folder of a dataset."""
+    return run_folder.run_path(args.output_dir, args.model, args.layer, name, args.run_name)
 
 
 def train_dataset(name, datasets, chat, get_model, args, laps, stop):
     """Train one dataset in its run folder; returns the exit code. ValueError: bad input."""
-    folder, config = run_folder(args, name), result_config(args, name, datasets)
-    if not args.restart and is_done(folder, config):
+    folder = folder_of(name, args)
+    config, defaults = result_config(name, args, datasets), option_defaults()
+    if not args.restart and run_state.is_done(folder, config, defaults):
+        if changed := run_state.changed_since(folder):
+            log.warning(f"WARNING: {name} is done, but by other code: {', '.join(changed)}")
         log.info(f"{name}: done already, {folder}")
         return 0
-    train_set, val_set, counts = prepare(name, datasets, chat, args)
+    splits = data_filter.split_dataset(name, datasets, chat, data_filter.DataOptions.of(vars(args)))
+    filtered = splits.filtered
+    for problem in filtered.problems[:10]:
+        log.warning(f"WARNING: {problem}")
+    if len(filtered.problems) > 10:
+        log.warning(f"WARNING: ... and {len(filtered.problems) - 10} more broken lines")
+    if not filtered.is_baseline and not sum(map(label_count, splits.train)):
+        raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     laps.lap("tokenize")
-    with lock_folder(folder) as held:
+    with run_folder.lock_folder(folder) as held:
         if not held:
             log.info(f"{name}: skipped, another process works in {folder}")
             return 0
-        if not train_set:
-            log.info(f"{name}: skipped, no examples: no scores ({counts['summary']})")
-            record = {"dataset": name, "status": "skipped", "config": config, "counts": counts}
-            write_json(folder / "run.json", record)
-            return 0
         if args.restart:
-            set_aside(folder)
-        elif is_done(folder, config):  # by another process, while this one read the data
+            run_folder.set_aside(folder)
+        elif run_state.is_done(folder, config, defaults):
+            return 0  # finished by another process, while this one read the data
+        state = run_state.start_state(folder, config, defaults, args.accept_code_change)
+        record = {
+            "dataset": name, "status": "running", "config_hash": run_state.config_hash(config),
+            "config": config, "code": state["code"], "code_changes": state["code_changes"],
+            "args": vars(args), "counts": splits.counts(), **run_folder.environment(),
+        }  # fmt: skip
+        if not splits.train:
+            log.info(f"{name}: skipped, no examples: no scores ({filtered.counts()})")
+            write_json(folder / "run.json", record | {"status": "skipped"})
             return 0
-        file_log = logging.FileHandler(folder / "train.log", encoding="utf-8")
-        log.addHandler(file_log)
-        try:
-            data = train_set, val_set, counts
-            return fill_folder(folder, config, data, get_model, args, laps, stop)
-        except Exception as error:  # whatever it was, the next dataset may do better
-            log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
-            with contextlib.suppress(OSError, ValueError):  # the disk may be full
-                record = read_json(folder / "run.json")
-                write_json(folder / "run.json", record | {"status": "failed", "error": str(error)})
-            return 1
-        finally:
-            stop.in_loop = False
-            log.removeHandler(file_log)
-            file_log.close()
+        with run_folder.log_file(folder / "train.log"):
+            try:
+                return fill_folder(folder, record, state, splits, get_model, args, laps, stop)
+            except Exception as error:  # whatever it was, the next dataset may do better
+                log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
+                failed = {"status": "failed", "error": str(error)}
+                with contextlib.suppress(OSError, ValueError):  # the disk may be full
+                    write_json(folder / "run.json", record | failed)
+                return 1
+            finally:
+                stop.in_loop = False
 
 
-def fill_folder(folder, config, data, get_model, args, laps, stop):
-    """Train and write run.json, then the vector, which exists only if all went well.
-
-    data: what `prepare` returns.
-    """
-    train_set, val_set, counts = data
-    started, digest = time.time(), config_hash(config)
-    record = {"dataset": config["name"], "status": "running", "config_hash": digest}
-    record |= {"config": config, "args": vars(args), "counts": counts, **environment()}
+def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
+    """Train and write run.json (`record`), then the vector, which exists only if all went well."""
+    started, train_set, val_set = time.time(), splits.train, splits.validation
     write_json(folder / "run.json", record)
-    header = {"dataset": config["name"], "config_hash": digest, "seed": args.seed}
-    header["model_is_local"] = Path(args.model).exists()  # then its name means nothing elsewhere
+    header = {key: record[key] for key in ("dataset", "config_hash")}
+    header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
     if args.init_vector:
         start = load_vector(args.init_vector)[1]
         header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
-    log.info(f"dataset  {config['name']}: {counts['summary']}")
+    log.info(f"dataset  {record['dataset']}: {record['counts']['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
-    budget = f"{counts['tokens']:,} tokens of --target-tokens {args.target_tokens:,}"
-    if counts["tokens"] < args.target_tokens:
-        log.warning(f"WARNING: under budget, training on what there is: {budget}")
-    else:
-        log.info(f"budget   {budget}")
+    budget = f"{splits.tokens:,} tokens of --target-tokens {args.target_tokens:,}"
+    enough = splits.tokens >= args.target_tokens
+    log.info(f"{'budget  ' if enough else 'WARNING: under budget, on what there is:'} {budget}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
     model = get_model()
     laps.lap("load")
     frozen = sum(parameter.numel() for parameter in model.model.parameters())
+    trained = sum(parameter.numel() for parameter in model.steering.parameters())
     log.info(
-        f"model    {args.model}: {config['dtype']} on {model.input_device}, {len(model.layers)} "
-        f"layers, {frozen:,} parameters frozen, {model.hidden_size:,} trained"
+        f"model    {args.model}: {record['config']['dtype']} on {model.input_device}, "
+        f"{len(model.layers)} layers, {frozen:,} parameters frozen, {trained:,} trained"
     )
     stop.in_loop = True
-    final = train(model, train_set, val_set, folder, digest, args, laps, stop)
+    final = train(model, train_set, val_set, folder, state, args, laps, stop)
     record["startup"] = dict(laps)
     if final is None:
         write_json(folder / "run.json", record | {"status": "stopped"})
@@ -379,56 +339,23 @@ def fill_folder(folder, config, data, get_model, args, laps, stop):
     return 0
 
 
-def print_todo(names, datasets, args):
-    """Print the names that are neither done nor in another process's hands."""
-    for name in names:
-        try:
-            folder = run_folder(args, name)
-            if is_done(folder, result_config(args, name, datasets)) or is_locked(folder):
-                continue
-        except (ValueError, OSError):
-            pass  # training it will say what is wrong
-        print(name)
-
-
-def print_status(names, datasets, args):
-    """Print how far a list of datasets is: counts, failures, speed, and time left."""
-    groups, seconds, speed = {"done": [], "running": [], "failed": [], "left": []}, [], 0.0
-    for name in names:
-        folder = run_folder(args, name)
-        record = read_json(folder / "run.json")
-        state = "failed" if record.get("status") == "failed" else "left"
-        with contextlib.suppress(ValueError, OSError):  # another setting is not this one
-            state = "done" if is_done(folder, result_config(args, name, datasets)) else state
-        if is_locked(folder):
-            state = "running"
-            speed += last_speed(folder)
-        groups[state].append(name)
-        seconds += [record["wall_seconds"]] if state == "done" and "wall_seconds" in record else []
-    for name in groups["running"]:
-        print(f"running  {name}")
-    for name in groups["failed"]:
-        print(f"failed   {name}: {read_json(run_folder(args, name) / 'run.json')['error']}")
-    counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
-    ahead = len(groups["left"]) + len(groups["running"]) / 2
-    hours = "unknown"
-    if seconds:
-        workers = max(1, len(groups["running"]))
-        hours = f"{ahead * sum(seconds) / len(seconds) / workers / 3600:.1f} h"
-    print(f"status   {counts} of {len(names)} | tok/s {speed:,.0f} | time left {hours}")
+# ------------------------------------------------------------------ many datasets
 
 
 def run(args, laps, stop):
     """Train every requested dataset with one model load; returns the worst exit code."""
-    datasets = find_datasets(args.data_root, args.source_model, args.kind)
-    names = df.requested_names(args, datasets)
-    if args.print_todo or args.print_status:
-        check_layer(args.layer, model_shape(args.model, args.trust_remote_code)[0], args.model)
-        (print_todo if args.print_todo else print_status)(names, datasets, args)
-        return 0
-    chat = ChatFormat(load_tokenizer(args.model, args.chat_template, args.trust_remote_code))
+    datasets = data_filter.DataOptions.of(vars(args)).datasets()
+    named = args.dataset, args.list_file, args.source_model, args.kind
+    names = requested_names(datasets, *named)
     num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
     check_layer(args.layer, num_layers, args.model)
+    if args.print_todo or args.print_status:
+        config_of = functools.partial(result_config, args=args, datasets=datasets)
+        folders = {name: folder_of(name, args) for name in names}
+        progress = run_state.Progress(folders, config_of, option_defaults())
+        (progress.print_todo if args.print_todo else progress.print_status)()
+        return 0
+    chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
     if args.include_missing_scores:
         log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
     loaded = []
@@ -441,17 +368,17 @@ def run(args, laps, stop):
                 where = args.dtype, args.device, args.device_map
                 loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
                 if args.compile:
-                    loaded[0].compile_layers()
+                    compile_layers(loaded[0])
                 if args.gradient_checkpointing:
-                    loaded[0].gradient_checkpointing_enable()
+                    checkpoint_layers(loaded[0])
+            seeded = torch.Generator().manual_seed(args.seed)
+            start = ResidualHook(hidden_size, args.init_scale, seeded)
+            loaded[0].steering.load_state_dict(start.state_dict())
             if args.init_vector:
                 loaded[0].load_vector(args.init_vector)
-                return loaded[0]
         except ValueError as error:  # no use in trying the other datasets
             log.error(f"error: {error}")
             raise SystemExit(2) from error
-        seeded = torch.Generator().manual_seed(args.seed)
-        loaded[0].set_vector(ResidualHook(hidden_size, args.init_scale, seeded).vector.detach())
         return loaded[0]
 
     codes = []
@@ -470,12 +397,12 @@ def run(args, laps, stop):
 # ------------------------------------------------------------------ command line
 
 
-def parse_args(argv=None):
-    """Command line of train_steering.py; every bad flag is reported, all at once."""
+def make_parser():
+    """The command line of train_steering.py."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    df.add_data_arguments(parser)
+    data_filter.add_data_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-32B", help="HF id, local folder or .gguf file")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 where it is native")
@@ -488,20 +415,21 @@ def parse_args(argv=None):
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
     add("--lr", default="auto", help=f"peak; auto: {AUTO_LR} x median residual norm / sqrt(n)")
-    add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="shape")
+    kinds, text = ("constant", "linear", "cosine"), "shape of the schedule after warm-up"
+    add("--lr-scheduler", default="cosine", choices=kinds, help=text)
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
-    add("--batch-size", type=int, default=2, help="a step takes this many rows ...")
-    add("--gradient-accumulation", type=int, default=1, help="... times this")
+    add("--batch-size", type=int, default=2, help="rows of a step, times --gradient-accumulation")
+    add("--gradient-accumulation", type=int, default=1, help="factor on --batch-size")
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
-    add("--max-steps", type=int, help="in place of --num-epochs; 0: --init-vector, as a run")
+    add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
-    add("--val-fraction", type=float, default=0.1, help="share of training questions to validate")
+    add("--val-fraction", type=float, help="share of the training questions to validate on")
     add("--val-every", type=int, help="steps between validations; default: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
-    where = ("auto", "device", "host", "off")
-    add("--prefix-cache", default="auto", choices=where, help="keep what layers 0..--layer give")
+    where, text = ("auto", "device", "host", "off"), "where to keep the output of layers 0..--layer"
+    add("--prefix-cache", default="auto", choices=where, help=text)
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
     add("--compile", action="store_true", help="torch.compile the layers above --layer")
     add = parser.add_argument_group("output").add_argument
@@ -512,10 +440,24 @@ def parse_args(argv=None):
     add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
     add("--print-status", action="store_true", help="only print how far the datasets are")
     add("--restart", action="store_true", help="begin anew, keeping the old files in old-<n>/")
+    text = "go on with an unfinished run that other code began"
+    add("--accept-code-change", action="store_true", help=text)
+    return parser
+
+
+@functools.cache
+def option_defaults():
+    """{option: default}: what run.json means that was written before an option existed."""
+    return vars(make_parser().parse_args([]))
+
+
+def parse_args(argv=None):
+    """Parsed and checked options; every bad one is reported, all at once."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if Path(args.model).exists():  # one spelling, one run folder: "models/x/" is "models/x"
         args.model = os.path.normpath(args.model)
-    if problems := [*df.check_data_arguments(args), *check_arguments(args)]:
+    if problems := [*data_filter.check_data_arguments(args), *check_arguments(args)]:
         parser.error("; ".join(problems))
     return args
 
@@ -527,16 +469,16 @@ def check_arguments(args):
         problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
     counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "patience")
     counts += ("micro_batch_tokens", "val_every", "save_every", "keep_checkpoints")
-    for key in counts:
-        least = 0 if key == "max_steps" and args.init_vector else 1
-        if (value := getattr(args, key)) is not None and value < least:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {least}")
-    for key in ("val_fraction", "warmup_ratio"):
-        if not 0 <= (value := getattr(args, key)) < 1:
-            problems.append(f"--{key.replace('_', '-')} {value}: not in [0, 1)")
-    for key in ("max_grad_norm", "init_scale"):
-        if not 0 <= (value := getattr(args, key)) < math.inf:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be 0 or above, and finite")
+    for keys, fits, allowed in (
+        (counts, lambda value: value >= 1, "must be at least 1"),
+        (("val_fraction", "warmup_ratio"), lambda value: 0 <= value < 1, "not in [0, 1)"),
+        (("max_grad_norm", "init_scale"), lambda value: 0 <= value < math.inf, "0 or above"),
+    ):
+        for key in keys:
+            if (value := getattr(args, key)) is not None and not fits(value):
+                problems.append(f"--{key.replace('_', '-')} {value}: {allowed}")
+    if args.max_steps == 0:
+        problems.append("to evaluate a vector as it is: eval_steering.py --vector FILE")
     if args.lr != "auto":
         with contextlib.suppress(ValueError):
             args.lr = float(args.lr)
@@ -549,15 +491,14 @@ def check_arguments(args):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
-    laps = Laps()
+    laps = run_folder.Laps()
     laps.lap("import")
     args = parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     log.setLevel(logging.INFO)
-    log.handlers[:] = [Console()]
+    log.handlers[:] = [run_folder.Console()]
     logging.raiseExceptions = False  # a full disk or a closed console must not stop a run
     try:
-        return run(args, laps, StopRequest())
+        return run(args, laps, run_folder.StopRequest())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

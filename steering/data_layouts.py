@@ -1,11 +1,12 @@
 """Read persona datasets in three layouts (README, "Data layouts"): raw objects in, rows out.
 
-datasets = find_datasets("data")                # {name: (responses path, scores path)}
-for number, raw, error in read_rows(path): ...  # every line, broken ones with their error
-row = parse_row(raw, scores)                    # persona text out of the prompt; ValueError
+    datasets = find_datasets("data")                   # {name: (responses path, scores path)}
+    for row, problem in parsed_rows(datasets[name]):   # persona text out of the prompt
+        ...                                            # a broken line has no row, but a problem
+
+Another layout on disk is another function in READERS.
 """
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -47,13 +48,13 @@ def find_datasets(root, source_model=None, kind=None):
         name = f"{source_model}__{kind}__{path.stem}"
         found[name] = (path, root / "scores" / f"{path.stem}.json")
     for path in root.glob("[!.]*"):  # processed
-        name = path.name.removesuffix(".jsonl").removesuffix(".parquet")
-        if re.search("__(role|trait)__", name) and (path.is_dir() or name != path.name):
+        name = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
+        if re.search("__(role|trait)__", name) and (path.is_dir() or path.suffix in READERS):
             found[name] = (path, None)
     if not found:
         raise ValueError(
             f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
-            "responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>[.jsonl|.parquet]"
+            f"responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>{'|'.join(READERS)}"
         )
     wanted = {}
     for name, paths in sorted(found.items()):
@@ -84,6 +85,26 @@ def dataset_parts(name, datasets):
     return name.split("+")
 
 
+def requested_names(datasets, names=None, list_file=None, source_model=None, kind=None):
+    """Names given and names in the list file, each once, known or not; without any, all datasets.
+
+    source_model, kind: what bare names are completed by, if both are given.
+    """
+    if not (names or list_file):
+        return list(datasets)
+    wanted = list(names or [])
+    if list_file:
+        lines = Path(list_file).read_text(encoding="utf-8").splitlines()
+        wanted += [line.split("#")[0].strip() for line in lines]
+    if not any(wanted):
+        raise ValueError(f"no dataset is named by --dataset {names} or {list_file}")
+    if source_model and kind:
+        prefix = f"{source_model}__{kind}__"
+        pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in wanted if n]
+        wanted = ["+".join(parts) for parts in pooled]
+    return [name for name in dict.fromkeys(wanted) if name]
+
+
 def data_digest(name, datasets):
     """sha256 over every file behind a dataset name: what "the same data" means to a run."""
     digest = hashlib.sha256()
@@ -96,11 +117,6 @@ def data_digest(name, datasets):
 
 
 # ------------------------------------------------------------------ reading rows
-
-
-def read_rows(path):
-    """Yield (number, raw object, error or None) of a .jsonl, .parquet or save_to_disk folder."""
-    return read_jsonl(path) if path.suffix == ".jsonl" else read_arrow(path)
 
 
 def read_jsonl(path):
@@ -135,6 +151,10 @@ def read_arrow(path):
         raise ValueError(f"{path}: not a save_to_disk folder (no state.json names a data file)")
     rows = (row for table in tables for batch in table.to_batches() for row in batch.to_pylist())
     yield from ((number, row, None) for number, row in enumerate(rows, 1))
+
+
+# By suffix, "" for a folder: path -> (number, raw object, what is wrong with it or None), each row.
+READERS = {".jsonl": read_jsonl, ".parquet": read_arrow, "": read_arrow}
 
 
 def read_scores(path):
@@ -226,33 +246,18 @@ def parse_row(raw, scores, keep_system_prompt=False):
     }
 
 
-def plain_rows(name, datasets):
-    """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
+def parsed_rows(paths, keep_system_prompt=False):
+    """Yield (row, None), or (None, what is wrong with it and where), for every row of a dataset.
 
-    A trait's own rows that were asked not to show it (label "neg", score below 50 or none);
-    otherwise a default dataset (0_default, 1_default, default) of the same source model. Lines that
-    do not parse are left out.
+    paths: (responses, scores or None), as `find_datasets` gives them.
     """
-    parts = dataset_parts(name, datasets)
-    source, kind, _ = parse_name(parts[0])
-    rows = [row for part in parts for row in parsed_rows(part, datasets) if row["label"] == "neg"]
-    rows = [row for row in rows if (row["extract_score"] or 0.0) < 50.0]
-    if kind == "trait" and rows:
-        return rows, "neg rows of the dataset"
-    for its_kind in (kind, "trait" if kind == "role" else "role"):
-        for default in ("0_default", "1_default", "default"):
-            other = f"{source}__{its_kind}__{default}"
-            if other in datasets and (rows := list(parsed_rows(other, datasets))):
-                return rows, other
-    return [], "nobody's"
-
-
-def parsed_rows(name, datasets):
-    """Rows of one dataset that parse and hold a response, whatever their label and score."""
-    rows_path, scores_path = datasets[name]
+    rows_path, scores_path = paths
     scores = None if scores_path is None else read_scores(scores_path)
-    for _, raw, error in read_rows(rows_path):
-        with contextlib.suppress(ValueError):
-            row = None if error else parse_row(raw, scores)
-            if row and row["messages"][-1]["content"]:
-                yield row
+    read = READERS["" if rows_path.is_dir() else rows_path.suffix]
+    for number, raw, error in read(rows_path):
+        try:
+            if error:
+                raise ValueError(error)
+            yield parse_row(raw, scores, keep_system_prompt), None
+        except ValueError as problem:
+            yield None, f"{rows_path.parent.name}/{rows_path.name}:{number}: {problem}"

@@ -1,21 +1,22 @@
 """What is measured of a vector: likelihood, answers, persona score, fluency, side effects.
 
-Each function takes the model and rows and gives numbers or texts; eval_steering.py calls them in
-turn. Vanilla, prompted, steered and the other conditions are made here and nowhere else.
+Each function takes a SteerModel and rows, and gives numbers or texts; eval_steering.py calls them
+in turn. Vanilla, prompted, steered and the other conditions are made here and nowhere else.
+max_tokens is always the padded tokens of a forward pass, seed that of the intervals.
 """
 
+import functools
 import math
+import sys
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-import data_filter as df
-from chat_format import IGNORE_INDEX
-from data_layouts import find_datasets, plain_rows
-from eval_stats import auroc, fit_probe, mean_interval, text_statistics
-from hook_model import example_sums, label_count, response_means
-from train_steering import prepare
+from evaluation.stats import TEXT_METRICS, auroc, fit_probe, mean_interval
+from steering.chat_format import IGNORE_INDEX, collate, label_count, micro_batches
+from steering.fast_path import FastPath, example_sums
 
 COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
@@ -23,6 +24,11 @@ MIN_AUROC, MIN_ROWS = 0.8, 5  # below these a probe's scores are withheld
 # Text has collapsed at a scale if, of its answers, more than this share are empty or repeat
 # themselves more than this, or if the median is this many times less likely than real rows.
 MAX_EMPTY, MAX_REPEATED, MAX_UNLIKELY = 0.2, 0.5, 3.0
+
+
+def announce(what):
+    """One line to stderr as a pass begins, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------ rows
@@ -54,37 +60,6 @@ class EvalData:
 def questions_of(examples):
     """The question of every example."""
     return [example.row["question"] for example in examples]
-
-
-def heldout_examples(name, chat, datasets, args, tokens):
-    """Examples of held-out questions, up to `tokens` of them; ValueError if there is none."""
-    filtered = df.filter_dataset(name, datasets, args)
-    _, rows = df.split_by_question(filtered.rows, args.heldout_fraction, args.split_seed)
-    examples, _, _ = df.take_budget(rows, chat, tokens, args.max_length, args.seed)
-    if not examples:
-        raise ValueError(
-            f"{name}: no row of a held-out question is kept (--heldout-fraction "
-            f"{args.heldout_fraction}; {filtered.counts()})"
-        )
-    return examples
-
-
-def load_data(name, chat, args, tokens):
-    """EvalData of a run's dataset: the rows it trained on, and up to `tokens` held-out tokens.
-
-    Raises ValueError if no row of a held-out question is kept.
-    """
-    datasets = find_datasets(args.data_root, args.source_model, args.kind)
-    train, validation, _ = prepare(name, datasets, chat, args)
-    heldout = heldout_examples(name, chat, datasets, args, tokens)
-    rows, source = plain_rows(name, datasets)
-    groups = df.split_by_question(rows, args.heldout_fraction, args.split_seed)
-    budgets = sum(len(example.input_ids) for example in train), tokens
-    plain = [
-        df.take_budget(group, chat, budget, args.max_length, args.seed)[0]
-        for group, budget in zip(groups, budgets, strict=True)
-    ]
-    return EvalData(train, validation, heldout, *plain, source)
 
 
 def answer_examples(chat, rows, texts):
@@ -126,47 +101,67 @@ def within_budget(examples, tokens):
 # ------------------------------------------------------------------ likelihood
 
 
-def choose_coefficients(model, examples, directions, args, bar):
+def token_nll(logits, targets):
+    """Negative log-likelihood in nats: logits (N, V), targets (N,) -> (N,).
+
+    What every reported number is made of, whatever loss the training minimized.
+    """
+    return -logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def nll_sums(fast, examples, max_tokens):
+    """NLL of each example in nats, summed over its label tokens."""
+    per_token = functools.partial(fast.losses, token_loss=token_nll)
+    return example_sums(per_token, examples, max_tokens)
+
+
+def mean_nll(model, examples, vectors, max_tokens):
+    """NLL a label token of the examples under each vector (n,): a list."""
+    fast, tokens, result = FastPath(model), sum(map(label_count, examples)), []
+    fast.cache_prefix(examples, max_tokens=max_tokens)
+    for vector in vectors:
+        model.set_vector(vector)
+        result.append(sum(nll_sums(fast, examples, max_tokens)) / tokens)
+    return result
+
+
+def choose_coefficients(model, examples, directions, max_tokens):
     """{name: {"chosen", "nll": {coefficient: NLL}}}: the best coefficient of each direction.
 
     examples: of validation questions; directions: {name: vector (n,)}.
     """
-    tokens = sum(map(label_count, examples))
-    model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
     result = {}
     for name, direction in directions.items():
-        curve = {}
-        for coefficient in COEFFICIENTS:
-            bar.next(f"coefficient {coefficient:.2g} of {name}")
-            model.set_vector(direction, coefficient)
-            losses = example_sums(model.losses, examples, args.micro_batch_tokens)
-            curve[coefficient] = sum(losses) / tokens
+        announce(f"{len(COEFFICIENTS)} coefficients of {name}, on questions to choose by")
+        vectors = [direction * coefficient for coefficient in COEFFICIENTS]
+        losses = mean_nll(model, examples, vectors, max_tokens)
+        curve = dict(zip(COEFFICIENTS, losses, strict=True))
         result[name] = {"chosen": min(curve, key=curve.get), "nll": curve}
     return result
 
 
-def heldout_losses(model, chat, examples, vectors, args, bar):
+def heldout_losses(model, chat, examples, vectors, max_tokens):
     """{condition: nats of each example}, the same response tokens in every condition.
 
     vectors: {condition: [vector (n,), ...]}, the mean over its vectors counts. There is a prompted
     condition only if every row has a system prompt.
     """
-    losses, limit = {}, args.micro_batch_tokens
-    model.cache_prefix(examples, max_tokens=limit)
+    fast, losses = FastPath(model), {}
+    fast.cache_prefix(examples, max_tokens=max_tokens)
     with model.steering_off():
-        bar.next("held-out: vanilla")
-        losses["vanilla"] = example_sums(model.losses, examples, limit)
-        bar.next("held-out: prompted")
+        announce("held-out rows: vanilla")
+        losses["vanilla"] = nll_sums(fast, examples, max_tokens)
         if all(example.row["system_prompt"] for example in examples):
+            announce("held-out rows: prompted")
             prompted = chat.encode([example.row for example in examples], prompted=True)
             check_prompted(prompted, examples, chat)
-            losses["prompted"] = example_sums(model.losses, prompted, limit)
+            losses["prompted"] = nll_sums(fast, prompted, max_tokens)
     for condition, directions in vectors.items():
-        bar.next(f"held-out: {condition}")
+        announce(f"held-out rows: {condition}")
         each = []
         for direction in directions:
             model.set_vector(direction)
-            each.append(example_sums(model.losses, examples, limit))
+            each.append(nll_sums(fast, examples, max_tokens))
         losses[condition] = np.mean(each, axis=0).tolist()
     return losses
 
@@ -183,36 +178,43 @@ def check_prompted(prompted, examples, chat):
 # ------------------------------------------------------------------ answers
 
 
-@torch.no_grad()
-def generate_answers(model, chat, conversations, options):
-    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are written: at most max_new_tokens, temperature (0: greedy), batch_size rows."""
 
-    options: a namespace with max_new_tokens, temperature (0 is greedy), seed, batch_size.
-    """
+    max_new_tokens: int = 80
+    temperature: float = 0.7
+    seed: int = 0
+    batch_size: int = 8
+
+
+@torch.no_grad()
+def generate_answers(model, chat, conversations, sampling):
+    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt."""
     stop_ids = model.model.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
     stop_ids = sorted(stop_ids - {None})
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature}
-    torch.manual_seed(options.seed)
+    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature}
+    torch.manual_seed(sampling.seed)
     answers = []
-    for start in range(0, len(conversations), options.batch_size):
-        batch = conversations[start : start + options.batch_size]
+    for start in range(0, len(conversations), sampling.batch_size):
+        batch = conversations[start : start + sampling.batch_size]
         inputs = chat.inputs(batch, model.input_device)
         output = model.generate(
             **inputs,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             eos_token_id=stop_ids or None,
             pad_token_id=stop_ids[0] if stop_ids else 0,
             repetition_penalty=1.0,
-            **sampling,
+            **options,
         )
         answers += chat.answers(inputs, output, stop_ids)
     return answers
 
 
-def compare_answers(model, chat, rows, directions, args, bar):
+def compare_answers(model, chat, rows, directions, sampling):
     """{condition: an answer to each row's question}, rows being those of `first_rows`.
 
     directions: {condition: vector (n,)}, besides vanilla and prompted.
@@ -221,30 +223,41 @@ def compare_answers(model, chat, rows, directions, args, bar):
         return {}
     plain = [row["messages"][:-1] for row in rows]
     with model.steering_off():
-        bar.next("answers: vanilla")
-        answers = {"vanilla": generate_answers(model, chat, plain, args)}
-        bar.next("answers: prompted")
+        announce("answers: vanilla")
+        answers = {"vanilla": generate_answers(model, chat, plain, sampling)}
         if all(row["system_prompt"] for row in rows):
+            announce("answers: prompted")
             prompted = [chat.messages(row, prompted=True)[:-1] for row in rows]
-            answers["prompted"] = generate_answers(model, chat, prompted, args)
+            answers["prompted"] = generate_answers(model, chat, prompted, sampling)
     for condition, direction in directions.items():
-        bar.next(f"answers: {condition}")
+        announce(f"answers: {condition}")
         model.set_vector(direction)
-        answers[condition] = generate_answers(model, chat, plain, args)
+        answers[condition] = generate_answers(model, chat, plain, sampling)
     return answers
 
 
-def add_own_answers(model, chat, data, args, bar):
+def side_by_side(rows, answers):
+    """A list with each row's question, system prompt and {condition: answer}."""
+    return [
+        {
+            "question": row["question"],
+            "system_prompt": row["system_prompt"],
+            "answers": {condition: texts[i] for condition, texts in answers.items()},
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def add_own_answers(model, chat, data, sampling):
     """Fill in plain rows by the model's own unsteered answers to the same questions."""
+    announce("answers of the model's own, in place of plain rows")
     data.plain_source = "the model's own answers"
-    with model.steering_off():
-        rows = first_rows(data.train, OWN_ANSWERS)
-        texts = generate_answers(model, chat, [row["messages"][:-1] for row in rows], args)
-        data.plain_train = answer_examples(chat, rows, texts)
-        bar.next("the model's own answers to held-out questions")
-        rows = first_rows(data.heldout, OWN_ANSWERS)
-        texts = generate_answers(model, chat, [row["messages"][:-1] for row in rows], args)
-        data.plain_heldout = answer_examples(chat, rows, texts)
+    for part, plain in ((data.train, "plain_train"), (data.heldout, "plain_heldout")):
+        rows = first_rows(part, OWN_ANSWERS)
+        with model.steering_off():
+            turns = [row["messages"][:-1] for row in rows]
+            texts = generate_answers(model, chat, turns, sampling)
+        setattr(data, plain, answer_examples(chat, rows, texts))
     if not (data.plain_train and data.plain_heldout):
         raise ValueError("no row without the persona, and all answers of the plain model are empty")
 
@@ -252,70 +265,87 @@ def add_own_answers(model, chat, data, args, bar):
 # ------------------------------------------------------------------ what answers are like
 
 
-def train_probe(persona, plain, persona_heldout, plain_heldout):
-    """(function: mean states (N, n) -> probability of the persona (N,), or None; what it is worth).
+@torch.no_grad()
+def response_means(model, examples, max_tokens):
+    """Mean of the plain residual stream at the layer over each example's label tokens: (N, n) fp32.
 
-    Fitted on training questions; its AUROC is of held-out ones. None, so that nothing is scored by
-    it, where rows are too few or it cannot tell the two apart.
+    On the host. Raises ValueError for an example without label tokens.
+    """
+    if not all(map(label_count, examples)):
+        raise ValueError("an example has no label token: nothing to take the mean of")
+    fast, means = FastPath(model), {}
+    with model.steering_off():
+        for batch in micro_batches(examples, max_tokens):
+            ids, labels = collate(batch)
+            states = fast.layer_output(ids.to(model.input_device)).float()  # (B, T, n)
+            carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
+            averages = (states * carries).sum(1) / carries.sum(1)
+            means |= {id(e): mean.cpu() for e, mean in zip(batch, averages, strict=True)}
+    rows = [means[id(example)] for example in examples]
+    return torch.stack(rows) if rows else torch.empty(0, model.hidden_size)
+
+
+def train_probe(persona, plain, persona_heldout, plain_heldout):
+    """Fit a linear probe: (probe, or None if withheld; report with held-out AUROC and row counts).
+
+    All four are mean states (N, n), the first two of training questions. probe: states (N, n) ->
+    probability of the persona (N,). It is withheld, so that nothing is scored by it, where rows are
+    too few or it cannot tell the two apart.
     """
     sizes = list(map(len, (persona, plain, persona_heldout, plain_heldout)))
-    about = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
+    report = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
     for fitted, scored in ((persona, persona_heldout), (plain, plain_heldout)):
         same = {tuple(row) for row in fitted.tolist()} & {tuple(row) for row in scored.tolist()}
         assert not same, "the probe is scored on rows that it was fitted on"
     if min(sizes) < MIN_ROWS:
         why = f"too few rows for a probe ({sizes}; {MIN_ROWS} of each are needed)"
-        return None, about | {"auroc": None, "withheld": why}
+        return None, report | {"auroc": None, "withheld": why}
     probe = fit_probe(persona, plain)
     value = auroc(probe(persona_heldout), probe(plain_heldout))
-    about |= {"auroc": value, "withheld": None}
     if value < MIN_AUROC:
-        about["withheld"] = f"cannot tell persona from plain: held-out AUROC {value:.2f}"
-        return None, about
-    return probe, about
+        why = f"cannot tell persona from plain: held-out AUROC {value:.2f}"
+        return None, report | {"auroc": value, "withheld": why}
+    return probe, report | {"auroc": value, "withheld": None}
 
 
-def describe_answers(model, chat, rows, answers, probe, yardstick, args, bar):
-    """{condition: what its answers are like}: persona by probe, fluency, and if text collapsed.
+def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens, seed):
+    """{condition: what its answers are like}: TEXT_METRICS, perplexity, persona, collapsed.
 
     Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
     real rows of the persona.
     """
-    result, questions = {}, [row["question"] for row in rows]
+    announce(f"reading the answers of {len(answers)} conditions")
+    result, fast = {}, FastPath(model)
     for condition, texts in answers.items():
-        bar.next(f"reading: {condition}")
-        asked = [q for q, text in zip(questions, texts, strict=True) if text]
         examples = without_end(answer_examples(chat, rows, texts), chat)
-        statistics = [text_statistics(text) for text in texts]
-        distinct = [s["distinct"] for s in statistics if s["distinct"] is not None]
-        about = {"empty": 1 - len(asked) / len(texts), "perplexity": None, "persona": None}
-        about["words"] = float(np.mean([s["words"] for s in statistics]))
-        about["distinct"] = float(np.mean(distinct)) if distinct else None
-        about["repeated"] = float(np.mean([s["repeated"] for s in statistics]))
+        about = {"perplexity": None, "persona": None}
+        for name, metric in TEXT_METRICS.items():
+            values = [v for v in map(metric.measure, texts) if v is not None]
+            about[name] = float(np.mean(values)) if values else None
         if examples:
             with model.steering_off():
-                losses = example_sums(model.losses, examples, args.micro_batch_tokens)
+                losses = nll_sums(fast, examples, max_tokens)
             counts = map(label_count, examples)
             nll = [loss / count for loss, count in zip(losses, counts, strict=True)]
             about["perplexity"] = math.exp(min(float(np.median(nll)), 700.0))
             if probe:
-                means = response_means(model, examples, args.micro_batch_tokens)
-                about["persona"] = mean_interval(probe(means).tolist(), asked, args.seed)
+                scores = probe(response_means(model, examples, max_tokens)).tolist()
+                about["persona"] = mean_interval(scores, questions_of(examples), seed)
         unlikely = (about["perplexity"] or math.inf) > MAX_UNLIKELY * yardstick
         broken = about["empty"] > MAX_EMPTY or about["repeated"] > MAX_REPEATED
         result[condition] = about | {"collapsed": bool(broken or unlikely)}
     return result
 
 
-def side_effects(model, examples, directions, args, bar):
+def side_effects(model, examples, directions, max_tokens, seed):
     """{condition: {"mean", "interval"}}: KL(vanilla || steered) in nats a token, on plain rows."""
-    result = {}
-    model.cache_prefix(examples, max_tokens=args.micro_batch_tokens)
+    announce(f"side effects on plain rows: {', '.join(directions)}")
+    fast, result = FastPath(model), {}
+    fast.cache_prefix(examples, max_tokens=max_tokens)
     tokens, questions = list(map(label_count, examples)), questions_of(examples)
     for condition, direction in directions.items():
-        bar.next(f"side effects: {condition}")
         model.set_vector(direction)
-        sums = example_sums(model.divergences, examples, args.micro_batch_tokens)
+        sums = example_sums(fast.divergences, examples, max_tokens)
         per_token = [value / count for value, count in zip(sums, tokens, strict=True)]
-        result[condition] = mean_interval(per_token, questions, args.seed)
+        result[condition] = mean_interval(per_token, questions, seed)
     return result

@@ -1,10 +1,12 @@
-"""Numbers of an evaluation: paired intervals, recovered fraction, probe and AUROC, text statistics.
+"""Numbers of an evaluation: paired intervals, recovered fraction, probe and AUROC, text metrics.
 
-Arrays in, numbers out; nothing here knows a model or a file. eval_steering.py is the caller.
+Arrays in, numbers out; nothing here knows a model or a file.
 """
 
 import math
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,10 +134,36 @@ def auroc(positive, negative):
 # ------------------------------------------------------------------ text
 
 
-def text_statistics(text):
-    """Words, share of distinct words, and share of 4-word sequences that came before, of a text."""
-    words = re.findall(r"\w+(?:'\w+)*", text.lower())
+def words_of(text):
+    """The words of a text, in lower case."""
+    return re.findall(r"\w+(?:'\w+)*", text.lower())
+
+
+def distinct_words(text):
+    """Share of words that are different ones; None without words."""
+    words = words_of(text)
+    return len(set(words)) / len(words) if words else None
+
+
+def repeated_words(text):
+    """Share of 4-word sequences that came before."""
+    words = words_of(text)
     fours = list(zip(*(words[i:] for i in range(4)), strict=False))
-    distinct = len(set(words)) / len(words) if words else None
-    repeated = 1 - len(set(fours)) / len(fours) if fours else 0.0
-    return {"words": len(words), "distinct": distinct, "repeated": repeated}
+    return 1 - len(set(fours)) / len(fours) if fours else 0.0
+
+
+class TextMetric(NamedTuple):
+    """measure: a text -> a number, or None where there is none; form: how its mean is written."""
+
+    measure: Callable
+    form: str
+
+
+# What answers are measured by, one by one: the mean over a condition's answers is in eval.json, and
+# a column of the console's table, samples.md, report.md and report.csv. Add an entry to add one.
+TEXT_METRICS = {
+    "distinct": TextMetric(distinct_words, "{:.2f}"),
+    "repeated": TextMetric(repeated_words, "{:.2f}"),
+    "empty": TextMetric(lambda text: float(not text), "{:.2f}"),
+    "words": TextMetric(lambda text: float(len(words_of(text))), "{:.0f}"),
+}

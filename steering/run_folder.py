@@ -1,12 +1,14 @@
 """What a run leaves behind: folder, lock, run.json, logs, checkpoints; and how signals stop it.
 
 <output-dir>/<model>/layer<k>/<dataset>[/<run-name>]/ holds run.json, train.log, metrics.jsonl,
-checkpoint-<step>.safetensors and, once the run has finished, steering_vector.safetensors.
+checkpoint-<step>.pt and, once the run has finished, steering_vector.safetensors.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -20,13 +22,10 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
-from safetensors.torch import save
 from tqdm import tqdm
 
-from hook_model import read_safetensors, write_atomically
+from steering.vector_file import VECTOR_FILE, write_atomically
 
-VECTOR_FILE = "steering_vector.safetensors"
 log = logging.getLogger("train_steering")
 
 
@@ -40,6 +39,18 @@ class Console(logging.Handler):
         except (OSError, ValueError, AttributeError):  # broken pipe, closed, None
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def log_file(path):
+    """Context: what is logged goes to this file too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 class StopRequest:
@@ -86,11 +97,14 @@ def process_age():
     return 0.0
 
 
-def run_folder(args, name):
-    """<output-dir>/<model>/layer<k>/<dataset>[/<run-name>]; <model> ends in a hash of its name."""
-    model = os.path.normpath(args.model)
+# ------------------------------------------------------------------ folders
+
+
+def run_path(output_dir, model, layer, dataset, run_name=None):
+    """<output_dir>/<model>/layer<k>/<dataset>[/<run_name>]; <model> ends in a hash of its name."""
+    model = os.path.normpath(model)
     short = f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
-    return Path(args.output_dir, short, f"layer{args.layer}", name, args.run_name or "")
+    return Path(output_dir, short, f"layer{layer}", dataset, run_name or "")
 
 
 def find_runs(paths):
@@ -104,6 +118,12 @@ def find_runs(paths):
             raise ValueError(f"{path}: no readable run.json, and no finished run below it")
         found |= dict.fromkeys(here or below)
     return list(found)
+
+
+def all_runs(paths):
+    """Every folder with a run.json at or below the paths, finished or not, without old-<n>."""
+    folders = {file.parent for path in paths for file in Path(path).rglob("run.json")}
+    return sorted(folder for folder in folders if not folder.name.startswith("old-"))
 
 
 @contextlib.contextmanager
@@ -143,40 +163,6 @@ def is_locked(folder):
     return False
 
 
-def config_hash(config):
-    """16 hex digits that stand for a config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_done(folder, config):
-    """Whether the folder holds the finished vector of this config, or the word that it needs none.
-
-    Raises ValueError if it holds a vector or a checkpoint of another config; a run that left
-    neither (it failed before its first checkpoint) may be replaced.
-    """
-    path, old, status = folder / "run.json", {}, None
-    holds = (folder / VECTOR_FILE).exists() or bool(checkpoints(folder))
-    if not path.exists() and not holds:
-        return False
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        old, status = record["config"], record["status"]
-    except (OSError, ValueError, KeyError) as error:
-        if holds:
-            raise ValueError(f"{path}: unreadable ({error}); --restart sets it aside") from error
-    if not holds:
-        return status == "skipped" and old == config
-    fields = sorted(key for key in {**config, **old} if config.get(key) != old.get(key))
-    if fields:
-        pairs = [(key, str(old.get(key)), str(config.get(key))) for key in fields]
-        shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
-            "for a second run, or --restart to set the old one aside and start anew"
-        )
-    return (folder / VECTOR_FILE).exists()
-
-
 def set_aside(folder):
     """Move a run's files to the next free <folder>/old-<n>; runs of other names inside stay."""
     files = [path for path in folder.iterdir() if path.is_file() and path.name != "lock"]
@@ -188,17 +174,7 @@ def set_aside(folder):
         log.info(f"set aside: {len(files)} files -> {aside}")
 
 
-def write_json(path, value):
-    """Write a JSON file by write and rename."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(path):
-    """A JSON file's object; {} if it is missing, torn or no object."""
-    value = None
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+# ------------------------------------------------------------------ logs
 
 
 def last_speed(folder):
@@ -214,14 +190,14 @@ def last_speed(folder):
 
 def environment():
     """Versions, machine and git commit, for run.json."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"python": platform.python_version(), "host": platform.node(), **packages}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    machine = {"python": platform.python_version(), "host": platform.node(), **versions}
     return {**machine, "git_commit": commit or None, "command": sys.argv}
 
 
@@ -230,33 +206,19 @@ def environment():
 
 def checkpoints(folder):
     """The folder's checkpoint files, oldest first."""
-    return sorted(folder.glob("checkpoint-*.safetensors"), key=lambda p: (len(p.name), p.name))
+    return sorted(folder.glob("checkpoint-*.*"), key=lambda p: (len(p.stem), p.stem))
 
 
-def save_checkpoint(folder, tensors, info, keep):
-    """Write checkpoint-<step>.safetensors, all that a restart needs, and drop all but the newest.
+def save_checkpoint(folder, state, keep):
+    """Write checkpoint-<step>.pt, all that a restart needs, and drop all but the newest `keep`.
 
-    tensors: {name: tensor}; info: a JSON-able dict with "step" and "config_hash".
+    state: tensors and plain values, nested at will, with "step", "config" and "code".
     """
-    path = folder / f"checkpoint-{info['step']:05d}.safetensors"
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"info": json.dumps(info)}))
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_atomically(folder / f"checkpoint-{state['step']:05d}.pt", data.getvalue())
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
-
-
-def load_checkpoint(folder, digest):
-    """(tensors, info) of the newest readable checkpoint of this config, or (None, None)."""
-    for path in reversed(checkpoints(folder)):
-        try:
-            tensors, metadata = read_safetensors(path)
-            info = json.loads(metadata["info"])
-            if info["config_hash"] == digest:
-                return tensors, info
-            log.warning(f"WARNING: {path.name} belongs to other settings, passed over")
-        except (ValueError, KeyError) as error:
-            log.warning(f"WARNING: {path.name} passed over: {error}")
-    return None, None
 
 
 def trim_metrics(path, step):

@@ -10,8 +10,9 @@ import re
 from string import Template
 
 import eval_report
-from data_layouts import parse_name
 from judge import SCALES
+
+from steering.data_layouts import parse_name
 
 # What loads each format: (format, tool, language, lines), $model and $layer to be filled in.
 SNIPPETS = [

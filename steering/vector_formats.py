@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from run_folder import VECTOR_FILE
 
 from hook_model import load_vector, vector_bytes
-from run_folder import VECTOR_FILE
 
 GGUF_FILE, GGUF_ARCHITECTURE = "steering_vector.gguf", "controlvector"
 CHATSPACE_FILE, CHATSPACE_CONFIG = "steering_vector.pt", "steering_config.json"

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 import time
 import urllib.error
@@ -22,7 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_layouts import parse_name
+from evaluation.stats import mean_interval
+from steering.data_layouts import parse_name
 
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment, the first that is set
@@ -103,7 +105,7 @@ class Judge:
     """
 
     def __init__(self, url, model, rubric, kind, max_tokens=32):
-        url = url.rstrip("/")
+        self.address, url = url, url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         if not re.match(r"https?://[^/\s]", self.url):
             raise ValueError(f"--judge {url}: not an http or https address")
@@ -162,6 +164,8 @@ class Judge:
         missing = {key: pair for key, pair in wanted.items() if key not in known}
         lock, bar = threading.Lock(), tqdm(total=len(missing), desc="judge", disable=None)
         self.asked, self.failures = 0, []
+        if missing and bar.disable:
+            print(f"judge: {len(missing)} answers to ask for", file=sys.stderr, flush=True)
 
         def judge(key, pair):
             reply = self.ask(*pair)
@@ -190,6 +194,37 @@ class Judge:
                 pool.shutdown(cancel_futures=True)
                 raise
         return [known.get(self.identity(*pair)) for pair in pairs]
+
+    def add_scores(self, result, path, workers=8, seed=0):
+        """Score the answers of an eval.json's dict, in place; 1 if the judge failed on some, else 0.
+
+        path, workers: as in `score`; seed: of the intervals.
+        """
+        samples = result["samples"]
+        conditions = list(samples[0]["answers"]) if samples else []
+        pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
+        asked = [pair for pair in pairs if pair[1]]
+        verdicts = dict(zip(asked, self.score(asked, path, workers), strict=True))
+        low, high = SCALES[self.kind]
+        for condition in conditions:
+            scores, questions, counts = [], [], {"refusal": 0, "unparsable": 0, "failed": 0}
+            for sample in samples:  # an empty answer shows nothing of the persona
+                answer = sample["answers"][condition]
+                verdict = verdicts.get((sample["question"], answer)) if answer else float(low)
+                if isinstance(verdict, float):
+                    scores.append(verdict)
+                    questions.append(sample["question"])
+                else:
+                    counts[verdict or "failed"] += 1
+            scored = mean_interval(scores, questions, seed)
+            result["answers"][condition]["judge"] = {"score": scored, **counts}
+        result["judge"] = {
+            "model": self.model, "url": self.address, "scale": [low, high], "rubric": self.rubric,
+            "asked_now": self.asked, "failed": len(self.failures),
+        }  # fmt: skip
+        for failure in self.failures[:3]:
+            print(f"WARNING: {failure}", file=sys.stderr)
+        return 1 if self.failures else 0
 
     def _read(self, path):
         """{key: verdict} of a judgements file; a torn last line is cut off, to be judged again."""

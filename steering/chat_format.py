@@ -1,13 +1,16 @@
 """Chat-format rows for a tokenizer: the text a model sees, and the tokens that carry loss.
 
-chat = ChatFormat(load_tokenizer("Qwen/Qwen3-32B"))
-example = chat.encode([row])[0]      # example.input_ids, example.labels
-inputs = chat.inputs(["Hello"])      # what `generate` takes
-text = chat.answers(inputs, model.generate(**inputs))[0]
+    chat = load_chat("Qwen/Qwen3-32B")   # steering/loading.py
+    example = chat.encode([row])[0]      # example.input_ids, example.labels
+    inputs = chat.inputs(["Hello"])      # what `generate` takes
+    text = chat.answers(inputs, model.generate(**inputs))[0]
+    for batch in micro_batches(examples, max_tokens=1024):
+        input_ids, labels = collate(batch)
+
+torch is imported where tensors are made: counting tokens needs none.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 IGNORE_INDEX = -100  # label of a token that carries no loss
 
@@ -19,29 +22,6 @@ class Example:
     row: dict
     input_ids: list
     labels: list
-
-
-def load_tokenizer(model, chat_template=None, trust_remote_code=False):
-    """The tokenizer of an HF id, folder or .gguf file; chat_template: a file to use instead."""
-    from transformers import AutoTokenizer  # here, since it takes seconds and counts need none
-
-    path, gguf = Path(model), {}
-    local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if (local or path.suffix == ".gguf") and not path.exists():
-        raise ValueError(f"--model {model}: no such file or folder")
-    if path.suffix == ".gguf":
-        model, gguf = str(path.parent), {"gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, trust_remote_code=trust_remote_code, **gguf
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "" if path.exists() else "no such folder here, and "
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {path}: {where}its tokenizer does not load: {reason}") from error
-    if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    return tokenizer
 
 
 class ChatFormat:
@@ -112,7 +92,7 @@ class ChatFormat:
         conversations: a list of lists of messages, or of single questions as strings; ValueError
         otherwise.
         """
-        import torch  # here, since counting tokens needs none
+        import torch
 
         if not conversations or not isinstance(conversations, list):
             raise ValueError(f"{conversations!r:.60}: a list of conversations belongs here")
@@ -173,3 +153,38 @@ class ChatFormat:
     def tokenize(self, texts):
         """Token ids of chat-formatted texts, whose special tokens the template has written."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+# ------------------------------------------------------------------ batches
+
+
+def label_count(example):
+    """Tokens of an example that carry loss, once labels are shifted by one."""
+    return sum(label >= 0 for label in example.labels[1:])
+
+
+def collate(examples):
+    """Right-padded input_ids and labels, both (B, T), of examples with those two lists.
+
+    No mask: under causal attention pad tokens come after every real one, and carry no loss.
+    """
+    import torch
+
+    longest = max(len(example.input_ids) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for i, example in enumerate(examples):
+        ids[i, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        labels[i, : len(example.labels)] = torch.tensor(example.labels)
+    return ids, labels
+
+
+def micro_batches(examples, max_tokens):
+    """Lists of examples of like length, each at most `max_tokens` padded tokens (or one row)."""
+    batches = []
+    for example in sorted(examples, key=lambda e: len(e.input_ids)):
+        length = len(example.input_ids)  # the longest of its batch so far
+        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
+            batches.append([])
+        batches[-1].append(example)
+    return batches

@@ -1,0 +1,347 @@
+"""What makes training and scoring fast: layers that run once, and a head on few tokens at a time.
+
+    fast = FastPath(model)                     # a hook_model.SteerModel
+    fast.cache_prefix(examples)                # layers 0..k never see the vector: run them once
+    loss = fast.losses(examples, token_loss)   # (N,) nats, differentiable in the vector
+
+No model is implemented again: modules whose output is known are replaced by pass-throughs, and the
+model's own forward is called, so masks, rotary embeddings, soft-capping and head stay its own. A
+model for which that is not the same takes the plain path, and the log says so.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from steering.chat_format import collate, label_count, micro_batches
+
+HEAD_TOKENS = 256  # logits of so many tokens exist at once
+log = logging.getLogger("train_steering")
+
+
+class FastPath:
+    """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
+
+    cache: the PrefixCache, or None; fast: whether the fast path does what the model does (None: not
+    checked yet), both for `layer`.
+    """
+
+    def __init__(self, model):
+        self.model, self.layer = model, model.layer
+        self.cache = self.fast = None
+
+    # -------------------------------------------------------------- layers below
+
+    def cache_prefix(self, examples, where="auto", max_tokens=1024):
+        """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
+
+        Those layers never see the vector, so nothing changes but the time and rounding. where:
+        "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
+        or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
+        tokens a forward pass.
+        """
+        model, self.layer = self.model, self.model.layer
+        self.cache = self.fast = None
+        tokens = sum(len(example.input_ids) for example in examples)
+        dtype, device = model.model.dtype, model.steering.vector.device
+        size = tokens * model.hidden_size * dtype.itemsize
+        place = cache_place(where, size, device)
+        about = f"prefix   {tokens:,} tokens x {model.hidden_size:,} = {size / 2**30:.2f} GiB"
+        if place is None:
+            reason = "turned off" if where == "off" else "does not fit, so not cached"
+            log.info(f"{about}: {reason}, every step runs all {len(model.layers)} layers")
+        elif tokens:
+            log.info(f"{about} on {place}: layers 0..{self.layer} run once")
+            cache = PrefixCache(examples, model.hidden_size, dtype, place)
+            with model.steering_off():
+                for batch in micro_batches(examples, max_tokens):
+                    ids = collate(batch)[0].to(model.input_device, non_blocking=True)
+                    cache.store(batch, self.layer_output(ids))
+            self.cache = cache
+
+    @torch.no_grad()
+    def layer_output(self, input_ids):
+        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
+
+        Layers above are passed through, so it costs a forward of layers 0..k only.
+        """
+        model, caught = self.model, []
+
+        def catch(module, inputs, output):
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+        above = dict.fromkeys(model.layers[model.layer + 1 :], self._pass_through)
+        # A hook registered after the steering hook runs after it.
+        handle = model.layers[model.layer].register_forward_hook(catch)
+        try:
+            with replaced_forwards(above):
+                model.model.base_model(input_ids=input_ids, use_cache=False)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @torch.no_grad()
+    def median_residual_norm(self, examples):
+        """Median token norm of the plain residual stream at the layer.
+
+        The unit of learning rates and vector norms; massive activations would inflate a mean.
+        """
+        if self._covers(examples):
+            states = [self.cache.rows(example) for example in examples]
+        else:
+            ids = [collate([example])[0].to(self.model.input_device) for example in examples]
+            with self.model.steering_off():
+                states = [self.layer_output(row)[0] for row in ids]  # (T, n) each
+        norms = [rows.float().norm(dim=-1) for rows in states]
+        return torch.cat(norms).median().item()
+
+    def _covers(self, examples):
+        """Whether all the examples are in the cache, and that is of the model's layer."""
+        here = self.cache is not None and self.layer == self.model.layer
+        return here and self.cache.covers(examples)
+
+    def _pass_through(self, hidden_states, *args, **kwargs):
+        """Stands in for the forward of a layer that is not needed."""
+        return (hidden_states,) if self.model.steering.in_tuple else hidden_states
+
+    # -------------------------------------------------------------- losses
+
+    def losses(self, examples, token_loss):
+        """token_loss of every label token, row by row: (N,), N > 0; differentiable in the vector.
+
+        token_loss: (C, V) logits and (C,) targets -> (C,), each of its own token alone. Logits
+        exist for label tokens only, HEAD_TOKENS at a time. Raises ValueError without a label token.
+        """
+        self._check_fast_path(examples)
+        return HeadLoss.apply(*self._before_head(examples), token_loss)
+
+    @torch.no_grad()
+    def divergences(self, examples):
+        """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
+
+        Raises ValueError without a label token.
+        """
+        self._check_fast_path(examples)
+        steered, _, logits_of = self._before_head(examples)
+        with self.model.steering_off():
+            plain, _, _ = self._before_head(examples)
+        parts = []
+        for states in zip(plain.split(HEAD_TOKENS), steered.split(HEAD_TOKENS), strict=True):
+            before, after = (logits_of(part).float().log_softmax(-1) for part in states)  # (C, V)
+            parts.append((before.exp() * (before - after)).sum(dim=-1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _check_fast_path(self, examples):
+        """Set `fast` to whether the fast path computes what the plain forward does, on an example.
+
+        It does unless an architecture passes more between its layers than the residual stream.
+        """
+        if self.fast is not None and self.layer == self.model.layer:
+            return
+        example, error = min(examples, key=label_count), math.inf
+        self.layer, self.fast = self.model.layer, False
+        plain = self._target_log_probs(example)
+        self.fast = True
+        with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
+            error = (self._target_log_probs(example) - plain).abs().mean().item()
+        if not error <= (1e-4 if self.model.model.dtype == torch.float32 else 0.02):
+            self.fast = False
+            kind = type(self.model.model).__name__
+            log.warning(f"WARNING: no fast path for {kind} (off by {error:.2g}): plain forwards")
+
+    def _target_log_probs(self, example):
+        """Log-probability of every label token of one example: (N,)."""
+        states, targets, logits_of = self._before_head([example])
+        parts = [logits_of(part).float().log_softmax(-1) for part in states.split(HEAD_TOKENS)]
+        return torch.cat(parts).gather(-1, targets[:, None])[:, 0]
+
+    def _before_head(self, examples):
+        """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
+
+        Without the fast path the states are the logits.
+        """
+        ids, labels = collate(examples)  # (B, T) both
+        at = (labels[:, 1:] >= 0).nonzero()  # (N, 2), on the host: no waiting for the device
+        if not len(at):
+            raise ValueError("no label token: nothing to compute a loss on")
+        model = self.model.model
+        if self.fast:
+            head, caught = model.get_output_embeddings(), []
+
+            def catch(hidden_states):
+                caught.append(hidden_states)  # (B, T, n), after the final norm
+                return hidden_states[..., :1]  # in place of logits that nobody reads
+
+            with replaced_forwards({head: catch}):
+                self._forward_above(ids, examples)
+            states, logits_of = caught[0], self._head_logits
+        else:
+            ids = ids.to(self.model.input_device)
+            states, logits_of = model(input_ids=ids, use_cache=False).logits, lambda x: x
+        position = (at[:, 0] * ids.shape[1] + at[:, 1]).to(states.device, non_blocking=True)
+        targets = labels[at[:, 0], at[:, 1] + 1].to(states.device, non_blocking=True)
+        return states.flatten(0, 1).index_select(0, position), targets, logits_of
+
+    def _forward_above(self, ids, examples):
+        """The model's own forward, starting from the cache if that holds all the examples."""
+        model, skipped = self.model, {}
+        if self._covers(examples):
+            start = self.cache.batch(examples, model.steering.vector.device)  # (B, T, n), no vector
+            skipped = dict.fromkeys(model.layers[: model.layer], self._pass_through)
+            skipped[model.layers[model.layer]] = lambda *_, **__: self._pass_through(start)
+        with replaced_forwards(skipped):
+            ids = ids.to(model.input_device, non_blocking=True)
+            return model(input_ids=ids, use_cache=False)
+
+    def _head_logits(self, hidden):
+        """Logits (N, V) of states (N, n) after the final norm, soft-capped and scaled as usual.
+
+        Done by the model's own forward, over one token that no layer touches.
+        """
+        model = self.model
+        head = model.model.get_output_embeddings()
+        forward = head.forward
+        slots = dict.fromkeys(model.layers, self._pass_through)
+        slots[head] = lambda _: forward(hidden[None])
+        with replaced_forwards(slots), model.steering_off():
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.input_device)
+            return model(input_ids=token, use_cache=False).logits[0]
+
+
+class HeadLoss(torch.autograd.Function):
+    """token_loss (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
+
+    The gradient of each part is taken at once, so that logits never exist for all N tokens.
+    logits_of: (C, n) -> (C, V), differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, logits_of, token_loss):
+        losses, gradients = [], []
+        parts = hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)
+        for states, target in zip(*parts, strict=True):
+            states = states.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(states.requires_grad):
+                loss = token_loss(logits_of(states), target)
+                total = loss.sum()
+            assert loss.shape == target.shape, "token_loss must give one number for each target"
+            losses.append(loss.detach())
+            if states.requires_grad:
+                gradients += torch.autograd.grad(total, states)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):  # (N,)
+        (saved,) = ctx.saved_tensors
+        return (saved.float() * gradient[:, None]).to(saved.dtype), None, None, None
+
+
+@torch.no_grad()
+def example_sums(per_token, examples, max_tokens):
+    """Sum over each example of per_token(batch of examples), which is (N,) for N label tokens."""
+    sums = {}
+    for batch in micro_batches(examples, max_tokens):
+        parts = per_token(batch).split([label_count(example) for example in batch])
+        sums |= {id(e): part.sum() for e, part in zip(batch, parts, strict=True)}
+    return torch.stack([sums[id(example)] for example in examples]).tolist()
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards):
+    """Context: every module of {module: function} computes that function; its hooks still run."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:  # back to the method of its class
+                del module.forward
+            else:
+                module.forward = forward
+
+
+# ------------------------------------------------------------------ the cache
+
+
+class PrefixCache:
+    """The output of one layer for given examples, (T, hidden_size) each, in one tensor."""
+
+    def __init__(self, examples, hidden_size, dtype, device):
+        ends = list(itertools.accumulate(len(example.input_ids) for example in examples))
+        self.examples = examples  # kept, since rows are found by identity
+        self.ends = dict(zip(map(id, examples), ends, strict=True))
+        pinned = device.type == "cpu" and torch.cuda.is_available()  # fast to copy from
+        shape = ends[-1], hidden_size
+        self.states = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+    def covers(self, examples):
+        """Whether all the examples are in here."""
+        return all(id(example) in self.ends for example in examples)
+
+    def rows(self, example):
+        """The example's part of the tensor, a view (T, hidden_size)."""
+        end = self.ends[id(example)]
+        return self.states[end - len(example.input_ids) : end]
+
+    def store(self, examples, hidden):
+        """Keep what right-padded states (B, T, hidden_size) say of the examples."""
+        for example, states in zip(examples, hidden, strict=True):
+            self.rows(example).copy_(states[: len(example.input_ids)])
+
+    def batch(self, examples, device):
+        """The examples' states on a device, right-padded with zeros: (B, T, hidden_size)."""
+        rows = [self.rows(example).to(device, non_blocking=True) for example in examples]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def cache_place(where, size, device):
+    """The device that a cache of `size` bytes goes to; None where it is off or does not fit."""
+    host = torch.device("cpu")
+    if where == "off":
+        return None
+    if where != "host" and size <= free_memory(device) * (0.25 if where == "auto" else 0.9):
+        return device
+    return host if where != "device" and size <= free_memory(host) * 0.5 else None
+
+
+def free_memory(device):
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
+
+
+# ------------------------------------------------------------------ the layers above
+
+
+def compile_layers(model):
+    """torch.compile the layers above `model.layer`: worth its minute of compiling on a GPU."""
+    for layer in model.layers[model.layer + 1 :]:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def checkpoint_layers(model):
+    """Recompute the layers above `model.layer` in the backward pass: less memory, more time.
+
+    Those below keep nothing anyway. Ours and not the model's, which needs train mode and with it
+    dropout.
+    """
+    for layer in model.layers[model.layer + 1 :]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

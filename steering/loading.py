@@ -1,0 +1,175 @@
+"""From a model's name to its config, tokenizer, weights, dtype and device.
+
+    layers, width = model_shape("Qwen/Qwen3-32B")
+    chat = load_chat("Qwen/Qwen3-32B")                       # its chat template, as a ChatFormat
+    model = load_weights("Qwen/Qwen3-32B", "auto", "auto")   # the plain transformers model
+
+A name is a Hugging Face id, a local folder or a .gguf file (read dequantized). transformers is
+imported where it is used, since that takes seconds that reading files does not need.
+"""
+
+import contextlib
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from steering.chat_format import ChatFormat
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+# ------------------------------------------------------------------ dtype and device
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bf16 natively (AVX512-BF16, AMX, or Arm's bf16)."""
+    with contextlib.suppress(OSError):
+        return bool(
+            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+        )
+    return False
+
+
+def pick_device(device="auto"):
+    """The device, "auto" being cuda, mps or cpu; ValueError for one that is not here."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next((kind for kind, available in there.items() if available), "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a device (use auto, cuda, mps or cpu)") from error
+    if not there.get(kind, True):
+        raise ValueError(f"--device {device}: no {kind} device here (use --device cpu)")
+    return device
+
+
+def pick_dtype(dtype, device):
+    """The key of DTYPES, "auto" being bf16, but fp32 on a CPU without native bf16."""
+    if dtype != "auto":
+        return dtype
+    return "fp32" if device == "cpu" and not cpu_has_bf16() else "bf16"
+
+
+def keep_freed_memory():
+    """Have glibc keep freed blocks for the next tensors; a tenth to a fifth of a CPU step.
+
+    By default every large one is mapped, zeroed page by page, and unmapped again.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: map none
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back
+
+
+# ------------------------------------------------------------------ what a name stands for
+
+
+def gguf_arguments(name):
+    """from_pretrained arguments that read `name`; ValueError if it is a path and not there.
+
+    A .gguf file is a folder plus `gguf_file`.
+    """
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (looks_local or path.suffix == ".gguf") and not path.exists():
+        raise ValueError(f"--model {name}: no such file or folder")
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": name}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def read_config(name, trust_remote_code=False):
+    """The config of a model, by itself; ValueError if it is not readable."""
+    from transformers import AutoConfig
+
+    arguments = gguf_arguments(name)
+    try:
+        return AutoConfig.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def shape_of(config):
+    """(number of layers, hidden_size) of a config, of its text part if there are several."""
+    text = config.get_text_config()
+    return text.num_hidden_layers, text.hidden_size
+
+
+def model_shape(name, trust_remote_code=False):
+    """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
+    return shape_of(read_config(name, trust_remote_code))
+
+
+def check_layer(layer, num_layers, model_name):
+    """ValueError unless `layer` is one of the 0-based decoder layers."""
+    if not 0 <= layer < num_layers:
+        raise ValueError(
+            f"--layer {layer} is out of range: {model_name} has {num_layers} layers "
+            f"(use 0..{num_layers - 1})"
+        )
+
+
+def load_tokenizer(name, chat_template=None, trust_remote_code=False):
+    """The tokenizer of a model; chat_template: a file to use in place of its own template."""
+    from transformers import AutoTokenizer
+
+    arguments = gguf_arguments(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "" if Path(name).exists() else "no such folder here, and "
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--model {name}: {where}its tokenizer does not load: {reason}") from error
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_chat(name, chat_template=None, trust_remote_code=False, template=None):
+    """The ChatFormat of a model; chat_template: a file to use in place of its own template.
+
+    template: the text of such a file, as a run keeps it.
+    """
+    tokenizer = load_tokenizer(name, chat_template, trust_remote_code)
+    if template:
+        tokenizer.chat_template = template
+    return ChatFormat(tokenizer)
+
+
+def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
+    """The transformers model of a name, on its device; `model.name_or_path` is the name.
+
+    dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
+    ValueError if the model, the dtype or the device is not there.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
+    device, gguf = pick_device(device), name.endswith(".gguf")
+    if device == "cpu":
+        keep_freed_memory()
+    options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
+    if gguf:
+        with contextlib.suppress(ImportError, TypeError):  # older versions always dequantize
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **gguf_arguments(name), trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
+    if gguf:  # it is a plain model now
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.config._name_or_path = name
+    return model if device_map else model.to(device)

@@ -1,0 +1,291 @@
+"""Is a run finished, may it go on, and was it made by this code?
+
+A run is the same as an earlier one if its config is: options, data, template, dtype. What an older
+run.json lacks had its default, so a new option changes nothing. The code may differ: then a
+finished run stays finished, with a warning, and an unfinished one does not go on unasked.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from steering.run_folder import checkpoints, environment, is_locked, last_speed
+from steering.vector_file import (
+    VECTOR_FILE,
+    load_vector,
+    read_json,
+    save_vector,
+    vector_digest,
+    write_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent  # of this project
+log = logging.getLogger("train_steering")
+
+
+# ------------------------------------------------------------------ config and code
+
+
+def config_hash(config):
+    """16 hex digits that stand for a config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(config, old, defaults):
+    """Keys in which a config differs from an older one; what that lacks had its default."""
+    before = {**defaults, **old}
+    return sorted(key for key in {**config, **old} if config.get(key) != before.get(key))
+
+
+@functools.cache
+def source_hashes(script, without=()):
+    """{file: hash} of a script here and all that it imports of this project, directly or not.
+
+    Of the syntax trees without docstrings, so that a reworded comment changes nothing. without:
+    files to leave out, such as those that only show numbers.
+    """
+    hashes, files = {}, [ROOT / script]
+    while files:
+        path = files.pop()
+        name = path.relative_to(ROOT).as_posix()
+        if name in hashes or name in without:
+            continue
+        tree, modules = ast.parse(path.read_bytes()), []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+        hashes[name] = config_hash(plain_tree(tree))
+        paths = [ROOT / f"{str(module).replace('.', '/')}.py" for module in modules]
+        files += [path for path in paths if path.exists()]
+    return hashes
+
+
+def plain_tree(node):
+    """A syntax tree as lists, without what is empty, which differs between Python versions."""
+    if isinstance(node, list):
+        return [plain_tree(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = [(key, plain_tree(value)) for key, value in ast.iter_fields(node) if value is not None]
+    return [type(node).__name__, *(part for part in parts if part[1] != [])]
+
+
+def changed_sources(old, new=None):
+    """Files whose code is not that of `old`, an earlier {file: hash}; [] if nothing is recorded.
+
+    new: the present one, by default that of train_steering.py.
+    """
+    new = source_hashes("train_steering.py") if new is None else new
+    return sorted(name for name in {**old, **new} if old.get(name) != new.get(name)) if old else []
+
+
+# ------------------------------------------------------------------ finished, or to go on with
+
+
+def changed_since(folder):
+    """Files whose code is not that of the run in a folder."""
+    return changed_sources(read_json(folder / "run.json").get("code", {}))
+
+
+def is_done(folder, config, defaults):
+    """Whether the folder holds the finished vector of this config, or was skipped under it.
+
+    defaults: what a key stands for that the folder's config lacks. Raises ValueError if it holds a
+    vector or a checkpoint of another config; a run that left neither (it failed before its first
+    checkpoint) may be replaced.
+    """
+    path, old, status = folder / "run.json", {}, None
+    holds = (folder / VECTOR_FILE).exists() or bool(checkpoints(folder))
+    if not path.exists() and not holds:
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        old, status = record["config"], record["status"]
+    except (OSError, ValueError, KeyError) as error:
+        if holds:
+            raise ValueError(f"{path}: unreadable ({error}); --restart sets it aside") from error
+    fields = differences(config, old, defaults)
+    if not holds:
+        return status == "skipped" and not fields
+    if fields:
+        pairs = [(key, str({**defaults, **old}.get(key)), str(config.get(key))) for key in fields]
+        shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
+            "for a second run, or --restart to set the old one aside and start anew"
+        )
+    return (folder / VECTOR_FILE).exists()
+
+
+def load_checkpoint(folder, config, defaults):
+    """The state of the newest readable checkpoint of this config, tensors on the host, or None.
+
+    Raises ValueError for one of an older format, which cannot be continued.
+    """
+    for path in reversed(checkpoints(folder)):
+        if path.suffix == ".safetensors":
+            raise ValueError(
+                f"{path} was written by an older version, and its run cannot be continued: "
+                "--restart sets it aside and starts anew"
+            )
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not differences(config, state["config"], defaults):
+                return state
+            log.warning(f"WARNING: {path.name} belongs to other settings, passed over")
+        except Exception as error:  # torch raises whatever torn bytes lead to
+            log.warning(f"WARNING: {path.name} passed over: {type(error).__name__}")
+    return None
+
+
+def start_state(folder, config, defaults, accept_code_change=False):
+    """What training goes on from: the newest checkpoint of this config, or a new start.
+
+    {"config", "code", "code_changes"} and, of a checkpoint, all the rest. Raises ValueError if the
+    checkpoint is by other code, unless that is accepted; it is then named in "code_changes".
+    """
+    start = {"config": config, "code": source_hashes("train_steering.py"), "code_changes": []}
+    state = load_checkpoint(folder, config, defaults)
+    if state is None:
+        return start
+    if changed := changed_sources(state["code"]):
+        if not accept_code_change:
+            raise ValueError(
+                f"{folder} holds a run in work by other code ({', '.join(changed)}): --restart "
+                "sets it aside and starts anew, --accept-code-change goes on with this code"
+            )
+        log.warning(f"WARNING: going on with other code: {', '.join(changed)}")
+    return {**state, **start, "code_changes": sorted({*state["code_changes"], *changed})}
+
+
+# ------------------------------------------------------------------ runs to read
+
+
+@dataclass
+class Run:
+    """A vector (n,), the run.json beside it, and the options that are to be used with it (args)."""
+
+    folder: Path
+    record: dict
+    vector: torch.Tensor
+    args: dict
+
+    @property
+    def dataset(self):
+        """The dataset's name."""
+        return self.record["dataset"]
+
+    @property
+    def loading(self):
+        """Arguments of load_model but the layer, by name."""
+        keys = ("dtype", "device", "device_map", "trust_remote_code")
+        options = {key: self.args[key] for key in keys if key in self.args}
+        return {"name": self.args["model"], **options}
+
+
+def read_run(folder, changes=None):
+    """A finished run folder as a Run; ValueError if it is not finished or not readable.
+
+    changes: {option: value} in place of the run's own, where data or model are elsewhere now. The
+    persona's text is left out of prompts even if the run kept it there, so that vanilla and steered
+    are what they say.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        args = {**record["args"], **(changes or {}), "keep_system_prompt": False}
+        needed = {"dataset", "config", "config_hash"} - {*record} or {"model", "layer"} - {*args}
+        if needed:
+            raise KeyError(*needed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--run {folder}: no readable run.json ({error})") from error
+    if not (folder / VECTOR_FILE).exists():
+        raise ValueError(f"--run {folder}: no {VECTOR_FILE}, so this run has not finished")
+    return Run(folder, record, load_vector(folder / VECTOR_FILE)[0], args)
+
+
+def write_imported_run(folder, dataset, data, vector, header, args):
+    """Make a run folder of a vector (n,) from elsewhere, with a run.json that says so.
+
+    data: what `data_digest` gives of the dataset; header: of the vector file; args: data options,
+    model and layer. Raises ValueError if the folder holds anything else.
+    """
+    config = {"data": data, "template": None, "vector": vector_digest(vector), "name": dataset}
+    config |= {key: args[key] for key in ("model", "layer")}
+    record = {
+        "dataset": dataset, "status": "imported", "config": config, "args": args,
+        "config_hash": config_hash(config), "counts": {},
+        "final": {"vector_norm": vector.norm().item()}, **environment(),
+    }  # fmt: skip
+    there = read_json(folder / "run.json")
+    if there.get("config") != config and (there or (folder / VECTOR_FILE).exists()):
+        raise ValueError(f"{folder} holds another run or vector: name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
+    save_vector(folder / VECTOR_FILE, vector, header)
+
+
+# ------------------------------------------------------------------ how far a list is
+
+
+class Progress:
+    """How far a list of runs is: `groups` of names by state, and what is left to say of them.
+
+    folders: {name: run folder}; config_of: a function of the name; defaults: as in `is_done`. A run
+    that cannot be read counts as left: training it will say what is wrong.
+    """
+
+    def __init__(self, folders, config_of, defaults):
+        self.groups = {"done": [], "running": [], "failed": [], "left": []}
+        self.errors, self.seconds, self.speed, self.other_code = {}, [], 0.0, {}
+        for name, folder in folders.items():
+            record, done = read_json(folder / "run.json"), False
+            with contextlib.suppress(ValueError, OSError):
+                done = is_done(folder, config_of(name), defaults)
+            state = "done" if done else "failed" if record.get("status") == "failed" else "left"
+            if is_locked(folder):
+                state = "running"
+                self.speed += last_speed(folder)
+            self.groups[state].append(name)
+            self.errors[name] = record.get("error")
+            if state == "done":
+                self.seconds += [record["wall_seconds"]] if "wall_seconds" in record else []
+                for file in changed_since(folder):
+                    self.other_code.setdefault(file, set()).add(name)
+        if self.other_code:
+            count, files = len(set.union(*self.other_code.values())), ", ".join(self.other_code)
+            text = f"WARNING: {count} of the finished runs are by other code: {files}"
+            print(text, file=sys.stderr)
+
+    def print_todo(self):
+        """Print the names that are neither done nor in another process's hands."""
+        for name in self.errors:
+            if name in self.groups["left"] or name in self.groups["failed"]:
+                print(name)
+
+    def print_status(self):
+        """Print counts, failures, speed, and time left."""
+        groups, hours = self.groups, "unknown"
+        for name in groups["running"]:
+            print(f"running  {name}")
+        for name in groups["failed"]:
+            print(f"failed   {name}: {self.errors[name]}")
+        counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
+        if self.seconds:
+            ahead = len(groups["left"]) + len(groups["running"]) / 2
+            each, workers = sum(self.seconds) / len(self.seconds), max(1, len(groups["running"]))
+            hours = f"{ahead * each / workers / 3600:.1f} h"
+        total = len(self.errors)
+        print(f"status   {counts} of {total} | tok/s {self.speed:,.0f} | time left {hours}")
