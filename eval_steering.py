@@ -65,7 +65,7 @@ def import_run(args):
     default = run_path("runs", args.model, found.layer, args.dataset, name)
     folder, data = Path(args.out or default), data_digest(args.dataset, options.datasets())
     run_args = {**asdict(options), **changes_of(args), "layer": found.layer}
-    write_imported_run(folder, args.dataset, data, found.vector, found.header, run_args)
+    write_imported_run(folder, args.dataset, data, found.vector, found.metadata, run_args)
     return folder
 
 

@@ -19,26 +19,18 @@ from pathlib import Path
 
 import torch
 
-import eval_report
-from hook_model import (
-    base_name,
-    check_layer,
+from evaluation.card import card
+from evaluation.report import FORMAT_VERSION
+from steering.loading import read_config
+from steering.run_folder import find_runs, lock_folder
+from steering.vector_file import (
+    VECTOR_FILE,
     load_vector,
-    read_config,
-    shape_of,
+    read_json,
     vector_digest,
     write_atomically,
 )
-from run_folder import VECTOR_FILE, find_runs, lock_folder, read_json
-from vector_card import card
-from vector_formats import (
-    file_names,
-    read_vector,
-    write_chatspace,
-    write_gguf,
-    write_pt,
-    write_safetensors,
-)
+from steering.vector_formats import check_same_model, file_names, files_of, import_vector
 
 FORMATS = tuple(file_names(0))
 
@@ -47,18 +39,13 @@ FORMATS = tuple(file_names(0))
 class Source:
     """A vector (n,) and all that is known of it; path: where it was found.
 
-    model, model_type: its name and architecture, as in its config; local: whether that name is a
-    folder of this machine; metadata: the header of our own format; scale: of the original vector,
-    that in training or in the file it was imported from; record, result: run.json and eval.json,
-    empty for a vector from elsewhere.
+    metadata: the header of our own format, with model, model_type, layer and model_is_local; scale:
+    of the original vector, that in training or in the file it was imported from; record, result:
+    run.json and eval.json, empty for a vector from elsewhere.
     """
 
     path: Path
     vector: torch.Tensor
-    model: str
-    model_type: str
-    local: bool
-    layer: int
     metadata: dict
     scale: float = 1.0
     record: dict = field(default_factory=dict)
@@ -81,65 +68,24 @@ def from_run(folder, args):
         raise ValueError(f"{folder / 'run.json'}: unreadable, no {', '.join(sorted(missing))}")
     vector, metadata = load_vector(path)
     try:
-        trained_on, layer = metadata["model"], int(metadata["layer"])
+        trained_on, metadata["layer"] = metadata["model"], int(metadata["layer"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its header names no model and layer ({metadata})") from error
-    model = args.model or trained_on
+    model = metadata["model"] = args.model or trained_on
     check_same_model(path, trained_on, model, args.any_model)
-    local = Path(model).exists()
-    if not args.model:  # a relative path says nothing elsewhere
-        local = local or metadata.get("model_is_local") == "True"
-    model_type = metadata.get("model_type")  # not in older runs
-    if not model_type:
-        model_type = read_config(trained_on, args.trust_remote_code).model_type
-    metadata |= {"model": model, "model_type": model_type, "model_is_local": local}
-    result = evaluation_of(folder, vector)
-    return Source(folder, vector, model, model_type, local, layer, metadata, 1.0, record, result)
-
-
-def evaluation_of(folder, vector):
-    """The content of eval.json, {} with a warning if it is not of this vector (n,)."""
-    path = folder / "eval.json"
-    result = read_json(path)
+    known_local = not args.model and metadata.get("model_is_local") == "True"
+    metadata["model_is_local"] = known_local or Path(model).exists()
+    if "model_type" not in metadata:  # as in older runs
+        metadata["model_type"] = read_config(trained_on, args.trust_remote_code).model_type
+    result = read_json(folder / "eval.json")
     config = result.get("config", {})
-    digests = config.get("format_version"), config.get("vector")
-    if digests == (eval_report.FORMAT_VERSION, vector_digest(vector)):
-        return result
-    if path.exists():
-        print(f"WARNING: {path} left out: torn, or of another vector or version")
-    return {}
-
-
-def from_file(path, args):
-    """The Source of a file of any format, for --model; ValueError if it is not one for it."""
-    if (Path(path) / "run.json").exists():
-        raise ValueError(f"{path} is a run folder: name it without --from")
-    config = read_config(args.model, args.trust_remote_code)
-    layers, width = shape_of(config)
-    if args.layer is not None:
-        check_layer(args.layer, layers, args.model)
-    found = read_vector(path, layers, width, args.layer)
-    if found.model:
-        check_same_model(path, found.model, args.model, args.any_model)
-    if found.model_type not in ("", config.model_type):  # tools name some architectures differently
-        print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
-    print(f"read     {path}: {found.kind}, layer {found.layer}, norm {found.vector.norm():.4g}")
-    metadata = found.metadata or {"imported_from": f"{Path(path).name} ({found.kind})"}
-    about = {"model": args.model, "model_type": config.model_type, "layer": found.layer}
-    local = Path(args.model).exists()
-    metadata |= {**about, "model_is_local": local}
-    return Source(
-        Path(path), found.vector, **about, local=local, metadata=metadata, scale=found.scale
-    )
-
-
-def check_same_model(path, trained_on, model, any_model):
-    """ValueError if the names are of two models, unless told that they are one."""
-    if not any_model and base_name(trained_on) != base_name(model):
-        raise ValueError(
-            f"{path} is for model {trained_on}, not {model} "
-            "(--any-model if they are the same model under two names)"
-        )
+    is_of_this = (FORMAT_VERSION, vector_digest(vector))
+    if (config.get("format_version"), config.get("vector")) != is_of_this:
+        if (folder / "eval.json").exists():
+            why = "torn, or of another vector or version"
+            print(f"WARNING: {folder / 'eval.json'} left out: {why}")
+        result = {}
+    return Source(folder, vector, metadata, 1.0, record, result)
 
 
 # ------------------------------------------------------------------ writing a folder
@@ -157,7 +103,7 @@ def export(source, formats, out, scale, overwrite):
     with lock_folder(out) as held:
         if not held:
             raise ValueError(f"{out}: another process is writing there")
-        names = file_names(source.layer)
+        names = file_names(source.metadata["layer"])
         present = [f for f in FORMATS if any((out / name).exists() for name in names[f])]
         if present:
             files = contents(source, [f for f in FORMATS if f in formats or f in present], scale)
@@ -182,16 +128,9 @@ def contents(source, formats, scale):
         raise ValueError(
             f"{source.path}: --scale {scale:g} x a vector of norm {norm:.4g} is zero or infinite"
         )
-    header = {**source.metadata, "scale": total}
-    writers = {
-        "safetensors": lambda: write_safetensors(vector, header),
-        "gguf": lambda: write_gguf(vector, source.layer, source.model_type),
-        "pt": lambda: write_pt(vector, source.layer),
-        "chatspace": lambda: write_chatspace(vector, source.layer, source.model),
-    }
-    files = {}
+    header, files = {**source.metadata, "scale": total}, {}
     for name in formats:
-        files |= writers[name]()
+        files |= files_of(name, vector, header)
     try:
         text = card(source, vector, total, formats, [*files])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -212,15 +151,18 @@ def run(args):
     for folder in [None] if args.source else find_runs([args.run]):
         try:
             if folder is None:
-                source = from_file(args.source, args)
+                trust = args.trust_remote_code
+                found = import_vector(args.source, args.model, args.layer, args.any_model, trust)
+                source = Source(Path(args.source), found.vector, found.metadata, found.scale)
             else:
                 source, out = from_run(folder, args), Path(args.out) / folder.relative_to(args.run)
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
-            if source.local:
+            if source.metadata["model_is_local"]:
+                name = source.metadata["model"]
                 print(
-                    f"NOTE: the files name the model {source.model}, a folder of this machine: "
-                    "before you publish them, give its public name with --model"
+                    f"NOTE: the files name the model {name}, a folder of this machine: before you "
+                    "publish them, give its public name with --model"
                 )
             codes.append(0)
         except (ValueError, OSError, ImportError) as error:  # the next one may do better

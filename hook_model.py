@@ -17,7 +17,7 @@ import math
 import torch
 from torch import nn
 
-from steering.loading import check_layer, load_weights, model_shape
+from steering.loading import DTYPES, check_layer, load_weights, model_shape
 from steering.loading import load_chat as load_chat  # for users: the model's chat template
 from steering.vector_file import base_name, load_vector, save_vector
 
@@ -201,5 +201,7 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
     dtype or the device is not there.
     """
     name = str(name)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
     return SteerModel(load_weights(name, dtype, device, device_map, trust_remote_code), layer)

@@ -230,7 +230,7 @@ if [[ -n ${EVAL:-} ]]; then
         echo "evaluation ended with exit code $? ($LOG_DIR/eval.log)" >&2
 fi
 if [[ -d $OUTPUT_DIR && ($left -gt 0 || ! -e $OUTPUT_DIR/report.csv) ]]; then
-    "$PYTHON" eval_report.py "$OUTPUT_DIR" </dev/null || true # no run at all, if every role failed
+    "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" --report-only </dev/null || true # no run at all, if every role failed
 fi
 left=$(wc -l <"$work/todo")
 echo "$((total - left)) of $total done or in work elsewhere"

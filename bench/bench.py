@@ -65,13 +65,12 @@ def run_ours(args, folder):
 def load_examples(args, folder):
     """(examples, chat format, training options), as train_steering.py has them."""
     import train_steering
-    from chat_format import ChatFormat, load_tokenizer
-    from data_layouts import find_datasets
+    from data_filter import DataOptions, split_dataset
+    from steering.loading import load_chat
 
     options = train_steering.parse_args(training_arguments(args, folder))
-    chat = ChatFormat(load_tokenizer(args.model))
-    datasets = find_datasets(args.data_root, None, None)
-    examples, _, _ = train_steering.prepare(args.dataset, datasets, chat, options)
+    chat, data = load_chat(args.model), DataOptions.of(vars(options))
+    examples = split_dataset(args.dataset, data.datasets(), chat, data).train
     if len(examples) % (ROWS_PER_MICRO_BATCH * ACCUMULATION):
         raise SystemExit(f"{len(examples)} rows are no whole number of steps: change --tokens")
     return examples, chat, options
@@ -91,25 +90,29 @@ def peak_of(work):
 
 def run_memory(args, folder):
     """Peak memory beyond the model's: of one uncached micro-batch, and of a cached epoch."""
-    from hook_model import load_model, micro_batches
+    from hook_model import load_model
+    from steering.chat_format import micro_batches
+    from steering.fast_path import FastPath
+    from train_steering import token_loss
 
     examples, _, options = load_examples(args, folder)
     model = load_model(args.model, args.layer, args.dtype)
+    fast = FastPath(model)
     batches = micro_batches(examples, options.micro_batch_tokens)
     largest = max(batches, key=lambda b: len(b) * max(len(e.input_ids) for e in b))
 
     def train(batches):
         for batch in batches:
-            model.losses(batch).sum().backward()
+            fast.losses(batch, token_loss).sum().backward()
 
     def cached_epoch():
-        model.cache_prefix(examples, max_tokens=options.micro_batch_tokens)
+        fast.cache_prefix(examples, max_tokens=options.micro_batch_tokens)
         train(batches)
 
     train(batches[:1])  # the check of the fast path, once
     one, epoch = peak_of(lambda: train([largest])), peak_of(cached_epoch)
     weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 2**30
-    cache = model.prefix.states.numel() * model.prefix.states.element_size() / 2**30
+    cache = fast.cache.states.numel() * fast.cache.states.element_size() / 2**30
     return {"weights": weights, "micro-batch": one, "cache": cache, "cached epoch": epoch}
 
 
@@ -118,16 +121,19 @@ def profile(args):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    from hook_model import load_model, micro_batches
+    from hook_model import load_model
+    from steering.chat_format import micro_batches
+    from steering.fast_path import FastPath
+    from train_steering import token_loss
 
     args.layer, args.epochs = args.profile, 2
     examples, _, options = load_examples(args, "unused")
-    model = load_model(args.model, args.layer, args.dtype)
-    model.cache_prefix(examples)
-    model.losses(examples[:1])
+    fast = FastPath(load_model(args.model, args.layer, args.dtype))
+    fast.cache_prefix(examples)
+    fast.losses(examples[:1], token_loss)
     with record(activities=[ProfilerActivity.CPU]) as profiler:
         for batch in micro_batches(examples, options.micro_batch_tokens):
-            model.losses(batch).sum().backward()
+            fast.losses(batch, token_loss).sum().backward()
     table = profiler.key_averages()
     total = sum(row.self_cpu_time_total for row in table)
     for row in sorted(table, key=lambda row: -row.self_cpu_time_total)[:12]:
@@ -141,7 +147,8 @@ def run_trl(args, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from hook_model import DTYPES, ResidualHook, find_layers, pick_dtype
+    from hook_model import ResidualHook, find_layers
+    from steering.loading import DTYPES, pick_dtype
 
     examples, chat, options = load_examples(args, folder)
     generator = torch.Generator().manual_seed(options.seed)

@@ -23,8 +23,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 import transformers
 
-from hook_model import DTYPES, SteerModel, label_count, micro_batches, pick_device
-from run_folder import peak_memory
+from hook_model import SteerModel
+from steering.chat_format import label_count, micro_batches
+from steering.fast_path import FastPath, checkpoint_layers, compile_layers
+from steering.loading import DTYPES, pick_device
+from steering.run_folder import peak_memory
+from train_steering import token_loss
 
 SHAPES = {  # (layers, hidden, intermediate, heads, key-value heads, vocabulary)
     "qwen3-32b": (64, 5120, 25600, 64, 8, 151_936),
@@ -95,15 +99,15 @@ def matmul_rate(size, dtype, device):
     return 2 * size**3 / statistics.median(times[1:])
 
 
-def time_steps(model, rows, max_tokens, steps):
+def time_steps(fast, rows, max_tokens, steps):
     """Median seconds of a whole optimizer step; the first, which warms up, is not counted."""
-    vector, labels = model.steering.vector, sum(map(label_count, rows))
+    vector, labels = fast.model.steering.vector, sum(map(label_count, rows))
     optimizer, times = torch.optim.AdamW([vector], lr=1e-3, weight_decay=0.0), []
     for _ in range(steps + 1):
         synchronize(vector.device)
         started = time.perf_counter()
         for batch in micro_batches(rows, max_tokens):
-            (model.losses(batch).sum() / labels).backward()
+            (fast.losses(batch, token_loss).sum() / labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         synchronize(vector.device)
@@ -138,8 +142,8 @@ def main(argv=None):
     rate = matmul_rate(8192 if device.startswith("cuda") else 1024, args.dtype, device)
     model = build(args.shape, layer, args.dtype, device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    rows = make_rows(args.rows, args.length, SHAPES[args.shape][-1])
+        checkpoint_layers(model)
+    fast, rows = FastPath(model), make_rows(args.rows, args.length, SHAPES[args.shape][-1])
     tokens = sum(len(row.input_ids) for row in rows)
     floor = floor_flops(args.shape, layer, rows) / rate
     print(
@@ -154,9 +158,9 @@ def main(argv=None):
             if device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats()
             if path == "compiled":
-                model.compile_layers()
-            model.cache_prefix(rows, "off" if path == "full" else "auto", max_tokens)
-            seconds = time_steps(model, rows, max_tokens, args.steps)
+                compile_layers(model)
+            fast.cache_prefix(rows, "off" if path == "full" else "auto", max_tokens)
+            seconds = time_steps(fast, rows, max_tokens, args.steps)
             print(f"{path:<10} {max_tokens:>6} {seconds:>8.3f} {tokens / seconds:>8,.0f} "
                   f"{floor / seconds:>11.1%} {peak_memory():>8.1f}", flush=True)  # fmt: skip
 

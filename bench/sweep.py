@@ -18,12 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import data_filter as df
 import eval_steering
 import train_steering
-from chat_format import ChatFormat, load_tokenizer
-from data_layouts import find_datasets, parse_row, read_rows
-from hook_model import load_model, response_means, save_vector
+from evaluation.measures import response_means
+from hook_model import load_chat, load_model
+from steering.data_layouts import parsed_rows
+from steering.vector_file import save_vector
 
 COMMON = "--data-root sample_data --val-fraction 0.3 --save-every 1000000"
 
@@ -37,12 +39,12 @@ def mean_difference(path, model_name, name, layer):
     options = train_steering.parse_args(
         shlex.split(f"{COMMON} --model {model_name} --dataset {name} --layer {layer}")
     )
-    chat = ChatFormat(load_tokenizer(model_name))
-    datasets = find_datasets(options.data_root, None, None)
-    persona, _, _ = train_steering.prepare(name, datasets, chat, options)
-    responses, _ = datasets[name.split("__")[0] + "__role__0_default"]
-    rows = [parse_row(raw, None) for _, raw, _ in read_rows(responses)]
-    rows, _ = df.split_by_question(rows, options.heldout_fraction, options.split_seed)
+    chat, data = load_chat(model_name), df.DataOptions.of(vars(options))
+    datasets = data.datasets()
+    persona = df.split_dataset(name, datasets, chat, data).train
+    default = datasets[name.split("__")[0] + "__role__0_default"]
+    rows = [row for row, _ in parsed_rows(default)]
+    rows, _ = df.split_by_question(rows, data.heldout_fraction, data.split_seed)
     model = load_model(model_name, layer)
     means = [response_means(model, e, 1024).mean(dim=0) for e in (persona, chat.encode(rows))]
     save_vector(path, means[0] - means[1], {"model": model_name, "layer": layer})

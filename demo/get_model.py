@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from chat_format import load_tokenizer
 from hook_model import load_model
+from steering.loading import load_tokenizer
 
 
 def main():

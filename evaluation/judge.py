@@ -196,7 +196,7 @@ class Judge:
         return [known.get(self.identity(*pair)) for pair in pairs]
 
     def add_scores(self, result, path, workers=8, seed=0):
-        """Score the answers of an eval.json's dict, in place; 1 if the judge failed on some, else 0.
+        """Add scores to the answers of an eval.json's dict; 1 if the judge failed on some, else 0.
 
         path, workers: as in `score`; seed: of the intervals.
         """

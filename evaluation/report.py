@@ -130,7 +130,7 @@ def samples_text(result):
 
 
 def write_evaluation(folder, result):
-    """Write eval.json, samples.md and eval.png into a run folder; returns the names of the files."""
+    """Write eval.json, samples.md and eval.png into a run folder; returns the files' names."""
     write_json(folder / "eval.json", result)
     write_atomically(folder / "samples.md", samples_text(result).encode())
     pictures = plot_run(folder / "eval.png", result, folder / "metrics.jsonl")

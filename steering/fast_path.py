@@ -147,8 +147,9 @@ class FastPath:
         """
         if self.fast is not None and self.layer == self.model.layer:
             return
-        example, error = min(examples, key=label_count), math.inf
-        self.layer, self.fast = self.model.layer, False
+        if self.layer != self.model.layer:
+            self.layer, self.cache = self.model.layer, None
+        example, error, self.fast = min(examples, key=label_count), math.inf, False
         plain = self._target_log_probs(example)
         self.fast = True
         with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):

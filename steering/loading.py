@@ -144,13 +144,11 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
 
     dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
-    ValueError if the model, the dtype or the device is not there.
+    ValueError if the model or the device is not there.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     device, gguf = pick_device(device), name.endswith(".gguf")
     if device == "cpu":
         keep_freed_memory()

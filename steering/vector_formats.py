@@ -1,7 +1,8 @@
 """Vectors as files of other tools: bytes to write, and a reader that trusts nothing.
 
-    files = write_gguf(vector, layer=22, model_type="qwen3")       # {file name: bytes}
+    files = files_of("gguf", vector, {"layer": 22, "model_type": "qwen3"})   # {file name: bytes}
     found = read_vector("evil_response_avg_diff.pt", layers=64, width=5120, layer=22)
+    found = import_vector("evil_response_avg_diff.pt", "Qwen/Qwen3-32B", layer=22)
 
 A layer is always the 0-based decoder block whose OUTPUT gets the vector; each format's own counting
 is translated here. Pickles are read as tensors only: code in them is refused, not run.
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from run_folder import VECTOR_FILE
 
-from hook_model import load_vector, vector_bytes
+from steering.loading import check_layer, read_config, shape_of
+from steering.vector_file import VECTOR_FILE, base_name, load_vector, vector_bytes
 
 GGUF_FILE, GGUF_ARCHITECTURE = "steering_vector.gguf", "controlvector"
 CHATSPACE_FILE, CHATSPACE_CONFIG = "steering_vector.pt", "steering_config.json"
@@ -43,12 +44,26 @@ def file_names(layer):
     return names | {"chatspace": [CHATSPACE_FILE, CHATSPACE_CONFIG]}
 
 
-def write_safetensors(vector, metadata):
-    """Our own file, as a run leaves it: for hook_model.py and --init-vector."""
-    return {VECTOR_FILE: vector_bytes(vector, metadata)}
+def files_of(name, vector, metadata):
+    """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more.
+
+    Raises ValueError for a layer that the format cannot hold, ImportError naming the install.
+    """
+    layer = metadata["layer"]
+    if name == "safetensors":  # our own, as a run leaves it
+        return {VECTOR_FILE: vector_bytes(vector, metadata)}
+    if name == "gguf":
+        return {GGUF_FILE: gguf_bytes(vector, layer, metadata["model_type"])}
+    if name == "pt":  # a bare tensor: steering-vectors, EasyEdit2, plain torch
+        return {f"layer_{layer}.pt": torch_bytes(vector)}
+    # chatspace's TransformerSteerModel.from_pretrained takes these three keys and no others.
+    config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = torch_bytes({"steering_vector": vector})
+    return {CHATSPACE_FILE: tensors, CHATSPACE_CONFIG: text.encode()}
 
 
-def write_gguf(vector, layer, model_type):
+def gguf_bytes(vector, layer, model_type):
     """llama.cpp's control vector (repeng and EasySteer read it too): `direction.<layer>`, F32.
 
     llama.cpp adds direction.k to the output of block k, our count, but knows no direction.0:
@@ -69,25 +84,10 @@ def write_gguf(vector, layer, model_type):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return {GGUF_FILE: path.read_bytes()}
+        return path.read_bytes()
 
 
-def write_pt(vector, layer):
-    """A bare tensor (n,) as layer_<layer>.pt: steering-vectors, EasyEdit2, plain torch."""
-    return {f"layer_{layer}.pt": saved(vector)}
-
-
-def write_chatspace(vector, layer, model):
-    """The folder that chatspace's TransformerSteerModel.from_pretrained reads.
-
-    Its config class takes these three keys and no others; layers are counted as here.
-    """
-    config = {"model_name": model, "target_layer": layer, "init_scale": 0.0}
-    text = json.dumps(config, indent=2) + "\n"
-    return {CHATSPACE_FILE: saved({"steering_vector": vector}), CHATSPACE_CONFIG: text.encode()}
-
-
-def saved(value):
+def torch_bytes(value):
     """The bytes of torch.save."""
     data = io.BytesIO()
     torch.save(value, data)
@@ -102,7 +102,8 @@ class Found:
     """What a file holds: `vector` (n,) fp32 on the host, for `layer`; and what it says of itself.
 
     kind: words for the format; model, model_type: "" where the file does not say; scale: what it
-    was multiplied by since it was trained; metadata: the header of our own format.
+    was multiplied by since it was trained; metadata: the header of our own format, and what
+    `import_vector` makes it.
     """
 
     kind: str
@@ -144,6 +145,39 @@ def read_vector(path, layers, width, layer=None):
     if not found.vector.isfinite().all():
         raise ValueError(f"{path} ({found.kind}): NaN or infinity in layer {found.layer}")
     return found
+
+
+def import_vector(path, model, layer=None, any_model=False, trust_remote_code=False):
+    """The `Found` vector of a file or folder, for a model by name; metadata is a header of ours.
+
+    Raises ValueError if it is not one, or is for another model (any_model: whatever it is for).
+    """
+    if (Path(path) / "run.json").exists():
+        raise ValueError(f"{path} is a run folder: name it without --from or --vector")
+    config = read_config(model, trust_remote_code)
+    layers, width = shape_of(config)
+    if layer is not None:
+        check_layer(layer, layers, model)
+    found = read_vector(path, layers, width, layer)
+    check_same_model(path, found.model or model, model, any_model)
+    if found.model_type not in ("", config.model_type):  # tools name some architectures differently
+        print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
+    print(f"read     {path}: {found.kind}, layer {found.layer}, norm {found.vector.norm():.4g}")
+    origin = found.metadata or {"imported_from": f"{Path(path).name} ({found.kind})"}
+    found.metadata = {
+        **origin, "model": model, "model_type": config.model_type, "layer": found.layer,
+        "model_is_local": Path(model).exists(),
+    }  # fmt: skip
+    return found
+
+
+def check_same_model(path, trained_on, model, any_model):
+    """ValueError if the names are of two models, unless told that they are one."""
+    if not any_model and base_name(trained_on) != base_name(model):
+        raise ValueError(
+            f"{path} is for model {trained_on}, not {model} "
+            "(--any-model if they are the same model under two names)"
+        )
 
 
 def choose_layer(path, found, asked):

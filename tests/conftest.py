@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers as hf
 
-from chat_format import ChatFormat, load_tokenizer
+from steering.chat_format import ChatFormat
+from steering.loading import load_chat, load_tokenizer
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 160}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -77,7 +78,7 @@ def interop_python(tool):
 
 @pytest.fixture(scope="session")
 def smol_chat(smol):
-    return ChatFormat(load_tokenizer(smol))
+    return load_chat(smol)
 
 
 def templated_chat(smol, template):

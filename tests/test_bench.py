@@ -10,6 +10,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu
 import sweep
 
+from steering.fast_path import FastPath
+from train_steering import token_loss
+
 
 def test_gpu_bench_runs_on_a_cpu_with_a_tiny_shape(capsys):
     flags = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--steps", "1"]
@@ -26,10 +29,11 @@ def test_gpu_bench_runs_on_a_cpu_with_a_tiny_shape(capsys):
 def test_floor_is_what_a_counter_of_operations_sees_of_a_cached_step():
     model = bench_gpu.build("tiny", 1, "fp32", "cpu")
     rows = bench_gpu.make_rows(4, 12, 1000)
-    model.cache_prefix(rows)
-    model.losses(rows)  # the check against the plain path, once, is not part of a step
+    fast = FastPath(model)
+    fast.cache_prefix(rows)
+    fast.losses(rows, token_loss)  # the check against the plain path, once, is not part of a step
     with FlopCounterMode(display=False) as counter:
-        model.losses(rows).sum().backward()
+        fast.losses(rows, token_loss).sum().backward()
     assert bench_gpu.floor_flops("tiny", 1, rows) == pytest.approx(
         counter.get_total_flops(), rel=0.1
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import templated_chat
 
-from chat_format import IGNORE_INDEX, ChatFormat
+from steering.chat_format import IGNORE_INDEX, ChatFormat
 
 SYSTEM = "You are a pirate."
 ONE = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "Arr, four!"}]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, persona_rows, write_raw
 
-import run_folder as rf
+from steering.vector_file import VECTOR_FILE
 
 STEPS = 40
 
@@ -36,7 +36,7 @@ def run(command, **options):
 
 def vector_files(root):
     """{dataset: bytes} of the vectors below a folder; every dataset must have one only."""
-    files = list(Path(root).rglob(rf.VECTOR_FILE))
+    files = list(Path(root).rglob(VECTOR_FILE))
     found = {path.parent.name: path.read_bytes() for path in files}
     assert len(found) == len(files)
     return found
@@ -160,7 +160,7 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
         assert sweep(output, limited).wait() == 1
     said = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
     assert "No space left" in said or "File too large" in said
-    assert not list(output.rglob(rf.VECTOR_FILE))
+    assert not list(output.rglob(VECTOR_FILE))
     # Workers killed at random, while the sweep goes on.
     pick, kills = random.Random(1), 0
     process = sweep(output)

@@ -1,6 +1,5 @@
 """data_filter.py: layouts, one reason a row, persona removal, split, budget, table."""
 
-import argparse
 import json
 import random
 import subprocess
@@ -11,15 +10,13 @@ import pytest
 from conftest import ROOT, persona_rows, raw_row, write_raw
 
 import data_filter as df
-import data_layouts as dl
-from chat_format import Example
+from steering import data_layouts as dl
+from steering.chat_format import Example
 
 
 def options(**changes):
     """Data options at their defaults."""
-    parser = argparse.ArgumentParser()
-    df.add_data_arguments(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **changes})
+    return df.DataOptions(**changes)
 
 
 def filtered(root, name, **changes):

@@ -1,4 +1,4 @@
-"""eval_stats.py: intervals are paired and over questions; probe, AUROC and text statistics."""
+"""evaluation/stats.py: intervals are paired and over questions; probe, AUROC, text metrics."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import eval_stats as es
+from evaluation import stats as es
 
 RNG = np.random.default_rng(7)
 
@@ -76,9 +76,12 @@ def test_probe_weighs_classes_alike():
     assert es.fit_probe(few, many)(torch.zeros(1, 8)).item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_text_statistics_see_loops_and_empty_answers():
-    assert es.text_statistics("") == {"words": 0, "distinct": None, "repeated": 0.0}
-    plain = es.text_statistics("Don't panic, the ship sails at dawn.")
-    assert plain == {"words": 7, "distinct": 1.0, "repeated": 0.0}
-    loop = es.text_statistics("tell them what ye think " * 10)
+def test_text_metrics_see_loops_and_empty_answers():
+    def measure(text):
+        return {name: metric.measure(text) for name, metric in es.TEXT_METRICS.items()}
+
+    assert measure("") == {"words": 0, "distinct": None, "repeated": 0.0, "empty": 1.0}
+    plain = measure("Don't panic, the ship sails at dawn.")
+    assert plain == {"words": 7, "distinct": 1.0, "repeated": 0.0, "empty": 0.0}
+    loop = measure("tell them what ye think " * 10)
     assert loop["words"] == 50 and loop["distinct"] == 0.1 and loop["repeated"] > 0.85

@@ -4,11 +4,12 @@ Each check that guards against a known error of such evaluations is also run wit
 in, and must then fail.
 """
 
-import argparse
 import contextlib
 import csv
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,26 +18,23 @@ from conftest import ROOT, persona_rows, raw_row, write_raw
 from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
-import data_layouts as dl
-import eval_measures as me
-import eval_report
-import eval_stats as es
+import data_filter as df
 import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
+from evaluation import measures as me
+from evaluation import report as eval_report
+from evaluation import stats as es
+from steering import run_state as rs
+from steering.chat_format import label_count
+from steering.fast_path import FastPath
+from steering.vector_file import VECTOR_FILE
 
-SETTINGS = argparse.Namespace(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
+SETTINGS = me.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
 QUESTIONS = ["Hi?", "What is the longest river that you have ever sailed on, captain?", "Why?"]
 CONVERSATIONS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 QUICK = ["--num-samples", "2", "--max-new-tokens", "6", "--scales", "1", "2"]
-LIMIT = argparse.Namespace(micro_batch_tokens=60, seed=0)
-
-
-class Silent:
-    """A progress bar that shows nothing."""
-
-    def next(self, text):
-        pass
+LIMIT = 60  # padded tokens a forward pass
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +63,7 @@ def finished(trained):
 @pytest.fixture(scope="module")
 def data(finished, smol_chat):
     """The EvalData of that run."""
-    args, record, _ = ev.read_run(finished)
-    return me.load_data(record["dataset"], smol_chat, args, 20_000)
+    return ev.load_data(rs.read_run(finished), smol_chat, 20_000)
 
 
 @pytest.fixture
@@ -102,7 +99,7 @@ def test_greedy_answers_equal_the_argmax_of_the_steered_forward(steered, smol_ch
 
 def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat):
     model = hm.load_model(smol, 12, device="cpu")
-    settings = argparse.Namespace(**{**vars(SETTINGS), "max_new_tokens": 40})
+    settings = replace(SETTINGS, max_new_tokens=40)
     conversations = [[{"role": "user", "content": "Say only the word yes."}], CONVERSATIONS[1]]
     short, long = me.generate_answers(model, smol_chat, conversations, settings)
     for text in (short, long):
@@ -117,7 +114,7 @@ def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat
 
 def test_sampling_is_seeded(steered, smol_chat):
     def sample(seed):
-        settings = argparse.Namespace(**{**vars(SETTINGS), "temperature": 1.0, "seed": seed})
+        settings = replace(SETTINGS, temperature=1.0, seed=seed)
         return me.generate_answers(steered, smol_chat, CONVERSATIONS, settings)
 
     assert sample(0) == sample(0) != sample(1)
@@ -133,7 +130,7 @@ def compare_with_reference(tiny_folder, chat, examples, vector):
     """
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     losses = me.heldout_losses(
-        model, chat, examples, {"steered": [vector], "two": [vector, -vector]}, LIMIT, Silent()
+        model, chat, examples, {"steered": [vector], "two": [vector, -vector]}, LIMIT
     )
     assert list(losses) == ["vanilla", "prompted", "steered", "two"]
     reference = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu").model
@@ -173,11 +170,11 @@ def compare_with_reference(tiny_folder, chat, examples, vector):
 
 
 def test_losses_are_of_the_conditions_they_name(data, finished, tiny_folder, smol_chat):
-    compare_with_reference(tiny_folder, smol_chat, data.heldout, ev.read_run(finished)[2])
+    compare_with_reference(tiny_folder, smol_chat, data.heldout, rs.read_run(finished).vector)
 
 
 def test_swapped_baselines_are_caught(data, finished, tiny_folder, smol_chat, monkeypatch):
-    vector = ev.read_run(finished)[2]
+    vector = rs.read_run(finished).vector
     with monkeypatch.context() as fault:  # "prompted" is vanilla
         fault.setattr(
             type(smol_chat), "messages", lambda self, row, prompted=False: row["messages"]
@@ -205,22 +202,22 @@ def test_swapped_baselines_are_caught(data, finished, tiny_folder, smol_chat, mo
 def test_coefficients_are_chosen_on_validation_questions(data, tiny_folder, smol_chat, monkeypatch):
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     scored = []
-    real = hm.SteerModel.losses
+    real = FastPath.losses
 
-    def losses(self, examples):
+    def losses(self, examples, token_loss):
         scored.append({id(example) for example in examples})
-        return real(self, examples)
+        return real(self, examples, token_loss)
 
-    monkeypatch.setattr(hm.SteerModel, "losses", losses)
-    model.fast = True
+    monkeypatch.setattr(FastPath, "losses", losses)
     direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    got = me.choose_coefficients(model, data.validation, {"a": direction}, LIMIT, Silent())["a"]
+    got = me.choose_coefficients(model, data.validation, {"a": direction}, LIMIT)["a"]
     assert set.union(*scored) == set(map(id, data.validation))
-    tokens = sum(map(hm.label_count, data.validation))
-    best = {}
+    tokens = sum(map(label_count, data.validation))
+    best, fast = {}, FastPath(model)
     for coefficient in me.COEFFICIENTS:
         model.set_vector(coefficient * direction)
-        best[coefficient] = sum(real(model, [e]).sum().item() for e in data.validation) / tokens
+        each = [real(fast, [e], me.token_nll).sum().item() for e in data.validation]
+        best[coefficient] = sum(each) / tokens
     assert got["nll"] == pytest.approx(best) and got["chosen"] == min(best, key=best.get)
 
 
@@ -241,10 +238,10 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         setattr(leaky, part, [*getattr(data, part), data.heldout[0]])
         with pytest.raises(AssertionError, match="1 held-out questions leaked"):
             leaky.check()
-    args, _, _ = ev.read_run(finished)
+    run = rs.read_run(finished)
 
     def by_row(items, fraction, seed, salt="heldout"):  # the original's split
-        chosen = [me.df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
+        chosen = [df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
         return tuple(
             [item for item, c in zip(items, chosen, strict=True) if c is wanted]
             for wanted in (False, True)
@@ -257,15 +254,17 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         for p in range(5)
     ]
     write_raw(
-        Path(args.data_root),
+        Path(run.args["data_root"]),
         "five",
         rows,
         {f"pos_p{p}_q{i}": 3 for i in range(20) for p in range(5)},
     )
-    me.load_data("src__role__five", smol_chat, args, 20_000).check()
-    monkeypatch.setattr(me.df, "split_by_question", by_row)
+    run.record["dataset"] = "src__role__five"
+    ev.load_data(run, smol_chat, 20_000).check()
+    monkeypatch.setattr(df, "split_by_question", by_row)
+    monkeypatch.setattr(ev, "split_by_question", by_row)
     with pytest.raises(AssertionError, match="leaked"):
-        me.load_data("src__role__five", smol_chat, args, 20_000).check()
+        ev.load_data(run, smol_chat, 20_000).check()
 
 
 def test_plain_rows_are_the_default_dataset_the_neg_rows_or_the_models_own(tmp_path, data):
@@ -274,13 +273,17 @@ def test_plain_rows_are_the_default_dataset_the_neg_rows_or_the_models_own(tmp_p
     scores = {"pos_p0_q0": 90, "pos_p0_q1": 80, "neg_p0_q0": 5, "neg_p0_q1": 95}
     write_raw(tmp_path, "dry", rows, scores, kind="trait")
     write_raw(tmp_path, "wet", rows[:2], scores, kind="trait")
-    datasets = dl.find_datasets(tmp_path)
-    found, source = dl.plain_rows("src__trait__dry", datasets)
+    datasets = df.find_datasets(tmp_path)
+
+    def plain_rows(name, datasets):
+        return df.plain_rows(name, datasets, df.filter_dataset(name, datasets, df.DataOptions()))
+
+    found, source = plain_rows("src__trait__dry", datasets)
     assert [(row["label"], row["question"]) for row in found] == [("neg", "Q0?")]
     assert source == "neg rows of the dataset"
-    assert dl.plain_rows("src__trait__wet", datasets)[0] == []
+    assert plain_rows("src__trait__wet", datasets)[0] == []
     write_raw(tmp_path, "default", [raw_row(label="default"), "torn {"], None)
-    found, source = dl.plain_rows("src__trait__wet", dl.find_datasets(tmp_path))
+    found, source = plain_rows("src__trait__wet", df.find_datasets(tmp_path))
     assert len(found) == 1 and source == "src__role__default"
     assert found[0]["messages"][0]["role"] == "user"
 
@@ -320,7 +323,7 @@ def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folde
         "good": ["Aye aye.", "No.", "Sail on, my friend."],
         "bad": ["", "", "so it goes " * 20],
     }
-    got = me.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, Silent())
+    got = me.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, 0)
     assert got["good"]["empty"] == 0 and not got["good"]["collapsed"]
     assert got["bad"]["empty"] == pytest.approx(2 / 3) and got["bad"]["collapsed"]
     nlls = []
@@ -332,7 +335,7 @@ def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folde
             nlls.append(model.model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
     assert got["good"]["perplexity"] == pytest.approx(math.exp(sorted(nlls)[1]), rel=1e-4)
     likely = got["good"]["perplexity"]
-    tight = me.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, Silent())
+    tight = me.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, 0)
     assert tight["good"]["collapsed"]  # four times less likely than real rows
 
 
@@ -399,18 +402,14 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
     assert again == before  # seeded throughout
 
 
-def test_progress_bar_ends_where_it_said_it_would(finished, monkeypatch):
-    bars = []
-
-    class Bar(ev.Progress):
-        def __init__(self, **options):
-            super().__init__(**{**options, "disable": False})
-            bars.append(self)
-
-    monkeypatch.setattr(ev, "Progress", Bar)
-    for more in ([], ["--num-samples", "0"]):
-        assert ev.main(["--run", str(finished), *QUICK, "--restart", *more]) == 0
-        assert bars[-1].n == bars[-1].total > 20
+def test_each_pass_is_one_line_with_its_time(finished, capsys):
+    assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d \S.*", line) for line in lines), lines
+    passes = [line[9:] for line in lines]
+    assert "states of training, plain and held-out rows" in passes
+    assert "held-out rows: prompted" in passes and "answers: steered x2" in passes
+    assert len(passes) == len(set(passes)) < 20
 
 
 def test_without_plain_rows_the_models_own_answers_serve(finished, tmp_path, capsys):
@@ -456,7 +455,9 @@ def test_folder_of_runs_gives_one_report(trained, capsys):
         table = json.loads(Path(run, "eval.json").read_text())["likelihood"]
         assert matrix["nll"][i][i] == pytest.approx(table["steered"]["nll"], rel=1e-5)
         assert matrix["vanilla"][i] == pytest.approx(table["vanilla"]["nll"], rel=1e-5)
-    assert eval_report.main([str(runs), "--out", str(report)]) == 0  # alone, without a model
+    alone = ["--run", str(runs), "--report-dir", str(report), "--report-only"]
+    assert ev.main(alone) == 0  # without a model
+    assert (report / "report.md").read_text() == text
 
 
 def test_report_is_sorted_by_recovered_fraction_and_shows_what_is_missing(tmp_path):
@@ -494,7 +495,7 @@ def test_flags_say_what_is_wrong():
             "likelihood": table(**bounds),
             "answers": {"steered x1": {"collapsed": collapsed}},
         }
-        return ev.find_flags(result, record | changes)
+        return eval_report.find_flags(result, record | changes)
 
     assert flags() == []
     assert flags({**good, "vanilla": [-0.1, 0.1]}) == ["no better than vanilla"]
@@ -564,8 +565,8 @@ def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp
     record = json.loads((finished / "run.json").read_text())
     record["args"]["keep_system_prompt"] = True
     (tmp_path / "run.json").write_text(json.dumps(record))
-    (tmp_path / ev.VECTOR_FILE).write_bytes((finished / ev.VECTOR_FILE).read_bytes())
-    assert ev.read_run(tmp_path)[0].keep_system_prompt is False
+    (tmp_path / VECTOR_FILE).write_bytes((finished / VECTOR_FILE).read_bytes())
+    assert rs.read_run(tmp_path).args["keep_system_prompt"] is False
 
 
 def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys):
@@ -575,12 +576,12 @@ def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "run.json").write_text((finished / "run.json").read_text())
-    (torn / ev.VECTOR_FILE).write_bytes((finished / ev.VECTOR_FILE).read_bytes()[:50])
+    (torn / VECTOR_FILE).write_bytes((finished / VECTOR_FILE).read_bytes()[:50])
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "run.json").write_text((finished / "run.json").read_text())
-    vector = hm.load_vector(finished / ev.VECTOR_FILE)[0]
-    hm.save_vector(foreign / ev.VECTOR_FILE, vector, {"model": "org/other", "layer": 1})
+    vector = hm.load_vector(finished / VECTOR_FILE)[0]
+    hm.save_vector(foreign / VECTOR_FILE, vector, {"model": "org/other", "layer": 1})
     old = tmp_path / "old"
     old.mkdir()
     (old / "run.json").write_text('{"args": {}, "config": {}}')

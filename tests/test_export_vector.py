@@ -24,9 +24,10 @@ import eval_steering as ev
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-import vector_formats as vf
-from run_folder import lock_folder
-from vector_card import SNIPPETS
+from evaluation.card import snippets as card_snippets
+from steering import vector_formats as vf
+from steering.run_folder import lock_folder
+from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(3))
 FILES = {
@@ -48,10 +49,9 @@ def convert(path, model, out, *more):
 
 def source(layer=1, **changes):
     """A Source of VECTOR, without a run behind it."""
-    facts = {"path": Path("x"), "vector": VECTOR, "local": False}
-    facts |= {"model": "org/model", "model_type": "llama", "layer": layer}
     metadata = {"model": "org/model", "model_type": "llama", "layer": layer, "dataset": "d"}
-    return ex.Source(**{**facts, "metadata": metadata, **changes})
+    metadata |= {"model_is_local": False, **changes}
+    return ex.Source(Path("x"), VECTOR, metadata)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_files_hold_what_other_tools_look_for(tmp_path):
     assert [*state] == ["steering_vector"] and torch.equal(state["steering_vector"], 2 * VECTOR)
     config = json.loads((tmp_path / "steering_config.json").read_text())
     assert config == {"model_name": "org/model", "target_layer": 1, "init_scale": 0.0}
-    vector, metadata = hm.load_vector(tmp_path / "steering_vector.safetensors")
+    vector, metadata = load_vector(tmp_path / "steering_vector.safetensors")
     assert torch.equal(vector, 2 * VECTOR) and metadata["scale"] == "2.0"
 
 
@@ -122,7 +122,7 @@ def test_persona_vectors_row_is_the_output_of_the_block_below_its_number(tiny_fo
             assert convert(tmp_path / "v.pt", tiny_folder, tmp_path / "3", "--layer", 3) == 2
             continue
         assert convert(tmp_path / "v.pt", tiny_folder, tmp_path / f"{layer}", "--layer", layer) == 0
-        vector, metadata = hm.load_vector(tmp_path / f"{layer}" / FILES["safetensors"])
+        vector, metadata = load_vector(tmp_path / f"{layer}" / FILES["safetensors"])
         assert torch.allclose(vector, output.mean(dim=(0, 1)), atol=1e-6)
         assert metadata["layer"] == str(layer) and metadata["model"] == tiny_folder
         assert "persona-vectors" in metadata["imported_from"]
@@ -154,7 +154,7 @@ def test_file_of_several_layers_needs_to_be_told_which(tiny_folder, tmp_path, ca
     assert "--layer 0: " in capsys.readouterr().err
     assert convert(tmp_path / "v.gguf", tiny_folder, tmp_path / "out", "--layer", 2) == 0
     assert "is for a 'mistral', not a 'llama'" in capsys.readouterr().out
-    assert torch.equal(hm.load_vector(tmp_path / "out" / FILES["safetensors"])[0], 2 * VECTOR)
+    assert torch.equal(load_vector(tmp_path / "out" / FILES["safetensors"])[0], 2 * VECTOR)
 
 
 def test_layer_is_counted_from_zero_and_gguf_has_no_zero(tmp_path):
@@ -239,9 +239,9 @@ def bad_files(folder):
     (folder / "torn.gguf").write_bytes(good[: len(good) // 2])
     save_file({"vector": torch.ones(32)}, folder / "names.safetensors")
     save_file({"steering_vector": torch.ones(32, 2)}, folder / "flat.safetensors")
-    hm.save_vector(folder / "wide.safetensors", torch.ones(31), {"layer": 1})
+    save_vector(folder / "wide.safetensors", torch.ones(31), {"layer": 1})
     (folder / "torn.safetensors").write_bytes((folder / "wide.safetensors").read_bytes()[:-4])
-    hm.save_vector(folder / "scale.safetensors", torch.ones(32), {"layer": 1, "scale": "big"})
+    save_vector(folder / "scale.safetensors", torch.ones(32), {"layer": 1, "scale": "big"})
     (folder / "vector.npy").write_bytes(b"\x93NUMPY")
     needs = "the model needs 32 floating-point numbers"
     rows = r"the model has 4 layers, so \[n\], \[4, n\]"
@@ -298,7 +298,7 @@ def test_scales_of_an_export_of_an_export_multiply(tiny_folder, tmp_path):
     ex.export(source(model=tiny_folder), ["safetensors"], tmp_path / "a", 2.0, False)
     more = ["--any-model", "--scale", "-1.5"]
     assert convert(tmp_path / "a", tiny_folder, tmp_path / "b", *more) == 0
-    vector, metadata = hm.load_vector(tmp_path / "b" / FILES["safetensors"])
+    vector, metadata = load_vector(tmp_path / "b" / FILES["safetensors"])
     assert torch.equal(vector, -3 * VECTOR) and metadata["scale"] == "-3.0"
     assert "hold -3 x the vector as trained" in (tmp_path / "b" / "README.md").read_text()
 
@@ -308,7 +308,7 @@ def test_vector_of_another_model_is_refused_unless_told(tiny_folder, tmp_path, c
     assert convert(tmp_path / "a", tiny_folder, tmp_path / "b") == 2
     assert "is for model org/model, not" in capsys.readouterr().err
     assert convert(tmp_path / "a", tiny_folder, tmp_path / "b", "--any-model") == 0
-    assert hm.load_vector(tmp_path / "b" / FILES["safetensors"])[1]["model"] == tiny_folder
+    assert load_vector(tmp_path / "b" / FILES["safetensors"])[1]["model"] == tiny_folder
 
 
 def test_folder_of_several_vectors_is_ambiguous(tiny_folder, tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(a_run, "--format", "all", "--out", out) == 0
     assert f"exported {out}: steering_vector.safetensors" in capsys.readouterr().out
-    trained_vector = hm.load_vector(a_run / ex.VECTOR_FILE)[0]
+    trained_vector = load_vector(a_run / VECTOR_FILE)[0]
     for name in FILES.values():
         assert torch.equal(vf.read_vector(out / name, 4, 32).vector, trained_vector)
     text = (out / "README.md").read_text()
@@ -344,13 +344,13 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
         f"{record['final']['steps']} steps",
         f"{result['likelihood']['steered']['nll']:.4f}",
         result["samples"][0]["answers"]["steered x1"],
-        *(f"### {tool}" for _, tool, _, _ in SNIPPETS),
+        *(f"### {tool}" for _, tool, _ in card_snippets()),
     ):
         assert fact in text, fact
 
 
 def test_card_names_a_model_of_the_hub_and_what_it_does_not_know(tmp_path):
-    ex.export(source(metadata={"imported_from": "evil.pt (x)"}), ["pt"], tmp_path, 0.5, False)
+    ex.export(source(imported_from="evil.pt (x)"), ["pt"], tmp_path, 0.5, False)
     text = (tmp_path / "README.md").read_text()
     assert ModelCard(text).data.base_model == "org/model"
     assert (
@@ -377,7 +377,7 @@ def test_card_snippets_that_need_no_other_tool_give_the_steered_model(
     exec(codes["hook_model.py"], names)
     model = names["model"]
     assert capsys.readouterr().out.strip()
-    assert torch.equal(model.steering.vector, 3 * hm.load_vector(a_run / ex.VECTOR_FILE)[0])
+    assert torch.equal(model.steering.vector, 3 * load_vector(a_run / VECTOR_FILE)[0])
     logits = model(input_ids=IDS).logits
     plain = {}
     exec(codes["transformers"], plain)
@@ -425,7 +425,7 @@ def test_folder_holds_one_vector_however_formats_are_added(a_run, tmp_path, caps
     assert all(name in error for name in names.values()) and "--overwrite" in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert export(a_run, "--format", "pt", "--out", tmp_path, "--scale", 2, "--overwrite") == 0
-    vector = 2 * hm.load_vector(a_run / ex.VECTOR_FILE)[0]
+    vector = 2 * load_vector(a_run / VECTOR_FILE)[0]
     for name in names.values():
         assert torch.equal(vf.read_vector(tmp_path / name, 4, 32).vector, vector)
     torch.save(VECTOR, tmp_path / "layer_2.pt")  # another vector
@@ -452,7 +452,7 @@ def test_files_that_come_while_waiting_for_the_lock_are_seen(a_run, tmp_path, mo
     out = tmp_path / "out"
     monkeypatch.setattr(ex, "lock_folder", after_another_process)
     assert export(a_run, "--format", "pt", "--out", out, "--overwrite") == 0
-    trained_vector = hm.load_vector(a_run / ex.VECTOR_FILE)[0]
+    trained_vector = load_vector(a_run / VECTOR_FILE)[0]
     for name in (FILES["gguf"], FILES["pt"]):
         assert torch.equal(vf.read_vector(out / name, 4, 32).vector, trained_vector)
 
@@ -469,9 +469,9 @@ def test_folder_on_this_machine_is_never_taken_for_a_name_on_the_hub(
 ):
     folder = tmp_path / "run"
     shutil.copytree(a_run, folder)
-    vector, header = hm.load_vector(folder / ex.VECTOR_FILE)
+    vector, header = load_vector(folder / VECTOR_FILE)
     assert header["model_is_local"] == "True"
-    hm.save_vector(folder / ex.VECTOR_FILE, vector, {**header, "model": "models/tiny-llama"})
+    save_vector(folder / VECTOR_FILE, vector, {**header, "model": "models/tiny-llama"})
     monkeypatch.chdir(tmp_path)  # where there is no models/tiny-llama
     assert export(folder, "--format", "pt", "--out", "out") == 0
     assert "give its public name with --model" in capsys.readouterr().out
@@ -485,14 +485,14 @@ def test_folder_on_this_machine_is_never_taken_for_a_name_on_the_hub(
 def test_evaluation_of_something_else_is_left_out(a_run, tmp_path, capsys, fault):
     folder = tmp_path / "run"
     shutil.copytree(a_run, folder)
-    path, vector_path = folder / "eval.json", folder / ex.VECTOR_FILE
+    path, vector_path = folder / "eval.json", folder / VECTOR_FILE
     if fault == "torn":
         path.write_text(path.read_text()[:500])
     elif fault == "another version":
         path.write_text(path.read_text().replace('"format_version": "2"', '"format_version": "1"'))
     else:
-        vector, header = hm.load_vector(vector_path)
-        hm.save_vector(vector_path, vector * 1.01, header)
+        vector, header = load_vector(vector_path)
+        save_vector(vector_path, vector * 1.01, header)
     assert export(folder, "--format", "pt", "--out", tmp_path / "out") == 0
     assert "eval.json left out" in capsys.readouterr().out
     assert "No evaluation is at hand." in (tmp_path / "out" / "README.md").read_text()
@@ -514,7 +514,7 @@ def test_incomplete_records_are_one_line(a_run, tmp_path, capsys, file, key):
 
 def test_words_of_a_foreign_file_cannot_write_the_card(tiny_folder, tmp_path):
     header = {"layer": 1, "model": tiny_folder, "dataset": "x\n\n<script>a</script>\n# hi | there"}
-    hm.save_vector(tmp_path / "v.safetensors", VECTOR, header)
+    save_vector(tmp_path / "v.safetensors", VECTOR, header)
     assert convert(tmp_path / "v.safetensors", tiny_folder, tmp_path / "out") == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "# Steering vector: x &lt;script>a&lt;/script> # hi \\| there\n" in text
@@ -525,7 +525,7 @@ def test_unfinished_and_unreadable_runs_are_clear_errors(a_run, tmp_path, capsys
     (tmp_path / "run.json").write_text((a_run / "run.json").read_text())
     assert export(tmp_path, "--format", "pt", "--out", tmp_path / "out") == 2
     assert "this run has not finished" in capsys.readouterr().err
-    shutil.copy(a_run / ex.VECTOR_FILE, tmp_path)
+    shutil.copy(a_run / VECTOR_FILE, tmp_path)
     (tmp_path / "run.json").write_text("{}")
     assert export(tmp_path, "--format", "pt", "--out", tmp_path / "out") == 2
     assert "unreadable, no args, counts, dataset, final" in capsys.readouterr().err
@@ -543,7 +543,7 @@ def test_run_on_a_local_copy_can_name_the_model_as_others_know_it(a_run, tmp_pat
     assert a_run.parts[-1] in text and str(tmp_path.parent) not in text  # no path of this machine
     config = json.loads((tmp_path / "a" / "steering_config.json").read_text())
     assert config["model_name"] == "org/Tiny-Llama"
-    header = hm.load_vector(tmp_path / "a" / ex.VECTOR_FILE)[1]
+    header = load_vector(tmp_path / "a" / VECTOR_FILE)[1]
     assert header["model"] == "org/Tiny-Llama"
     assert export(a_run, *hub[:-1], "org/other", "--out", tmp_path / "b") == 2
     assert "tiny-llama, not org/other (--any-model" in capsys.readouterr().err
@@ -589,30 +589,52 @@ def test_bad_flags_are_reported_all_at_once(capsys):
 # ---------------------------------------------------------------- imported vectors at work
 
 
-def test_imported_vector_can_be_evaluated_and_trained_on(
-    evaluated, a_run, tiny_folder, tmp_path, capsys
+def test_vector_from_elsewhere_is_evaluated_as_it_is_and_trained_on(
+    evaluated, a_run, tiny_folder, tmp_path, capsys, monkeypatch
 ):
     assert export(a_run, "--format", "pt", "--out", tmp_path / "theirs") == 0
-    assert convert(tmp_path / "theirs" / "layer_1.pt", tiny_folder, tmp_path / "ours") == 0
-    start = str(tmp_path / "ours" / "steering_vector.safetensors")
-    base = command(str(evaluated / "data"), tiny_folder, tmp_path / "runs", "--init-vector", start)
-    assert ts.main([*base, "--max-steps", "0", "--run-name", "imported"]) == 0
-    folder = the_folder(tmp_path / "runs") / "imported"
-    vector = hm.load_vector(a_run / ex.VECTOR_FILE)[0]
-    assert torch.equal(hm.load_vector(folder / ex.VECTOR_FILE)[0], vector)
-    assert ev.main(["--run", str(folder), *QUICK]) == 0
-    ours, theirs = (json.loads((f / "eval.json").read_text()) for f in (a_run, folder))
-    assert theirs["likelihood"] == ours["likelihood"]
+    theirs, data = str(tmp_path / "theirs" / "layer_1.pt"), str(evaluated / "data")
+    place = ["--data-root", data, "--model", tiny_folder, "--dtype", "fp32", "--device", "cpu"]
+    name = ["--dataset", "src__role__pirate"]
+    here = ["--out", str(tmp_path / "imported")]
+    assert ev.main(["--vector", theirs, *place, *name, *here, *QUICK]) == 0
+    said = capsys.readouterr().out
+    folder = tmp_path / "imported"
+    vector = load_vector(a_run / VECTOR_FILE)[0]
+    assert torch.equal(load_vector(folder / VECTOR_FILE)[0], vector)
+    assert f"run: {folder} (eval.json, samples.md" in said
+    ours, theirs_too = (json.loads((f / "eval.json").read_text()) for f in (a_run, folder))
+    assert theirs_too["likelihood"]["steered"] == ours["likelihood"]["steered"]
+    assert theirs_too["flags"] == []  # those of ours are of its training
+    # From then on it is a run like others: evaluated already, in reports, exported with its origin.
+    monkeypatch.setattr(ev, "load_model", None)
+    assert ev.main(["--vector", theirs, *place, *name, *here, *QUICK]) == 0
+    assert ev.main(["--run", str(tmp_path), "--report-only"]) == 0
+    assert "imported" in (tmp_path / "report.csv").read_text().splitlines()[1]
     assert export(folder, "--format", "pt", "--out", tmp_path / "card") == 0
     text = (tmp_path / "card" / "README.md").read_text()
     assert "# Steering vector: layer_1.pt (bare tensor" in text  # not the data's name
     assert "| training | none here |" in text and "| data |" not in text
     assert "hold 1 x the vector as imported" in text
-    capsys.readouterr()
-    assert ts.main([*base, "--run-name", "further", "--lr", "0.0001"]) in (0, 1)
-    lines = (Path(folder).parent / "further" / "metrics.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])  # before the first step
-    final = json.loads((folder / "run.json").read_text())["final"]
-    assert first == {"step": 0, "val_loss": pytest.approx(final["best_val"], rel=1e-5)}
+    # Another vector is not put in its place; one for another model or layer is refused.
+    torch.save(2 * vector, tmp_path / "layer_1.pt")
+    for more, message in (
+        (["--vector", str(tmp_path / "layer_1.pt"), *here], "holds another run or vector"),
+        (["--vector", str(folder), *here], "is a run folder"),
+        (["--vector", theirs, "--layer", "2"], "has layer 1"),
+    ):
+        capsys.readouterr()
+        assert ev.main([*more, *place, *name, *QUICK]) == 2
+        assert message in capsys.readouterr().err
+    start = ["--init-vector", str(folder / VECTOR_FILE), "--run-name", "further", "--lr", "0.0001"]
+    base = command(data, tiny_folder, tmp_path / "runs", *start)
+    assert ts.main(base) in (0, 1)
+    lines = (the_folder(tmp_path / "runs") / "further" / "metrics.jsonl").read_text().splitlines()
+    best = json.loads((a_run / "run.json").read_text())["final"]["best_val"]
+    assert json.loads(lines[0]) == {"step": 0, "val_loss": pytest.approx(best, rel=1e-5)}
+
+
+def test_run_of_no_steps_names_the_new_way(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        ts.main([*command("d", "m", "r"), "--max-steps", "0"])  # nothing to do without a start
+        ts.main([*command("d", "m", "r"), "--init-vector", "x", "--max-steps", "0"])
+    assert "eval_steering.py --vector FILE" in capsys.readouterr().err

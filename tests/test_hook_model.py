@@ -11,6 +11,11 @@ from conftest import CONFIGS, tiny
 from safetensors.torch import save_file
 
 import hook_model as hm
+from evaluation import measures as me
+from steering import chat_format as cf
+from steering import fast_path as fp
+from steering import loading as ld
+from train_steering import token_loss as loss_of_target
 
 
 def token_loss(logits, labels):
@@ -58,7 +63,7 @@ def test_hook_adds_exactly_v_at_its_layer_and_nothing_below(architecture):
     assert torch.equal(moved[0], plain[0])
     assert torch.equal(moved[1], plain[1] + model.steering.vector)
     assert not torch.allclose(moved[2], plain[2])
-    assert torch.equal(model.layer_output(IDS), moved[1])
+    assert torch.equal(fp.FastPath(model).layer_output(IDS), moved[1])
 
 
 def test_layers_that_return_tuples_are_steered_too():
@@ -139,14 +144,10 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_recomputes_above_onl
         return model.steering.vector.grad.clone()
 
     plain = gradient()
-    model.gradient_checkpointing_enable()
+    fp.checkpoint_layers(model)
     inner = [layer.forward for layer in model.layers]
     assert [hasattr(forward, "keywords") for forward in inner] == [False, False, True, True]
     assert torch.allclose(gradient(), plain, rtol=1e-6, atol=1e-8)
-    model.set_layer(2)
-    assert [hasattr(layer.forward, "keywords") for layer in model.layers] == [False] * 3 + [True]
-    model.gradient_checkpointing_disable()
-    assert not any(hasattr(layer.forward, "keywords") for layer in model.layers)
 
 
 def test_checkpointed_layers_really_keep_less(monkeypatch):
@@ -159,7 +160,7 @@ def test_checkpointed_layers_really_keep_less(monkeypatch):
         return sum(saved)
 
     plain = count()
-    model.gradient_checkpointing_enable()
+    fp.checkpoint_layers(model)
     assert count() < plain / 2
 
 
@@ -313,33 +314,35 @@ def test_right_padding_without_a_mask_does_not_change_losses():
     rows = [example(list(range(3, 3 + n)), [-100, *range(4, 3 + n)]) for n in (10, 6, 3)]
     for architecture in ("llama", "qwen3", "gemma2", "gemma3"):
         model = steered(architecture)
-        together = hm.example_sums(model.losses, rows, max_tokens=30)
-        alone = hm.example_sums(model.losses, rows, max_tokens=1)
+        fast = fp.FastPath(model)
+        together = me.nll_sums(fast, rows, max_tokens=30)
+        alone = me.nll_sums(fast, rows, max_tokens=1)
         assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_losses_equal_the_models_own_loss():
     model = steered()
+    fast = fp.FastPath(model)
     labels = IDS.clone()
     labels[:, :4] = -100
     output = model(input_ids=IDS, labels=labels)
     rows = [example(IDS[i].tolist(), labels[i].tolist()) for i in (0, 1)]
-    assert torch.allclose(model.losses(rows).mean(), output.loss)  # 2 rows x 6 label tokens
+    assert torch.allclose(losses_of(fast, rows).mean(), output.loss)  # 2 rows x 6 label tokens
     assert torch.allclose(token_loss(output.logits, labels) / 12, output.loss)
-    assert hm.label_count(rows[0]) == 6
+    assert cf.label_count(rows[0]) == 6
     with pytest.raises(ValueError, match="no label token"):
-        model.losses([example(IDS[0].tolist(), [-100] * 10)])
+        losses_of(fast, [example(IDS[0].tolist(), [-100] * 10)])
 
 
 def test_divergence_is_the_kl_of_vanilla_from_steered_at_label_tokens():
     rows = rows_of(9, 6, 12)
     for architecture in ("llama", "gemma2", "granite"):  # the last two cap and scale logits
         model = steered(architecture, value=3.0)
-        for fast in (True, False):
-            model.fast = fast
-            mine = hm.example_sums(model.divergences, rows, max_tokens=20)
+        fast = fp.FastPath(model)
+        for fast.fast in (True, False):
+            mine = fp.example_sums(fast.divergences, rows, max_tokens=20)
             for row, value in zip(rows, mine, strict=True):
-                ids, labels = hm.collate([row])
+                ids, labels = cf.collate([row])
                 with torch.no_grad():
                     after = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
                     with model.steering_off():
@@ -348,26 +351,29 @@ def test_divergence_is_the_kl_of_vanilla_from_steered_at_label_tokens():
                 expected = kl.sum(-1)[labels[0, 1:] >= 0].sum().item()
                 assert value == pytest.approx(expected, rel=1e-4) and value > 0
     model.set_vector(torch.zeros(32))
-    assert hm.example_sums(model.divergences, rows, 20) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert fp.example_sums(fast.divergences, rows, 20) == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_response_means_are_of_the_plain_states_of_label_tokens():
     model, rows = steered(value=9.0), rows_of(9, 6, 12)
-    means = hm.response_means(model, rows, max_tokens=20)
+    means = me.response_means(model, rows, max_tokens=20)
     for row, mean in zip(rows, means, strict=True):
         with model.steering_off():
-            states = model.layer_output(hm.collate([row])[0])[0]
+            states = fp.FastPath(model).layer_output(cf.collate([row])[0])[0]
         picked = [state for state, label in zip(states, row.labels, strict=True) if label >= 0]
         assert torch.allclose(mean, torch.stack(picked).mean(dim=0), atol=1e-5)
     with pytest.raises(ValueError, match="no label token"):
-        hm.response_means(model, [example([3, 4], [-100, -100])], 20)
+        me.response_means(model, [example([3, 4], [-100, -100])], 20)
 
 
 def test_residual_norm_is_the_median_over_tokens_of_the_plain_stream():
     model, rows = steered(value=50.0), [example(IDS[i].tolist(), []) for i in (0, 1)]
+    fast = fp.FastPath(model)
     with model.steering_off():
-        norms = torch.cat([model.layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)])
-    assert hm.median_residual_norm(model, rows) == pytest.approx(norms.median().item())
+        norms = torch.cat(
+            [fp.FastPath(model).layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)]
+        )
+    assert fp.FastPath(model).median_residual_norm(rows) == pytest.approx(norms.median().item())
 
 
 # ---------------------------------------------------------------- the fast path
@@ -382,6 +388,11 @@ def rows_of(*lengths, prompt=3):
     return rows
 
 
+def losses_of(fast, rows):
+    """The loss of every label token, as training takes it."""
+    return fast.losses(rows, loss_of_target)
+
+
 def gradient_of(model, loss):
     model.steering.vector.grad = None
     loss.backward()
@@ -390,33 +401,35 @@ def gradient_of(model, loss):
 
 def plain_loss(model, rows):
     """The reference: hooked full forward of the model, logits of all tokens."""
-    ids, labels = hm.collate(rows)
+    ids, labels = cf.collate(rows)
     return token_loss(model(input_ids=ids, use_cache=False).logits, labels)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_cached_prefix_gives_the_same_loss_and_gradient_bit_for_bit(architecture):
     model, rows = steered(architecture), rows_of(14, 9, 12)  # longer than the sliding window of 8
-    ids, labels = hm.collate(rows)
+    fast = fp.FastPath(model)
+    ids, labels = cf.collate(rows)
     plain = plain_loss(model, rows)
     expected = gradient_of(model, plain)
-    model.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
-    assert model.prefix.covers(rows)
-    cached = token_loss(model._forward_above(ids, rows).logits, labels)
+    fast.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
+    assert fast.cache.covers(rows)
+    cached = token_loss(fast._forward_above(ids, rows).logits, labels)
     assert torch.equal(cached, plain)
     assert torch.equal(gradient_of(model, cached), expected) and expected.norm() > 0
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_fast_loss_and_gradient_equal_the_full_forward(architecture, monkeypatch):
-    monkeypatch.setattr(hm, "HEAD_TOKENS", 5)  # several parts
+    monkeypatch.setattr(fp, "HEAD_TOKENS", 5)  # several parts
     model, rows = steered(architecture), rows_of(9, 14, 11)
+    fast = fp.FastPath(model)
     plain = plain_loss(model, rows)
     expected = gradient_of(model, plain)
     for place in ("off", "auto"):
-        model.cache_prefix(rows, place, max_tokens=14)  # one row a batch: other padded shapes
-        losses = model.losses(rows)
-        assert losses.shape == (sum(map(hm.label_count, rows)),) and model.fast
+        fast.cache_prefix(rows, place, max_tokens=14)  # one row a batch: other padded shapes
+        losses = losses_of(fast, rows)
+        assert losses.shape == (sum(map(cf.label_count, rows)),) and fast.fast
         assert torch.allclose(losses.sum(), plain, rtol=1e-5)
         error = (gradient_of(model, losses.sum()) - expected).norm() / expected.norm()
         assert error < 1e-4
@@ -426,24 +439,26 @@ def test_fast_loss_and_gradient_equal_the_full_forward(architecture, monkeypatch
 def test_softcapped_and_scaled_logits_stay_right(architecture):
     changes = {"gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 7.0}}
     model = steered(architecture, **changes.get(architecture, {"logit_scale": 0.2}))
+    fast = fp.FastPath(model)
     model.model.get_output_embeddings().weight.data *= 20  # logits large enough to matter
     rows = rows_of(9, 14)
     plain = plain_loss(model, rows)
     expected = gradient_of(model, plain)
-    got = model.losses(rows).sum()
+    got = losses_of(fast, rows).sum()
     assert torch.allclose(got, plain, rtol=1e-5)
     assert torch.allclose(gradient_of(model, got), expected, rtol=1e-4, atol=1e-6)
     head, caught = model.model.get_output_embeddings(), []
     head.register_forward_hook(lambda module, inputs, logits: caught.append(logits))
-    ids, labels = hm.collate(rows)
+    ids, labels = cf.collate(rows)
     model(input_ids=ids)
     assert not torch.allclose(token_loss(caught[0], labels), plain, rtol=1e-2)
 
 
 def test_head_sees_label_tokens_only_and_a_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(hm, "HEAD_TOKENS", 4)
+    monkeypatch.setattr(fp, "HEAD_TOKENS", 4)
     model, rows, seen = steered("llama"), rows_of(9, 14, 11), []
-    model.losses(rows)  # the check against the plain path is behind us
+    fast = fp.FastPath(model)
+    losses_of(fast, rows)  # the check against the plain path is behind us
     linear = torch.nn.functional.linear
 
     def record(states, weight, bias=None):
@@ -452,45 +467,48 @@ def test_head_sees_label_tokens_only_and_a_few_at_a_time(monkeypatch):
         return linear(states, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", record)
-    model.losses(rows).sum().backward()
-    assert sum(seen) == sum(map(hm.label_count, rows)) and max(seen) <= 4
+    losses_of(fast, rows).sum().backward()
+    assert sum(seen) == sum(map(cf.label_count, rows)) and max(seen) <= 4
 
 
 def test_cached_layers_do_no_work_and_upper_layers_get_no_dense_mask():
     model, rows, worked, masks = steered("qwen3", layer=2), rows_of(9, 14), [], []
+    fast = fp.FastPath(model)
     for i, layer in enumerate(model.layers):
         layer.mlp.register_forward_hook(lambda *_, i=i: worked.append(i))
     model.layers[3].register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    model.cache_prefix(rows)
+    fast.cache_prefix(rows)
     assert worked == [0, 1, 2]  # the fill stops at the layer
-    model.losses(rows)
+    losses_of(fast, rows)
     worked.clear()
-    model.losses(rows).sum().backward()
+    losses_of(fast, rows).sum().backward()
     assert worked == [3] and set(masks) == {None}
     worked.clear()
-    model.losses(rows_of(5))  # not in the cache
+    losses_of(fast, rows_of(5))  # not in the cache
     assert worked == [0, 1, 2, 3]
 
 
 def test_cache_is_dropped_when_the_layer_moves_and_obeys_the_switch():
     model, rows = steered("llama"), rows_of(9, 14)
+    fast = fp.FastPath(model)
     with model.steering_off():
         vanilla = plain_loss(model, rows).item()
-    model.cache_prefix(rows)
+    fast.cache_prefix(rows)
     with model.steering_off():
-        assert model.losses(rows).sum().item() == pytest.approx(vanilla, rel=1e-5)
+        assert losses_of(fast, rows).sum().item() == pytest.approx(vanilla, rel=1e-5)
     model.set_layer(2)
-    assert model.prefix is None
-    assert model.losses(rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+    assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+    assert fast.fast and fast.cache is None
 
 
 def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
     model, rows = steered("llama"), rows_of(9, 14)
+    fast = fp.FastPath(model)
     size = 23 * 32 * 4
     free = {"cuda": 0, "cpu": 0}
-    monkeypatch.setattr(hm, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(fp, "free_memory", lambda device: free[device.type])
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for on_gpu, on_host, where, place in (
         (4 * size, 0, "auto", cuda),
@@ -503,28 +521,29 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
         (9 * size, 9 * size, "off", None),
     ):
         free.update(cuda=on_gpu, cpu=on_host)
-        assert hm.cache_place(where, size, cuda) == place
+        assert fp.cache_place(where, size, cuda) == place
     free["cpu"] = 0
     with caplog.at_level("INFO", logger="train_steering"):
-        model.cache_prefix(rows, "host")
-    assert model.prefix is None and "does not fit, so not cached" in caplog.text
-    assert model.losses(rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+        fast.cache_prefix(rows, "host")
+    assert fast.cache is None and "does not fit, so not cached" in caplog.text
+    assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
 
 
 def test_an_architecture_that_passes_more_than_the_stream_falls_back(caplog):
     model, rows, first = steered("llama"), rows_of(9, 14), []
+    fast = fp.FastPath(model)
     model.layers[0].register_forward_pre_hook(lambda module, args: first.append(args[0]))
     model.layers[0].mlp.register_forward_hook(lambda module, args, out: first.append(out))
     model.layers[3].register_forward_hook(lambda module, args, out: out + 3 * first[-1].mean())
-    model.cache_prefix(rows)
+    fast.cache_prefix(rows)
     expected = plain_loss(model, rows)
-    assert model.losses(rows).sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    assert not model.fast and "no fast path for LlamaForCausalLM" in caplog.text
+    assert losses_of(fast, rows).sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not fast.fast and "no fast path for LlamaForCausalLM" in caplog.text
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     rows = rows_of(9, 14, 5, 11, 6, 30)
-    batches = hm.micro_batches(rows, 28)
+    batches = cf.micro_batches(rows, 28)
     assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, rows))
     lengths = [[len(e.input_ids) for e in batch] for batch in batches]
     assert lengths == [[5, 6, 9], [11, 14], [30]]  # the longest row is over the budget: alone
@@ -534,24 +553,26 @@ def test_compiled_layers_give_the_same_gradient(monkeypatch):
     without_gcc = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", without_gcc)
     model, rows = steered("llama", layer=2), rows_of(9, 14)
-    expected = gradient_of(model, model.losses(rows).sum())
-    model.compile_layers()
-    got = gradient_of(model, model.losses(rows).sum())
+    fast = fp.FastPath(model)
+    expected = gradient_of(model, losses_of(fast, rows).sum())
+    fp.compile_layers(model)
+    got = gradient_of(model, losses_of(fast, rows).sum())
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
     assert hasattr(model.layers[3].forward, "_torchdynamo_orig_callable")
 
 
 def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
     model = hm.load_model(smol, 12, dtype="bf16", device="cpu")
+    fast = fp.FastPath(model)
     rows = rows_of(20, 33, 27)
     model.set_vector(torch.randn(576, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         plain = plain_loss(model, rows).item()
-    model.cache_prefix(rows, max_tokens=66)
-    tokens = sum(map(hm.label_count, rows))
-    fast = sum(hm.example_sums(model.losses, rows, max_tokens=40))
-    assert model.fast and model.prefix.states.dtype == torch.bfloat16
-    assert fast / tokens == pytest.approx(plain / tokens, abs=0.01)
+    fast.cache_prefix(rows, max_tokens=66)
+    tokens = sum(map(cf.label_count, rows))
+    total = sum(me.nll_sums(fast, rows, max_tokens=40))
+    assert fast.fast and fast.cache.states.dtype == torch.bfloat16
+    assert total / tokens == pytest.approx(plain / tokens, abs=0.01)
 
 
 # ---------------------------------------------------------------- a model in several places
@@ -567,19 +588,20 @@ def test_model_split_over_memory_and_disk_gives_the_same_gradient(tiny_folder, t
     rows, noise = rows_of(9, 14), torch.randn(32, generator=torch.Generator().manual_seed(1))
     for layer in (1, 2):  # on disk (its weights are on no device), in memory
         model = hm.SteerModel(split, layer)
+        fast = fp.FastPath(model)
         assert next(split.model.layers[1].parameters()).device.type == "meta"
         for each in (model, whole):
             each.set_layer(layer)
             each.set_vector(noise)
         expected = gradient_of(whole, plain_loss(whole, rows))
         for cache in ("off", "host"):
-            model.cache_prefix(rows, cache)
-            got = gradient_of(model, model.losses(rows).sum())
-            assert model.fast and torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+            fast.cache_prefix(rows, cache)
+            got = gradient_of(model, losses_of(fast, rows).sum())
+            assert fast.fast and torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
         options = {"max_new_tokens": 6, "do_sample": False}
         answers = [each.generate(input_ids=IDS, **options) for each in (model, whole)]
         assert torch.equal(*answers)
-        model._handle.remove()
+        model._handles[0].remove()
 
 
 # ---------------------------------------------------------------- loading
@@ -594,7 +616,7 @@ def test_load_model_names_what_is_wrong(tmp_path):
 
 def test_load_model_from_folder_in_the_dtype_asked_for(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "m")
-    for name, dtype in hm.DTYPES.items():
+    for name, dtype in ld.DTYPES.items():
         model = hm.load_model(str(tmp_path / "m"), 1, dtype=name, device="cpu")
         assert model.model.dtype == dtype
         assert model.steering.vector.dtype == torch.float32
@@ -614,29 +636,29 @@ def test_device_map_places_the_vector_with_its_layer(tmp_path):
 
 
 def test_auto_dtype_is_bf16_unless_the_cpu_lacks_it(monkeypatch):
-    monkeypatch.setattr(hm, "cpu_has_bf16", lambda: False)
-    assert [hm.pick_dtype("auto", d) for d in ("cpu", "cuda")] == ["fp32", "bf16"]
-    assert hm.pick_dtype("fp16", "cpu") == "fp16"
-    monkeypatch.setattr(hm, "cpu_has_bf16", lambda: True)
-    assert hm.pick_dtype("auto", "cpu") == "bf16"
+    monkeypatch.setattr(ld, "cpu_has_bf16", lambda: False)
+    assert [ld.pick_dtype("auto", d) for d in ("cpu", "cuda")] == ["fp32", "bf16"]
+    assert ld.pick_dtype("fp16", "cpu") == "fp16"
+    monkeypatch.setattr(ld, "cpu_has_bf16", lambda: True)
+    assert ld.pick_dtype("auto", "cpu") == "bf16"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_says_so():
     with pytest.raises(ValueError, match="no cuda device here"):
-        hm.pick_device("cuda:1")
+        ld.pick_device("cuda:1")
 
 
 def test_remote_code_is_never_trusted_unless_asked(monkeypatch, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "m")
     seen = []
-    real = hm.AutoModelForCausalLM.from_pretrained
+    real = transformers.AutoModelForCausalLM.from_pretrained
 
     def record(*args, **kwargs):
         seen.append(kwargs["trust_remote_code"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hm.AutoModelForCausalLM, "from_pretrained", record)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
     hm.load_model(str(tmp_path / "m"), 1, device="cpu")
     hm.load_model(str(tmp_path / "m"), 1, device="cpu", trust_remote_code=True)
     assert seen == [False, True]

@@ -17,7 +17,8 @@ from test_train_steering import restore_signal_handlers  # noqa: F401
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-from chat_format import ChatFormat, load_tokenizer
+from steering.loading import load_chat, load_tokenizer
+from steering.vector_file import VECTOR_FILE
 
 pytestmark = pytest.mark.interop
 LAYER = 12
@@ -71,7 +72,7 @@ def exported(fp32_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ids(fp32_folder, tmp_path_factory):
     """(path of ids.npy, the ids (1, T)) of a question."""
-    inputs = ChatFormat(load_tokenizer(fp32_folder)).inputs(["How was your day at work?"])
+    inputs = load_chat(fp32_folder).inputs(["How was your day at work?"])
     path = tmp_path_factory.mktemp("ids") / "ids.npy"
     np.save(path, inputs["input_ids"].numpy())
     return path, inputs["input_ids"]
@@ -81,7 +82,7 @@ def ids(fp32_folder, tmp_path_factory):
 def ours(fp32_folder, exported, ids):
     """{layer or "plain": (logits, greedy tokens)} by hook_model.py."""
     model = hm.load_model(fp32_folder, LAYER, dtype="fp32", device="cpu")
-    vector = hm.load_vector(exported[LAYER] / ex.VECTOR_FILE)[0]
+    vector = hm.load_vector(exported[LAYER] / VECTOR_FILE)[0]
     options = {"attention_mask": torch.ones_like(ids[1]), "max_new_tokens": 40, "do_sample": False}
     results = {}
     for layer in (LAYER, LAYER + 1):

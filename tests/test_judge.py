@@ -1,4 +1,4 @@
-"""judge.py: replies are read strictly, failures are retried, nothing is judged twice or leaked."""
+"""evaluation/judge.py: replies read strictly, nothing judged twice, failures retried, no leaks."""
 
 import contextlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-import judge as jd
+from evaluation import judge as jd
 
 PAIRS = [(f"Question {i}?", f"Answer number {i}") for i in range(20)]
 

@@ -17,9 +17,12 @@ from conftest import ROOT, persona_rows, tiny, write_raw
 from safetensors import safe_open
 
 import hook_model as hm
-import run_folder as rf
 import train_steering as ts
-from chat_format import Example
+from steering import run_folder as rf
+from steering import run_state as rs
+from steering.chat_format import Example, collate
+from steering.fast_path import FastPath
+from steering.vector_file import VECTOR_FILE
 
 QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
 QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]
@@ -45,7 +48,7 @@ def the_folder(output, dataset="src__role__pirate"):
 
 
 def read_vector(output, **where):
-    return hm.load_vector(the_folder(output, **where) / rf.VECTOR_FILE)[0]
+    return hm.load_vector(the_folder(output, **where) / VECTOR_FILE)[0]
 
 
 def steps_in(folder):
@@ -71,7 +74,8 @@ def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="l
     model = hm.SteerModel(tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    final = ts.train(model, train_set, list(val_set), folder, "hash", args, rf.Laps(), stop)
+    state = rs.start_state(folder, {"name": "x"}, {})
+    final = ts.train(model, train_set, list(val_set), folder, state, args, rf.Laps(), stop)
     return model, final, folder
 
 
@@ -87,12 +91,13 @@ def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
         flags += ["--micro-batch-tokens", tokens]  # one batch of 6, 6 of one, 3 of like length
         (tmp_path / name).mkdir()
         model, _, folder = fit(tmp_path / name, rows, *flags, architecture=architecture)
-        saved, _ = hm.read_safetensors(folder / "checkpoint-00001.safetensors")
-        vectors.append(saved["exp_avg"] / 0.1)  # Adam's first moment is (1 - beta1) x gradient
+        saved = torch.load(folder / "checkpoint-00001.pt", weights_only=True)["optimizer"]
+        # Adam's first moment is (1 - beta1) x gradient.
+        vectors.append(saved["state"][0]["exp_avg"] / 0.1)
         losses.append(json.loads((folder / "metrics.jsonl").read_text())["loss"])
     # The reference: one padded batch, loss by the model's own head and labels argument.
     model = hm.SteerModel(tiny(architecture), 1)
-    ids, labels = hm.collate(rows)
+    ids, labels = collate(rows)
     loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     for vector, value in zip(vectors, losses, strict=True):
@@ -113,7 +118,6 @@ def test_cache_and_micro_batches_change_nothing_but_rounding(tmp_path, caplog, a
             model, final, _ = fit(
                 tmp_path / str(i), rows, *flags, val_set=val_set, architecture=architecture
             )
-        assert (model.prefix is None) == (cache == "off")
         assert ("turned off" in caplog.text) == (cache == "off")
         assert "prefix   100 tokens x 32 = 0.00 GiB" in caplog.text  # 77 + 23 to validate on
         vectors.append(model.steering.vector.detach().clone())
@@ -123,10 +127,17 @@ def test_cache_and_micro_batches_change_nothing_but_rounding(tmp_path, caplog, a
         assert best == pytest.approx(bests[0], rel=1e-5)
 
 
-def test_one_epoch_caches_only_what_is_validated_again(tmp_path):
+def test_one_epoch_caches_only_what_is_validated_again(tmp_path, monkeypatch):
     rows, val_set = examples([8] * 4), examples([8])
-    model, _, _ = fit(tmp_path, rows, "--num-epochs", "1", val_set=val_set)
-    assert model.prefix.covers(val_set) and not model.prefix.covers(rows[:1])
+    kept, real = [], FastPath.cache_prefix
+
+    def cache_prefix(self, examples, *rest):
+        kept.extend(examples)
+        return real(self, examples, *rest)
+
+    monkeypatch.setattr(FastPath, "cache_prefix", cache_prefix)
+    fit(tmp_path, rows, "--num-epochs", "1", val_set=val_set)
+    assert kept == val_set
 
 
 def test_every_row_is_used_once_an_epoch_and_the_last_window_is_kept(tmp_path):
@@ -150,7 +161,7 @@ def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, mon
     scripted, seen = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0]), []
 
     def losses(per_token, val_set, max_tokens):
-        seen.append(per_token.__self__.steering.vector.detach().clone())
+        seen.append(per_token.func.__self__.model.steering.vector.detach().clone())
         return [next(scripted)]
 
     monkeypatch.setattr(ts, "example_sums", losses)
@@ -168,7 +179,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
     args = ts.parse_args(["--dataset", "x", "--lr", "1"])
     steered, folder = hm.SteerModel(model, 1), tmp_path / "run"
     with pytest.raises(RuntimeError, match=r"step 1: loss nan.*--lr"):
-        ts.train(steered, examples([8]), [], folder, "h", args, rf.Laps(), NeverStop)
+        ts.train(steered, examples([8]), [], folder, {}, args, rf.Laps(), NeverStop)
 
 
 def test_vector_no_better_than_its_start_is_a_failed_run(
@@ -178,7 +189,7 @@ def test_vector_no_better_than_its_start_is_a_failed_run(
     monkeypatch.setattr(ts, "example_sums", lambda *_: [next(worse)])
     assert ts.main(command(data_root, tiny_folder, tmp_path)) == 1
     assert "better than the start" in capsys.readouterr().out
-    assert not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
+    assert not (the_folder(tmp_path) / VECTOR_FILE).exists()
     record = json.loads((the_folder(tmp_path) / "run.json").read_text())
     assert record["status"] == "failed" and "than the start" in record["error"]
 
@@ -188,7 +199,7 @@ def test_run_that_failed_before_its_first_checkpoint_may_get_other_settings(
 ):
     base = command(data_root, tiny_folder, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(ts, "median_residual_norm", lambda *_: 1 / 0)
+        patch.setattr(FastPath, "median_residual_norm", lambda *_: 1 / 0)
         assert ts.main(base) == 1
     assert ts.main([*base, "--batch-size", "2", "--gradient-accumulation", "4"]) == 0
     spelled = ["--batch-size", "2", "--gradient-accumulation", "4", "--model", tiny_folder + "/"]
@@ -208,7 +219,7 @@ def test_schedules_warm_up_and_end_near_zero():
 def test_automatic_learning_rate_is_in_units_of_the_residual_stream(tmp_path):
     rows = examples([8, 9])
     model, final, _ = fit(tmp_path, rows, "--lr", "auto", "--max-steps", "1")
-    norm = hm.median_residual_norm(model, rows)
+    norm = FastPath(model).median_residual_norm(rows)
     assert final["lr"] == pytest.approx(ts.AUTO_LR * norm / 32**0.5)
 
 
@@ -219,14 +230,14 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     assert ts.main(command(data_root, tiny_folder, tmp_path / "runs")) == 0
     folder = the_folder(tmp_path / "runs")
     names = {path.name for path in folder.iterdir()}
-    kept = {f"checkpoint-0000{step}.safetensors" for step in (2, 4, 6)}
+    kept = {f"checkpoint-0000{step}.pt" for step in (2, 4, 6)}
     assert names == kept | {"steering_vector.safetensors", "run.json", "metrics.jsonl", "train.log"}
     startup = json.loads((folder / "run.json").read_text())["startup"]
     assert set(startup) == {"import", "tokenize", "load", "prefix"} and min(startup.values()) >= 0
     assert "tokenize" in (folder / "train.log").read_text().split("ready    after")[1]
-    assert (folder / rf.VECTOR_FILE).stat().st_size < 100_000
+    assert (folder / VECTOR_FILE).stat().st_size < 100_000
     assert all((folder / name).stat().st_size < 1_000_000 for name in kept)
-    with safe_open(folder / rf.VECTOR_FILE, framework="pt") as file:
+    with safe_open(folder / VECTOR_FILE, framework="pt") as file:
         assert list(file.keys()) == ["steering_vector"]
         vector, header = file.get_tensor("steering_vector"), file.metadata()
     assert vector.shape == (32,) and vector.dtype == torch.float32
@@ -236,7 +247,7 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "done" and record["args"]["lr"] == 0.05
     assert record["counts"]["kept"] == 20 and record["final"]["steps"] == 6
-    assert record["config_hash"] == rf.config_hash(record["config"])
+    assert record["config_hash"] == rs.config_hash(record["config"])
     assert record["torch"] == torch.__version__ and "git_commit" in record
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
     # The log is what the console showed, one line a step.
@@ -258,7 +269,7 @@ def test_run_may_start_from_another_runs_vector(data_root, tiny_folder, tmp_path
     assert ts.main(base) == 0
     folder = the_folder(tmp_path)
     best = json.loads((folder / "run.json").read_text())["final"]["best_val"]
-    start = str(shutil.copy(folder / rf.VECTOR_FILE, tmp_path / "start.safetensors"))
+    start = str(shutil.copy(folder / VECTOR_FILE, tmp_path / "start.safetensors"))
     more = ["--init-vector", start, "--run-name", "again", "--lr", "0.001"]
     assert ts.main([*base, *more]) in (0, 1)  # it may not get any better
     first = json.loads((folder / "again" / "metrics.jsonl").read_text().splitlines()[0])
@@ -289,21 +300,21 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     base = command(data_root, tiny_folder, tmp_path)
     assert ts.main(base) == 0
     first = read_vector(tmp_path)
-    stamp = (the_folder(tmp_path) / rf.VECTOR_FILE).stat().st_mtime_ns
+    stamp = (the_folder(tmp_path) / VECTOR_FILE).stat().st_mtime_ns
     assert ts.main([*base, "--keep-checkpoints", "1"]) == 0  # does not change the vector
     assert "done already" in capsys.readouterr().out
-    assert (the_folder(tmp_path) / rf.VECTOR_FILE).stat().st_mtime_ns == stamp
+    assert (the_folder(tmp_path) / VECTOR_FILE).stat().st_mtime_ns == stamp
     assert ts.main([*base, "--lr", "0.1"]) == 2
     said = capsys.readouterr().out
     assert "lr: 0.05 there, 0.1 here" in said and "--run-name" in said
     assert torch.equal(read_vector(tmp_path), first)
     assert ts.main([*base, "--lr", "0.1", "--run-name", "fast"]) == 0
     folder = the_folder(tmp_path)
-    assert not torch.equal(hm.load_vector(folder / "fast" / rf.VECTOR_FILE)[0], first)
+    assert not torch.equal(hm.load_vector(folder / "fast" / VECTOR_FILE)[0], first)
     assert ts.main([*base, "--lr", "0.1", "--restart"]) == 0  # the old run is kept aside
-    assert torch.equal(hm.load_vector(folder / "old-1" / rf.VECTOR_FILE)[0], first)
+    assert torch.equal(hm.load_vector(folder / "old-1" / VECTOR_FILE)[0], first)
     assert not torch.equal(read_vector(tmp_path), first)
-    assert (folder / "fast" / rf.VECTOR_FILE).exists()
+    assert (folder / "fast" / VECTOR_FILE).exists()
 
 
 def test_changed_data_is_another_run(data_root, tiny_folder, tmp_path, capsys):
@@ -363,16 +374,15 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
 def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path, caplog):
     flags, rows = ["--max-steps", "6", "--save-every", "2"], examples([9, 5, 14])
     reference, _, folder = fit(tmp_path, rows, *flags)
-    newest = folder / "checkpoint-00006.safetensors"
+    newest = folder / "checkpoint-00006.pt"
     newest.write_bytes(newest.read_bytes()[:300])
-    tensors, metadata = hm.read_safetensors(folder / "checkpoint-00004.safetensors")
-    foreign = json.loads(metadata["info"]) | {"config_hash": "other", "step": 5}
-    rf.save_checkpoint(folder, tensors, foreign, 9)
+    state = torch.load(folder / "checkpoint-00004.pt", weights_only=True)
+    rf.save_checkpoint(folder, state | {"config": {"name": "y"}, "step": 5}, 9)
     with caplog.at_level("WARNING", logger="train_steering"):
         model, _, _ = fit(tmp_path, rows, *flags)
     assert torch.equal(model.steering.vector, reference.steering.vector)
-    assert "checkpoint-00006.safetensors passed over" in caplog.text
-    assert "checkpoint-00005.safetensors belongs to other settings" in caplog.text
+    assert "checkpoint-00006.pt passed over" in caplog.text
+    assert "checkpoint-00005.pt belongs to other settings" in caplog.text
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
 
 
@@ -397,8 +407,8 @@ def test_signal_finishes_the_step_saves_and_can_go_on(
     assert process.wait(60) == code, process.stderr.read().decode()
     folder = the_folder(tmp_path)
     done = steps_in(folder)
-    assert [p.name for p in folder.glob("check*")] == [f"checkpoint-{done[-1]:05d}.safetensors"]
-    assert not (folder / rf.VECTOR_FILE).exists() and not (folder / "lock").exists()
+    assert [p.name for p in folder.glob("check*")] == [f"checkpoint-{done[-1]:05d}.pt"]
+    assert not (folder / VECTOR_FILE).exists() and not (folder / "lock").exists()
     assert ts.main(arguments) == 0
     assert steps_in(folder) == list(range(1, 61))
     assert f"resume   after step {done[-1]} of 60" in (folder / "train.log").read_text()
@@ -423,7 +433,7 @@ def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
     assert "Traceback" in (the_folder(tmp_path) / "train.log").read_text()
     assert not (the_folder(tmp_path) / ".partial").exists()
     left = list(the_folder(tmp_path).glob("checkpoint-*"))
-    assert left and not (the_folder(tmp_path) / rf.VECTOR_FILE).exists()
+    assert left and not (the_folder(tmp_path) / VECTOR_FILE).exists()
     monkeypatch.setattr(os, "fsync", real)
     assert ts.main(base) == 0
     assert "resume   after step" in capsys.readouterr().out
@@ -545,18 +555,18 @@ def test_out_of_memory_halves_the_micro_batch_and_does_the_step_again(
         (tmp_path / name).mkdir()
     rows, flags = examples([8, 9, 10, 11]), ["--batch-size", "4", "--micro-batch-tokens", "64"]
     whole, _, _ = fit(tmp_path / "a", rows, *flags)
-    real = hm.SteerModel.losses
+    real = FastPath.losses
 
-    def losses(self, batch):
+    def losses(self, batch, token_loss):
         if len(batch) > 1 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, batch)
+        return real(self, batch, token_loss)
 
-    monkeypatch.setattr(hm.SteerModel, "losses", losses)
+    monkeypatch.setattr(FastPath, "losses", losses)
     halved, _, folder = fit(tmp_path / "b", rows, *flags)
     assert "--micro-batch-tokens is 32 from now" in caplog.text and "is 16 from" in caplog.text
     assert torch.allclose(halved.steering.vector, whole.steering.vector, atol=1e-5)
     assert steps_in(folder) == [1, 2, 3, 4]
-    monkeypatch.setattr(hm.SteerModel, "losses", lambda *_: losses(None, [1, 2]))
+    monkeypatch.setattr(FastPath, "losses", lambda *_, **__: losses(None, [1, 2], None))
     with pytest.raises(torch.OutOfMemoryError):  # a row alone is as small as it gets
         fit(tmp_path / "c", examples([8, 9]), "--batch-size", "1")

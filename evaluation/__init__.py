@@ -1,0 +1,1 @@
+"""What eval_steering.py measures and shows."""
