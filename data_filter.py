@@ -71,9 +71,6 @@ class DataOptions:
         return find_datasets(self.data_root, self.source_model, self.kind)
 
 
-# ------------------------------------------------------------------ filter, split, budget
-
-
 @dataclass
 class Filtered:
     """Rows kept of one dataset, rows dropped by reason, and a message for every broken line.
@@ -255,9 +252,6 @@ def split_dataset(name, datasets, chat, options, heldout_tokens=0):
     )
     heldout = take_budget(others, chat, heldout_tokens, limit, seed)[0] if heldout_tokens else []
     return Splits(train, validation, heldout, tokens, filtered)
-
-
-# ------------------------------------------------------------------ command line
 
 
 def add_data_arguments(parser):

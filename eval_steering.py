@@ -50,9 +50,6 @@ NOT_IN_CONFIG = """
 SHOWING = ("evaluation/report.py", "evaluation/plots.py", "evaluation/judge.py")
 
 
-# ------------------------------------------------------------------ what is evaluated
-
-
 def import_run(args):
     """Make a run folder of --vector, as it is, for --dataset; returns the folder.
 
@@ -103,22 +100,22 @@ class Shelf:
         """The ChatFormat of a run: its template as it was, whatever became of the file."""
         key = run.args["model"], run.record["config"].get("template")
         if key not in self._chats:
-            trust = run.loading.get("trust_remote_code", False)
+            trust = run.args.get("trust_remote_code", False)
             self._chats[key] = load_chat(key[0], None, trust, template=key[1])
         return self._chats[key]
 
     def model(self, run):
         """The run's model, with the vector's place at the run's layer."""
-        if self._loading != run.loading:
+        keys = ("dtype", "device", "device_map", "trust_remote_code")
+        loading = {key: run.args[key] for key in keys if key in run.args}
+        loading["name"] = run.args["model"]
+        if self._loading != loading:
             self._loading = self._model = None  # make room first
-            self._model = load_model(layer=run.args["layer"], **run.loading)
-            self._loading = run.loading
+            self._model = load_model(layer=run.args["layer"], **loading)
+            self._loading = loading
         if self._model.layer != run.args["layer"]:
             self._model.set_layer(run.args["layer"])
         return self._model
-
-
-# ------------------------------------------------------------------ one run
 
 
 def evaluate(model, chat, data, vector, args):
@@ -151,19 +148,16 @@ def evaluate(model, chat, data, vector, args):
     directions["mean_difference"] = difference * factor
     answers = measures.compare_answers(model, chat, rows, directions, sampling)
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
-    result["answers"] = measures.describe_answers(
-        model, chat, rows, answers, probe, yardstick, limit, seed
-    )
-    result["side_effects"] = measures.side_effects(
-        model, data.plain_heldout, directions, limit, seed
-    )
-    result["probe"] = probe_report
-    result["plain"] = {"source": data.plain_source, "train": len(data.plain_train)}
-    norms = {"steered": vector, "mean_difference": difference}
-    result["norms"] = {name: direction.norm().item() for name, direction in norms.items()}
-    result["samples"] = measures.side_by_side(rows, answers)
+    described = measures.describe_answers(model, chat, rows, answers, probe, yardstick, limit, seed)
+    effects = measures.side_effects(model, data.plain_heldout, directions, limit, seed)
     model.set_vector(vector)
-    return result
+    norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
+    plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
+    samples = measures.side_by_side(rows, answers)
+    return {
+        **result, "answers": described, "side_effects": effects, "probe": probe_report,
+        "plain": plain_report, "norms": norms, "samples": samples,
+    }  # fmt: skip
 
 
 def likelihood(model, chat, data, vector, difference, args):
@@ -186,14 +180,13 @@ def likelihood(model, chat, data, vector, difference, args):
     losses = measures.heldout_losses(model, chat, data.heldout, vectors, args.micro_batch_tokens)
     tokens, questions = list(map(label_count, data.heldout)), measures.questions_of(data.heldout)
     chosen_on = "validation questions" if data.validation else "training questions"
+    counts = {"rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)}
     return {
-        "heldout": {
-            "rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)
-        },
+        "heldout": counts,
         "likelihood": compare_losses(losses, tokens, questions, args.seed),
         "recovered": recovered_fraction(losses, tokens, questions, args.seed),
         "coefficients": {"chosen_on": chosen_on, **chosen},
-    }  # fmt: skip
+    }
 
 
 def evaluation_config(args, run):
@@ -260,9 +253,6 @@ def print_answers(folder, args, shelf):
         print(f"--- scale {scale:g}\n{answer}")
 
 
-# ------------------------------------------------------------------ several runs
-
-
 def specificity(folders, args, shelf, path):
     """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
 
@@ -312,9 +302,6 @@ def write_report(folders, args, shelf):
         matrices = specificity(done, args, shelf, path)
     files = report.write_report(out, runs, matrices)
     print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
-
-
-# ------------------------------------------------------------------ command line
 
 
 def make_parser():

@@ -52,9 +52,6 @@ class Source:
     result: dict = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------ where vectors come from
-
-
 def from_run(folder, args):
     """The Source of a finished run folder; ValueError if it is not finished or not readable.
 
@@ -86,9 +83,6 @@ def from_run(folder, args):
             print(f"WARNING: {folder / 'eval.json'} left out: {why}")
         result = {}
     return Source(folder, vector, metadata, 1.0, record, result)
-
-
-# ------------------------------------------------------------------ writing a folder
 
 
 def export(source, formats, out, scale, overwrite):
@@ -169,9 +163,6 @@ def run(args):
             print(f"error: {error}", file=sys.stderr)
             codes.append(1 if isinstance(error, OSError) else 2)
     return max(codes)
-
-
-# ------------------------------------------------------------------ command line
 
 
 def parse_args(argv=None):

@@ -352,8 +352,7 @@ def run(args, laps, stop):
     if args.print_todo or args.print_status:
         config_of = functools.partial(result_config, args=args, datasets=datasets)
         folders = {name: folder_of(name, args) for name in names}
-        progress = run_state.Progress(folders, config_of, option_defaults())
-        (progress.print_todo if args.print_todo else progress.print_status)()
+        run_state.print_progress(folders, config_of, option_defaults(), args.print_todo)
         return 0
     chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
     if args.include_missing_scores:
@@ -390,7 +389,8 @@ def run(args, laps, stop):
             codes.append(2)
         if stop.exit_code:
             return stop.exit_code
-        laps.restart()
+        laps.lap("over")
+        laps.clear()
     return max(codes)
 
 

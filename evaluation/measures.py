@@ -31,9 +31,6 @@ def announce(what):
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------ rows
-
-
 @dataclass
 class EvalData:
     """Examples of a dataset by what they are for; no question is in two of the three parts.
@@ -96,9 +93,6 @@ def within_budget(examples, tokens):
     """The first examples that make up the tokens."""
     total = np.cumsum([len(example.input_ids) for example in examples])
     return examples[: int(np.searchsorted(total, tokens)) + 1]
-
-
-# ------------------------------------------------------------------ likelihood
 
 
 def token_nll(logits, targets):
@@ -173,9 +167,6 @@ def check_prompted(prompted, examples, chat):
         assert with_prompt.row["system_prompt"].strip() in text, "the prompted row has no prompt"
         scored = [[t for t in e.labels if t >= 0] for e in (with_prompt, without)]
         assert len(scored[0]) == len(scored[1]), "the prompt changed which tokens are scored"
-
-
-# ------------------------------------------------------------------ answers
 
 
 @dataclass(frozen=True)
@@ -260,9 +251,6 @@ def add_own_answers(model, chat, data, sampling):
         setattr(data, plain, answer_examples(chat, rows, texts))
     if not (data.plain_train and data.plain_heldout):
         raise ValueError("no row without the persona, and all answers of the plain model are empty")
-
-
-# ------------------------------------------------------------------ what answers are like
 
 
 @torch.no_grad()

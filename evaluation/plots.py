@@ -17,62 +17,45 @@ COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
 COLORS |= {"mean_difference": "#029e73", "steered": "#4a9fd4", "steered_chosen": "#9fd0f0"}
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files; ImportError names the install."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib (pip install matplotlib)") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_picture(figure, path):
-    """Write a figure as PNG by write and rename."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_atomically(path, data.getvalue())
-    pyplot().close(figure)
-
-
 def picture(draw):
-    """Decorator: draw(path, ...) returns [name of the file], or says why there is no picture."""
+    """Decorator: draw(pyplot, ...) -> figure becomes a function of (path, ...) that writes it."""
 
     @functools.wraps(draw)
     def wrapped(path, *rest):
         try:
-            draw(path, *rest)
-        except ImportError as error:
-            print(f"no {path.name}: {error}", file=sys.stderr)
+            import matplotlib
+        except ImportError:
+            print(f"no {path.name}: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
             return []
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, data = draw(pyplot, *rest), io.BytesIO()
+        figure.savefig(data, format="png", dpi=110)
+        pyplot.close(figure)
+        write_atomically(path, data.getvalue())
         return [path.name]
 
     return wrapped
 
 
 @picture
-def plot_run(path, result, metrics_path):
+def plot_run(pyplot, result, metrics_path):
     """eval.png: NLL, paired differences, loss curve; persona score, fluency, KL against scale."""
-    figure, axes = pyplot().subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     figure.suptitle(f"{result['dataset']}   (flags: {', '.join(result['flags']) or 'none'})")
     plot_likelihood(axes[0, 0], axes[0, 1], result)
     plot_curve(axes[0, 2], metrics_path)
     if result["answers"]:
         plot_persona(axes[1, 0], result)
         plot_fluency(axes[1, 1], result)
-    scales = [(0.0, 0.0, 0.0, 0.0)]
-    for name, row in result["side_effects"].items():
-        if name.startswith("steered x"):
-            scales.append((float(name.removeprefix("steered x")), row["mean"], *row["interval"]))
-    x, mean, low, high = np.array(sorted(scales)).T
-    axes[1, 2].plot(x, mean, "o-", color=COLORS["steered"])
-    axes[1, 2].fill_between(x, low, high, alpha=0.2, color=COLORS["steered"])
+    at_zero = {"vanilla": {"mean": 0.0, "interval": [0.0, 0.0]}}
+    effects = by_scale({**at_zero, **result["side_effects"]}, lambda row: row)
+    plot_band(axes[1, 2], *effects, color=COLORS["steered"])
     axes[1, 2].set(title="Side effect on plain rows", xlabel="scale", ylabel="KL, nats a token")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    save_picture(figure, path)
+    return figure
 
 
 def plot_likelihood(bars, paired, result):
@@ -100,11 +83,9 @@ def plot_likelihood(bars, paired, result):
 
 def plot_curve(axis, metrics_path):
     """Training and validation loss over optimizer steps, from metrics.jsonl."""
-    try:
-        lines = metrics_path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    rows = [json.loads(line) for line in lines]
+    rows = []
+    if metrics_path.exists():
+        rows = [json.loads(line) for line in metrics_path.open(encoding="utf-8")]
     for key, style in (("loss", {"color": "#cccccc"}), ("val_loss", {"marker": "o"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
@@ -114,36 +95,37 @@ def plot_curve(axis, metrics_path):
         axis.legend(frameon=False)
 
 
-def by_scale(result, value):
+def by_scale(rows, value):
     """(scales, values) of vanilla, as scale 0, and of each steered scale; None is left out."""
     points = []
-    for condition, row in result["answers"].items():
+    for condition, row in rows.items():
         if condition == "vanilla" or condition.startswith("steered x"):
             scale = float(condition.removeprefix("steered x").replace("vanilla", "0"))
-            if (found := value(row)) is not None:
-                points.append((scale, found))
+            points += [] if value(row) is None else [(scale, value(row))]
     points = sorted(points, key=lambda point: point[0])
     return [scale for scale, _ in points], [found for _, found in points]
 
 
+def plot_band(axis, x, values, color, label=None, unit=1.0):
+    """A line of means, over `unit`, in a band of their intervals."""
+    if x:
+        low, high = np.array([value["interval"] for value in values]).T / unit
+        axis.plot(x, [value["mean"] / unit for value in values], "o-", label=label, color=color)
+        axis.fill_between(x, low, high, alpha=0.2, color=color)
+
+
 def plot_persona(axis, result):
     """Persona score of answers against scale, by probe and by judge, between 0 and 1."""
-    scorers = {}
+    scorers, answers = {}, result["answers"]
     if not result["probe"]["withheld"]:
         scorers["probe"] = (lambda row: row["persona"], 1.0, COLORS["steered"])
     if "judge" in result:
         high = result["judge"]["scale"][1]
         scorers[f"judge / {high}"] = (lambda row: row["judge"]["score"], high, "#cc78bc")
     for name, (read, high, color) in scorers.items():
-        x, values = by_scale(result, read)
-        if x:
-            mean = np.array([value["mean"] for value in values]) / high
-            low, high_bound = np.array([value["interval"] for value in values]).T / high
-            axis.plot(x, mean, "o-", label=f"steered, {name}", color=color)
-            axis.fill_between(x, low, high_bound, alpha=0.2, color=color)
+        plot_band(axis, *by_scale(answers, read), color, f"steered, {name}", high)
         for condition, style in (("prompted", "--"), ("mean_difference", ":")):
-            found = read(result["answers"][condition]) if condition in result["answers"] else None
-            if found:
+            if found := condition in answers and read(answers[condition]):
                 label = f"{NAMES.get(condition, condition)}, {name}"
                 axis.axhline(found["mean"] / high, linestyle=style, color=color, label=label)
     title = "Persona score of answers (scale 0: vanilla)"
@@ -156,33 +138,27 @@ def plot_persona(axis, result):
 
 def plot_fluency(axis, result):
     """Perplexity to the plain model (right), repetition and empty answers against scale."""
+    rows, right = result["answers"], axis.twinx()
     for key, color in (("repeated", "#d55e00"), ("empty", "#949494"), ("distinct", "#029e73")):
-        axis.plot(*by_scale(result, lambda row, key=key: row[key]), "o-", label=key, color=color)
-    axis.set(title="Fluency of answers (scale 0: vanilla)", xlabel="scale", ylim=(-0.03, 1.03))
-    axis.set_ylabel("share")
-    right = axis.twinx()
-    x, values = by_scale(result, lambda row: row["perplexity"])
-    right.plot(x, values, "s--", color=COLORS["steered"], label="perplexity (right)")
+        axis.plot(*by_scale(rows, lambda row, key=key: row[key]), "o-", label=key, color=color)
+    title = "Fluency of answers (scale 0: vanilla)"
+    axis.set(title=title, xlabel="scale", ylabel="share", ylim=(-0.03, 1.03))
+    points = by_scale(rows, lambda row: row["perplexity"])
+    right.plot(*points, "s--", color=COLORS["steered"], label="perplexity (right)")
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
     handles = [*axis.lines, *right.lines]
-    axis.legend(
-        handles,
-        [line.get_label() for line in handles],
-        frameon=False,
-        fontsize=8,
-        loc="center left",
-    )
+    axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left")
 
 
 @picture
-def plot_matrix(path, names, matrix, title, center):
-    """A heat map; center: the value that is white."""
+def plot_matrix(pyplot, names, matrix, title):
+    """A heat map in which zero is white."""
     matrix, count = np.asarray(matrix), len(names)
     size = min(20.0, 3.5 + 0.6 * count)
-    figure, axis = pyplot().subplots(figsize=(size + 1, size), layout="constrained")
-    spread = float(np.abs(matrix - center).max()) or 1.0
-    shown = axis.imshow(matrix, cmap="RdBu_r", vmin=center - spread, vmax=center + spread)
+    figure, axis = pyplot.subplots(figsize=(size + 1, size), layout="constrained")
+    spread = float(np.abs(matrix).max()) or 1.0
+    shown = axis.imshow(matrix, cmap="RdBu_r", vmin=-spread, vmax=spread)
     figure.colorbar(shown, shrink=0.8)
     axis.set_title(title, fontsize=10)
     if count <= 60:
@@ -190,7 +166,6 @@ def plot_matrix(path, names, matrix, title, center):
         axis.set_yticks(range(count), names)
     if count <= 20:
         for i, j in np.ndindex(matrix.shape):
-            dark = abs(matrix[i, j] - center) > 0.6 * spread
-            color = "white" if dark else "black"
+            color = "white" if abs(matrix[i, j]) > 0.6 * spread else "black"
             axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=color)
-    save_picture(figure, path)
+    return figure

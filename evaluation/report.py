@@ -43,9 +43,6 @@ def aligned(rows, left=(0,)):
     return lines
 
 
-# ------------------------------------------------------------------ one evaluation
-
-
 def likelihood_text(result):
     """The likelihood table, intervals included, as text."""
     table = [["condition", "NLL/token", "95% interval", "perplexity", "steered minus it"]]
@@ -137,9 +134,6 @@ def write_evaluation(folder, result):
     return ["eval.json", "samples.md", *pictures]
 
 
-# ------------------------------------------------------------------ what is wrong with a run
-
-
 def find_flags(result, record):
     """What eval.json and run.json say is wrong with a run, as a list, most serious first."""
     table = result["likelihood"]
@@ -173,8 +167,6 @@ def code_flags(record):
     other = ["other code"] if changed_sources(record.get("code", {})) else []
     return [*other, "code changed midway"] if record.get("code_changes") else other
 
-
-# ------------------------------------------------------------------ many runs
 
 REPORT_NLL = ("vanilla", "prompted", "steered", "mean_difference", "random")
 
@@ -272,7 +264,7 @@ def compare_vectors(folder, place, group, matrices, suffix):
     lines = [f"## {Path(str(place[0])).name}, layer {place[1]}\n"]
     lines.append(f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}.\n")
     path, names = folder / f"cosine{suffix}.png", short_names(group)
-    pictures = plot_matrix(path, names, cosine, "Cosine between vectors", 0.0)
+    pictures = plot_matrix(path, names, cosine, "Cosine between vectors")
     for matrix in matrices:
         if (matrix["model"], matrix["layer"]) == place:
             lines.append(specificity_line(matrix))
@@ -280,7 +272,7 @@ def compare_vectors(folder, place, group, matrices, suffix):
             title += "minus vanilla; the diagonal should be lowest of its column"
             change = np.array(matrix["nll"]) - np.array(matrix["vanilla"])
             path = folder / f"specificity{suffix}.png"
-            pictures += plot_matrix(path, matrix["names"], change, title, 0.0)
+            pictures += plot_matrix(path, matrix["names"], change, title)
     return [*lines, *(f"![{name}]({name})\n" for name in pictures)], pictures
 
 

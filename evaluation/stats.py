@@ -14,9 +14,6 @@ import torch
 DRAWS = 2000  # bootstrap resamples of the questions
 
 
-# ------------------------------------------------------------------ intervals
-
-
 def resampled_means(values, weights, questions, seed=0):
     """Bootstrap over questions: {name: (sum of values) / (sum of weights) of each resample (D,)}.
 
@@ -86,9 +83,6 @@ def recovered_fraction(losses, tokens, questions, seed=0):
     return {"value": value, "interval": interval(fractions)}
 
 
-# ------------------------------------------------------------------ a linear probe
-
-
 def fit_probe(positive, negative, l2=0.01):
     """Logistic regression on standardized features, as a function (N, n) -> probabilities (N,).
 
@@ -129,9 +123,6 @@ def auroc(positive, negative):
     positive, negative = np.asarray(positive), np.asarray(negative)
     above = (positive[:, None] > negative).mean()
     return float(above + 0.5 * (positive[:, None] == negative).mean())
-
-
-# ------------------------------------------------------------------ text
 
 
 def words_of(text):

@@ -155,9 +155,6 @@ class ChatFormat:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-# ------------------------------------------------------------------ batches
-
-
 def label_count(example):
     """Tokens of an example that carry loss, once labels are shifted by one."""
     return sum(label >= 0 for label in example.labels[1:])

@@ -15,8 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-# ------------------------------------------------------------------ names and layouts
-
 
 def parse_name(name):
     """Split "{source_model}__{role|trait}__{name}" into its parts; ValueError if it is not one."""
@@ -114,9 +112,6 @@ def data_digest(name, datasets):
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------ reading rows
 
 
 def read_jsonl(path):

@@ -38,8 +38,6 @@ class FastPath:
         self.model, self.layer = model, model.layer
         self.cache = self.fast = None
 
-    # -------------------------------------------------------------- layers below
-
     def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
 
@@ -111,8 +109,6 @@ class FastPath:
     def _pass_through(self, hidden_states, *args, **kwargs):
         """Stands in for the forward of a layer that is not needed."""
         return (hidden_states,) if self.model.steering.in_tuple else hidden_states
-
-    # -------------------------------------------------------------- losses
 
     def losses(self, examples, token_loss):
         """token_loss of every label token, row by row: (N,), N > 0; differentiable in the vector.
@@ -274,9 +270,6 @@ def replaced_forwards(forwards):
                 module.forward = forward
 
 
-# ------------------------------------------------------------------ the cache
-
-
 class PrefixCache:
     """The output of one layer for given examples, (T, hidden_size) each, in one tensor."""
 
@@ -327,9 +320,6 @@ def free_memory(device):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
-
-
-# ------------------------------------------------------------------ the layers above
 
 
 def compile_layers(model):

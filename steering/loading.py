@@ -21,9 +21,6 @@ from steering.chat_format import ChatFormat
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-# ------------------------------------------------------------------ dtype and device
-
-
 def cpu_has_bf16():
     """Whether this CPU multiplies bf16 natively (AVX512-BF16, AMX, or Arm's bf16)."""
     with contextlib.suppress(OSError):
@@ -63,9 +60,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: map none
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back
-
-
-# ------------------------------------------------------------------ what a name stands for
 
 
 def gguf_arguments(name):

@@ -75,29 +75,16 @@ class Laps(dict):
     """Seconds of each phase before the first step; the first lap starts with the process."""
 
     def __init__(self):
-        self.last = time.perf_counter() - process_age()
+        self.last = time.perf_counter()
+        with contextlib.suppress(OSError, AttributeError):  # where /proc says since when it runs
+            started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+            since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+            self.last -= since_boot - int(started) / os.sysconf("SC_CLK_TCK")
 
     def lap(self, name):
-        """Book the time since the last lap (or `restart`) under `name`."""
+        """Book the time since the last lap under `name`."""
         now = time.perf_counter()
         self[name], self.last = round(now - self.last, 2), now
-
-    def restart(self):
-        """Forget the laps and start the next one now."""
-        self.clear()
-        self.last = time.perf_counter()
-
-
-def process_age():
-    """Seconds since this process started; 0 where /proc does not say."""
-    with contextlib.suppress(OSError, AttributeError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds since boot
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - start
-    return 0.0
-
-
-# ------------------------------------------------------------------ folders
 
 
 def run_path(output_dir, model, layer, dataset, run_name=None):
@@ -112,11 +99,10 @@ def find_runs(paths):
     found = {}
     for path in map(Path, paths):
         here = [path] if (path / "run.json").exists() else []
-        below = sorted(file.parent for file in path.rglob(VECTOR_FILE))
-        below = [f for f in below if (f / "run.json").exists() and not f.name.startswith("old-")]
-        if not (here or below):
+        here = here or [run for run in all_runs([path]) if (run / VECTOR_FILE).exists()]
+        if not here:
             raise ValueError(f"{path}: no readable run.json, and no finished run below it")
-        found |= dict.fromkeys(here or below)
+        found |= dict.fromkeys(here)
     return list(found)
 
 
@@ -156,11 +142,9 @@ def is_locked(folder):
     try:
         with open(folder / "lock", "rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none
-        pass
-    return False
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # else there is none
 
 
 def set_aside(folder):
@@ -172,9 +156,6 @@ def set_aside(folder):
         for path in files:
             path.rename(aside / path.name)
         log.info(f"set aside: {len(files)} files -> {aside}")
-
-
-# ------------------------------------------------------------------ logs
 
 
 def last_speed(folder):
@@ -190,18 +171,13 @@ def last_speed(folder):
 
 def environment():
     """Versions, machine and git commit, for run.json."""
-    here = str(Path(__file__).parent)
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+    git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40"], None
+    with contextlib.suppress(OSError):
+        here = Path(__file__).parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     machine = {"python": platform.python_version(), "host": platform.node(), **versions}
     return {**machine, "git_commit": commit or None, "command": sys.argv}
-
-
-# ------------------------------------------------------------------ checkpoints
 
 
 def checkpoints(folder):

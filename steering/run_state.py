@@ -31,9 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent  # of this project
 log = logging.getLogger("train_steering")
 
 
-# ------------------------------------------------------------------ config and code
-
-
 def config_hash(config):
     """16 hex digits that stand for a config."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
@@ -83,15 +80,9 @@ def plain_tree(node):
 
 
 def changed_sources(old, new=None):
-    """Files whose code is not that of `old`, an earlier {file: hash}; [] if nothing is recorded.
-
-    new: the present one, by default that of train_steering.py.
-    """
+    """Files whose code is not that of `old`, earlier source_hashes; [] if nothing is recorded."""
     new = source_hashes("train_steering.py") if new is None else new
     return sorted(name for name in {**old, **new} if old.get(name) != new.get(name)) if old else []
-
-
-# ------------------------------------------------------------------ finished, or to go on with
 
 
 def changed_since(folder):
@@ -170,37 +161,22 @@ def start_state(folder, config, defaults, accept_code_change=False):
     return {**state, **start, "code_changes": sorted({*state["code_changes"], *changed})}
 
 
-# ------------------------------------------------------------------ runs to read
-
-
 @dataclass
 class Run:
     """A vector (n,), the run.json beside it, and the options that are to be used with it (args)."""
 
     folder: Path
+    dataset: str
     record: dict
     vector: torch.Tensor
     args: dict
-
-    @property
-    def dataset(self):
-        """The dataset's name."""
-        return self.record["dataset"]
-
-    @property
-    def loading(self):
-        """Arguments of load_model but the layer, by name."""
-        keys = ("dtype", "device", "device_map", "trust_remote_code")
-        options = {key: self.args[key] for key in keys if key in self.args}
-        return {"name": self.args["model"], **options}
 
 
 def read_run(folder, changes=None):
     """A finished run folder as a Run; ValueError if it is not finished or not readable.
 
-    changes: {option: value} in place of the run's own, where data or model are elsewhere now. The
-    persona's text is left out of prompts even if the run kept it there, so that vanilla and steered
-    are what they say.
+    changes: {option: value} in place of the run's own. The persona's text is left out of prompts
+    even if the run kept it there, so that vanilla and steered are what they say.
     """
     folder = Path(folder)
     try:
@@ -213,7 +189,8 @@ def read_run(folder, changes=None):
         raise ValueError(f"--run {folder}: no readable run.json ({error})") from error
     if not (folder / VECTOR_FILE).exists():
         raise ValueError(f"--run {folder}: no {VECTOR_FILE}, so this run has not finished")
-    return Run(folder, record, load_vector(folder / VECTOR_FILE)[0], args)
+    vector = load_vector(folder / VECTOR_FILE)[0]
+    return Run(folder, record["dataset"], record, vector, args)
 
 
 def write_imported_run(folder, dataset, data, vector, header, args):
@@ -237,55 +214,39 @@ def write_imported_run(folder, dataset, data, vector, header, args):
     save_vector(folder / VECTOR_FILE, vector, header)
 
 
-# ------------------------------------------------------------------ how far a list is
-
-
-class Progress:
-    """How far a list of runs is: `groups` of names by state, and what is left to say of them.
+def print_progress(folders, config_of, defaults, todo):
+    """Print how far a list is: counts, failures, speed and time left; or names still to do (todo).
 
     folders: {name: run folder}; config_of: a function of the name; defaults: as in `is_done`. A run
     that cannot be read counts as left: training it will say what is wrong.
     """
-
-    def __init__(self, folders, config_of, defaults):
-        self.groups = {"done": [], "running": [], "failed": [], "left": []}
-        self.errors, self.seconds, self.speed, self.other_code = {}, [], 0.0, {}
-        for name, folder in folders.items():
-            record, done = read_json(folder / "run.json"), False
-            with contextlib.suppress(ValueError, OSError):
-                done = is_done(folder, config_of(name), defaults)
-            state = "done" if done else "failed" if record.get("status") == "failed" else "left"
-            if is_locked(folder):
-                state = "running"
-                self.speed += last_speed(folder)
-            self.groups[state].append(name)
-            self.errors[name] = record.get("error")
-            if state == "done":
-                self.seconds += [record["wall_seconds"]] if "wall_seconds" in record else []
-                for file in changed_since(folder):
-                    self.other_code.setdefault(file, set()).add(name)
-        if self.other_code:
-            count, files = len(set.union(*self.other_code.values())), ", ".join(self.other_code)
-            text = f"WARNING: {count} of the finished runs are by other code: {files}"
-            print(text, file=sys.stderr)
-
-    def print_todo(self):
-        """Print the names that are neither done nor in another process's hands."""
-        for name in self.errors:
-            if name in self.groups["left"] or name in self.groups["failed"]:
-                print(name)
-
-    def print_status(self):
-        """Print counts, failures, speed, and time left."""
-        groups, hours = self.groups, "unknown"
-        for name in groups["running"]:
-            print(f"running  {name}")
-        for name in groups["failed"]:
-            print(f"failed   {name}: {self.errors[name]}")
-        counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
-        if self.seconds:
-            ahead = len(groups["left"]) + len(groups["running"]) / 2
-            each, workers = sum(self.seconds) / len(self.seconds), max(1, len(groups["running"]))
-            hours = f"{ahead * each / workers / 3600:.1f} h"
-        total = len(self.errors)
-        print(f"status   {counts} of {total} | tok/s {self.speed:,.0f} | time left {hours}")
+    groups, seconds, speed = {"done": [], "running": [], "failed": [], "left": []}, [], 0.0
+    changed = []
+    for name, folder in folders.items():
+        record, done = read_json(folder / "run.json"), False
+        with contextlib.suppress(ValueError, OSError):
+            done = is_done(folder, config_of(name), defaults)
+        state = "done" if done else "failed" if record.get("status") == "failed" else "left"
+        if is_locked(folder):
+            state = "running"
+            speed += last_speed(folder)
+        groups[state].append(name)
+        if state == "done":
+            seconds += [record["wall_seconds"]] if "wall_seconds" in record else []
+            changed += [files] if (files := changed_since(folder)) else []
+        if state in ("running", "failed") and not todo:
+            print(f"{state:<8} {name}" + f": {record.get('error')}" * (state == "failed"))
+    if changed:
+        files = ", ".join(sorted({file for files in changed for file in files}))
+        text = f"WARNING: {len(changed)} of the finished runs are by other code: {files}"
+        print(text, file=sys.stderr)
+    if todo:
+        left = {*groups["left"], *groups["failed"]}
+        print("".join(f"{name}\n" for name in folders if name in left), end="")
+        return
+    counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
+    ahead, workers = len(groups["left"]) + len(groups["running"]) / 2, len(groups["running"]) or 1
+    hours = "unknown"
+    if seconds:
+        hours = f"{ahead * sum(seconds) / len(seconds) / workers / 3600:.1f} h"
+    print(f"status   {counts} of {len(folders)} | tok/s {speed:,.0f} | time left {hours}")

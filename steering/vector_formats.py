@@ -35,9 +35,6 @@ def import_gguf():
     return gguf
 
 
-# ------------------------------------------------------------------ writing
-
-
 def file_names(layer):
     """{format: names of its files}, for a vector of a layer."""
     names = {"safetensors": [VECTOR_FILE], "gguf": [GGUF_FILE], "pt": [f"layer_{layer}.pt"]}
@@ -92,9 +89,6 @@ def torch_bytes(value):
     data = io.BytesIO()
     torch.save(value, data)
     return data.getvalue()
-
-
-# ------------------------------------------------------------------ reading
 
 
 @dataclass
