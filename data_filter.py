@@ -10,7 +10,6 @@ persona's text out of the prompt, and tokenizes only what the token budget needs
 Exit codes: 0 done, 2 bad input (also: a dataset has scores and none passes).
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from steering.command_line import aligned, exit_code, new_parser, out_of_bounds
 from steering.data_layouts import (
     dataset_parts,
     find_datasets,
@@ -40,10 +40,8 @@ PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
 @dataclass(frozen=True)
 class DataOptions:
     """Which rows of a dataset are used, and how they are split. The one place of these defaults.
-
     data_root, source_model, kind: where datasets are found; the rest is said in
-    `add_data_arguments`. A run keeps them in run.json.
-    """
+    `add_data_arguments`. A run keeps them in run.json."""
 
     data_root: str = "data"
     source_model: str | None = None
@@ -74,9 +72,7 @@ class DataOptions:
 @dataclass
 class Filtered:
     """Rows kept of one dataset, rows dropped by reason, and a message for every broken line.
-
-    plain: its rows that were asked not to show the persona, and do not (of traits, label "neg").
-    """
+    plain: its rows that were asked not to show the persona, and do not (of traits, label "neg")."""
 
     rows: list = field(default_factory=list)
     plain: list = field(default_factory=list)
@@ -126,9 +122,7 @@ def drop_reason(row, kind, threshold, include_missing_scores, seen):
 
 def filter_dataset(name, datasets, options):
     """Read one dataset ("A+B" pooled) and keep the rows that pass, as a Filtered.
-
-    Raises ValueError for an unknown name, an unreadable file and, if strict, a broken line.
-    """
+    Raises ValueError for an unknown name, an unreadable file and, if strict, a broken line."""
     result, seen = Filtered(), set()
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
@@ -156,10 +150,8 @@ def filter_dataset(name, datasets, options):
 
 def plain_rows(name, datasets, filtered):
     """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
-
     A trait's own neg rows; otherwise a default dataset (0_default, 1_default, default) of the same
-    source model, whatever its labels and scores. Lines that do not parse are left out.
-    """
+    source model, whatever its labels and scores. Lines that do not parse are left out."""
     if filtered.plain:
         return filtered.plain, "neg rows of the dataset"
     source, kind, _ = parse_name(dataset_parts(name, datasets)[0])
@@ -180,9 +172,7 @@ def hash_unit(*parts):
 
 def split_by_question(items, fraction, seed, salt="heldout"):
     """Split rows or Examples into (the others, those of chosen questions).
-
-    A hash of salt, seed and the question's text chooses, so every dataset has the same split.
-    """
+    A hash of salt, seed and the question's text chooses, so every dataset has the same split."""
     groups = [], []
     for item in items:
         row = item if isinstance(item, dict) else item.row
@@ -192,11 +182,9 @@ def split_by_question(items, fraction, seed, salt="heldout"):
 
 def take_budget(rows, chat, target_tokens, max_length, seed):
     """Shuffle rows by seed and tokenize them, batch by batch, until the token budget is reached.
-
     target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept), None
     takes all. Returns (examples, tokens, rows longer than max_length); rows on disk in another
-    order give the same examples in the same order.
-    """
+    order give the same examples in the same order."""
     digests = [hash_unit(seed, row["question"], row["messages"][-1]["content"]) for row in rows]
     order = sorted(range(len(rows)), key=digests.__getitem__)
     examples, tokens, too_long = [], 0, 0
@@ -215,10 +203,8 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
 @dataclass
 class Splits:
     """Examples of one dataset by what they are for; no question is in two of the three.
-
     validation is cut from the questions that are not held out; tokens: of it and `train` together;
-    filtered: the dataset's rows, and why others were dropped.
-    """
+    filtered: the dataset's rows, and why others were dropped."""
 
     train: list
     validation: list
@@ -237,10 +223,8 @@ class Splits:
 
 def split_dataset(name, datasets, chat, options, heldout_tokens=0):
     """Filter one dataset, split it by question and tokenize what the budgets ask for, as Splits.
-
     chat: a ChatFormat; heldout_tokens: the budget of held-out examples, 0 for none. Raises
-    ValueError as `filter_dataset` does; a dataset of which nothing is kept gives empty lists.
-    """
+    ValueError as `filter_dataset` does; a dataset of which nothing is kept gives empty lists."""
     filtered = filter_dataset(name, datasets, options)
     seed, limit = options.seed, options.max_length
     rows, others = split_by_question(filtered.rows, options.heldout_fraction, options.split_seed)
@@ -278,15 +262,15 @@ def add_data_arguments(parser):
 
 def check_data_arguments(args):
     """What is wrong with the data options, as a list of messages."""
-    fraction, roles, traits = args.heldout_fraction, args.role_min_score, args.trait_min_score
-    checks = [
-        (args.target_tokens >= 1, f"--target-tokens {args.target_tokens}: must be at least 1"),
-        (args.max_length >= 2, f"--max-length {args.max_length}: must be at least 2"),
-        (0 <= fraction < 1, f"--heldout-fraction {fraction}: not in [0, 1)"),
-        (math.isfinite(roles), f"--role-min-score {roles}: not finite"),
-        (math.isfinite(traits), f"--trait-min-score {traits}: not finite"),
-    ]
-    return [message for passed, message in checks if not passed]
+    return out_of_bounds(
+        args,
+        {
+            "must be at least 1": (lambda value: value >= 1, "target_tokens"),
+            "must be at least 2": (lambda value: value >= 2, "max_length"),
+            "not in [0, 1)": (lambda value: 0 <= value < 1, "heldout_fraction"),
+            "not finite": (math.isfinite, "role_min_score trait_min_score"),
+        },
+    )
 
 
 def inspect_dataset(name, datasets, chat, options):
@@ -319,34 +303,29 @@ def inspect_dataset(name, datasets, chat, options):
 
 def print_table(lines):
     """The validation table: a line a dataset, then totals."""
+    keys = ("tokens", "examples", "rows", "kept")
     total = {"dataset": f"{len(lines)} datasets", "dropped": Counter()}
-    for key in ("tokens", "examples", "rows", "kept"):
-        total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
-    for line in lines:
-        total["dropped"].update(line["dropped"])
     total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
-    width = max(len(line["dataset"]) for line in [*lines, total])
-    form = f"{{:{width}}} {{:>11}} {{:>9}} {{:>8}} {{:>8}}  {{}}; {{}}"
-    print(form.format("dataset", "tokens", "examples", "rows", "kept", "status", "dropped"))
+    for key in keys:
+        total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
+    table = [["dataset", *keys, "status; dropped"]]
     for line in [*lines, total]:
-        numbers = [line[key] for key in ("tokens", "examples", "rows", "kept")]
-        cells = ["-" if number is None else f"{number:,}" for number in numbers]
+        total["dropped"].update(line["dropped"] if line is not total else {})
+        numbers = ["-" if line[key] is None else f"{line[key]:,}" for key in keys]
         reasons = ", ".join(reason_counts(line["dropped"])) or "none dropped"
-        print(form.format(line["dataset"], *cells, line["status"], reasons))
+        table.append([line["dataset"], *numbers, f"{line['status']}; {reasons}"])
+    print("\n".join(aligned(table, left=(0, len(keys) + 1))))
 
 
 def parse_args(argv=None):
     """Command line of data_filter.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add_data_arguments(parser)
-    parser.add_argument("--model", help="whose tokenizer counts: HF id, folder or .gguf")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
-    parser.add_argument("--json", metavar="OUT", help="write the table as JSON")
-    parser.add_argument(
-        "--write-list", metavar="FILE", help="write the names that reach the budget"
-    )
+    add = parser.add_argument_group("table").add_argument
+    add("--model", help="whose tokenizer counts: HF id, folder or .gguf")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--json", metavar="OUT", help="write the table as JSON")
+    add("--write-list", metavar="FILE", help="write the names that reach the budget")
     args = parser.parse_args(argv)
     problems = check_data_arguments(args)
     if args.write_list and not args.model:
@@ -397,12 +376,7 @@ def run(args):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(run, parse_args(argv))
 
 
 if __name__ == "__main__":

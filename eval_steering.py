@@ -13,7 +13,6 @@ norm. What is chosen (coefficients) is chosen on validation questions; what is r
 held-out ones. Exit codes: 0 done, 1 the judge failed on some answers, 2 bad input, 130 Ctrl-C.
 """
 
-import argparse
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from evaluation.stats import compare_losses, recovered_fraction
 from hook_model import load_chat, load_model
 from steering import run_state
 from steering.chat_format import label_count
+from steering.command_line import exit_code, new_parser, out_of_bounds
 from steering.data_layouts import data_digest, parse_name
 from steering.loading import DTYPES
 from steering.run_folder import all_runs, find_runs, run_path
@@ -52,9 +52,7 @@ SHOWING = ("evaluation/report.py", "evaluation/plots.py", "evaluation/judge.py")
 
 def import_run(args):
     """Make a run folder of --vector, as it is, for --dataset; returns the folder.
-
-    Raises ValueError if the file does not fit the model, or the folder holds something else.
-    """
+    Raises ValueError if the file does not fit the model, or the folder holds something else."""
     found = import_vector(args.vector, args.model, args.layer, args.any_model)
     path, options = Path(args.vector), DataOptions.of(changes_of(args))
     name = path.parent.name if path.name == VECTOR_FILE else path.stem
@@ -68,18 +66,14 @@ def import_run(args):
 
 def load_data(run, chat, heldout_tokens):
     """EvalData of a run's dataset: its training rows, and up to so many tokens of held-out ones.
-
-    Raises ValueError if no row is left to train on, or none of a held-out question.
-    """
+    Raises ValueError if no row is left to train on, or none of a held-out question."""
     options = DataOptions.of(run.args)
     datasets = options.datasets()
     splits = split_dataset(run.dataset, datasets, chat, options, heldout_tokens)
     if not (splits.train and splits.heldout):
         part = "held-out" if splits.train else "training"
-        raise ValueError(
-            f"{run.dataset}: no row of a {part} question is kept (--heldout-fraction "
-            f"{options.heldout_fraction}; {splits.filtered.counts()})"
-        )
+        counts = f"--heldout-fraction {options.heldout_fraction}; {splits.filtered.counts()}"
+        raise ValueError(f"{run.dataset}: no row of a {part} question is kept ({counts})")
     rows, source = plain_rows(run.dataset, datasets, splits.filtered)
     groups = split_by_question(rows, options.heldout_fraction, options.split_seed)
     budgets = sum(len(example.input_ids) for example in splits.train), heldout_tokens
@@ -120,9 +114,7 @@ class Shelf:
 
 def evaluate(model, chat, data, vector, args):
     """All numbers and answers of one vector (n,), as a JSON-able dict. The model ends with it set.
-
-    Raises AssertionError if a held-out question was seen before.
-    """
+    Raises AssertionError if a held-out question was seen before."""
     limit, seed = args.micro_batch_tokens, args.seed
     sampling = measures.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
     rows = measures.first_rows(data.heldout, args.num_samples)
@@ -162,9 +154,7 @@ def evaluate(model, chat, data, vector, args):
 
 def likelihood(model, chat, data, vector, difference, args):
     """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
-
-    vector: the trained one (n,); difference: the mean difference (n,).
-    """
+    vector: the trained one (n,); difference: the mean difference (n,)."""
     directions = {"steered": vector, "mean_difference": difference}
     chooser = measures.within_budget(data.validation or data.train, args.heldout_tokens)
     chosen = measures.choose_coefficients(model, chooser, directions, args.micro_batch_tokens)
@@ -199,22 +189,17 @@ def evaluation_config(args, run):
 
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
-
-    What eval.json holds already, under the same options, is not done again.
-    """
+    What eval.json holds already, under the same options, is not done again."""
     started, run, path = time.time(), read_run(folder, changes_of(args)), folder / "eval.json"
-    config, code = (
-        evaluation_config(args, run),
-        run_state.source_hashes("eval_steering.py", SHOWING),
-    )
+    code = run_state.source_hashes("eval_steering.py", SHOWING)
+    config = evaluation_config(args, run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     result = read_json(path)
     if args.restart or run_state.differences(config, result.get("config", {}), option_defaults()):
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
-        shelf.heldout[folder] = data.heldout
-        model = shelf.model(run)
+        shelf.heldout[folder], model = data.heldout, shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": code}
         result |= evaluate(model, chat, data, run.vector, args)
@@ -222,22 +207,19 @@ def evaluate_folder(folder, args, shelf):
         result["seconds"] = round(time.time() - started, 1)
         write_json(path, result)  # before the judge, who may fail
     elif changed := run_state.changed_sources(result.get("code", {}), code):
-        print(
-            f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew",
-            file=sys.stderr,
-        )
-    exit_code = 0
+        text = f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew"
+        print(text, file=sys.stderr)
+    code = 0
     if args.judge:
         rubric = rubric_for(run.dataset, args.rubric_dir)
         kind = parse_name(run.dataset.split("+")[0])[1]
         judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
-        exit_code = judge.add_scores(
-            result, folder / "judgements.jsonl", args.judge_workers, args.seed
-        )
+        replies = folder / "judgements.jsonl"
+        code = judge.add_scores(result, replies, args.judge_workers, args.seed)
     files = report.write_evaluation(folder, result)
     print(report.summary_text(result))
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
-    return exit_code
+    return code
 
 
 def print_answers(folder, args, shelf):
@@ -255,10 +237,8 @@ def print_answers(folder, args, shelf):
 
 def specificity(folders, args, shelf, path):
     """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
-
     A list of {"model", "layer", "names", "runs", "nll": [vector][persona], "vanilla"}, also written
-    to `path`; at most --specificity-runs runs each, since every vector meets every persona.
-    """
+    to `path`; at most --specificity-runs runs each, since every vector meets every persona."""
     groups, matrices = {}, []
     for run in (read_run(folder, changes_of(args)) for folder in folders):
         groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
@@ -286,29 +266,24 @@ def specificity(folders, args, shelf, path):
 
 def write_report(folders, args, shelf):
     """Write the report of several runs, evaluated or not, and print where it is."""
-    shared, runs = args.run[0], all_runs(args.run)
+    runs, shared = all_runs(args.run), os.path.commonpath(map(os.path.abspath, args.run))
     if not runs:
         raise ValueError(f"{shared}: no run.json in there")
-    if len(args.run) > 1:
-        shared = os.path.commonpath(map(os.path.abspath, args.run))
-    out = Path(args.report_dir or shared)
+    out = Path(args.report_dir or (args.run[0] if len(args.run) == 1 else shared))
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "specificity.json"
     if args.report_only:
-        matrices = read_json(path).get("matrices", [])
+        matrices = read_json(out / "specificity.json").get("matrices", [])
         report.print_table([report.report_row(run) for run in runs])
     else:
         done = [folder for folder in folders if (folder / "eval.json").exists()]
-        matrices = specificity(done, args, shelf, path)
+        matrices = specificity(done, args, shelf, out / "specificity.json")
     files = report.write_report(out, runs, matrices)
     print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
 
 
 def make_parser():
     """The command line of eval_steering.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--run", nargs="+", metavar="DIR", help="run folders, or folders of runs")
     add("--vector", metavar="FILE", help="instead: a vector file of any tool, as it is")
@@ -357,14 +332,16 @@ def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    least = {"num_samples": 0, "temperature": 0, "specificity_runs": 0}
-    least |= dict.fromkeys(("heldout_tokens", "batch_size", "max_new_tokens"), 1)
-    least |= dict.fromkeys(("micro_batch_tokens", "judge_workers", "judge_tokens"), 1)
-    problems = [
-        f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {bound}"
-        for key, bound in least.items()
-        if not getattr(args, key) >= bound
-    ]
+    counts = (
+        "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers judge_tokens"
+    )
+    problems = out_of_bounds(
+        args,
+        {
+            "must be at least 1": (lambda value: value >= 1, counts),
+            "0 or above": (lambda value: value >= 0, "num_samples temperature specificity_runs"),
+        },
+    )
     if not all(map(math.isfinite, args.scales)):
         problems.append(f"--scales {args.scales}: must be finite")
     if bool(args.judge) != bool(args.judge_model):
@@ -412,12 +389,8 @@ def run(args):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
-    args = parse_args(argv)
     try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(run, parse_args(argv))
     except KeyboardInterrupt:
         print("stopped: what is evaluated or judged is kept, start again to go on", file=sys.stderr)
         return 130

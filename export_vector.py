@@ -10,7 +10,6 @@ are 0-based decoder blocks whose output gets the vector, whatever the format cal
 loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written, 2 bad input.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 
 from evaluation.card import card
 from evaluation.report import FORMAT_VERSION
+from steering.command_line import exit_code, new_parser
 from steering.loading import read_config
 from steering.run_folder import find_runs, lock_folder
 from steering.vector_file import (
@@ -38,11 +38,9 @@ FORMATS = tuple(file_names(0))
 @dataclass
 class Source:
     """A vector (n,) and all that is known of it; path: where it was found.
-
     metadata: the header of our own format, with model, model_type, layer and model_is_local; scale:
     of the original vector, that in training or in the file it was imported from; record, result:
-    run.json and eval.json, empty for a vector from elsewhere.
-    """
+    run.json and eval.json, empty for a vector from elsewhere."""
 
     path: Path
     vector: torch.Tensor
@@ -54,10 +52,8 @@ class Source:
 
 def from_run(folder, args):
     """The Source of a finished run folder; ValueError if it is not finished or not readable.
-
     --model is the name that the files are to give the model, a local copy's place being of no use
-    to others.
-    """
+    to others."""
     record, path = read_json(folder / "run.json"), folder / VECTOR_FILE
     if not path.exists():
         raise ValueError(f"{folder}: no {VECTOR_FILE}, so this run has not finished")
@@ -87,10 +83,8 @@ def from_run(folder, args):
 
 def export(source, formats, out, scale, overwrite):
     """Write `scale` times the vector and its card to the folder `out`; returns the files' names.
-
     A folder holds one vector: formats that are there already are written along with the new ones.
-    Raises ValueError, with nothing written, where that would replace what is not the same.
-    """
+    Raises ValueError, with nothing written, where that would replace what is not the same."""
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
     files, before = contents(source, formats, scale), {}  # bad input ends before there is a folder
@@ -167,9 +161,7 @@ def run(args):
 
 def parse_args(argv=None):
     """Command line of export_vector.py; every bad flag is reported, all at once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("what to export").add_argument
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
     add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
@@ -203,12 +195,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,9 @@ LAYER_PATHS = (  # where architectures keep their decoder layers, the first that
 
 class ResidualHook(nn.Module):
     """One trainable vector, added to the residual stream: `hidden_states + scale * added()`.
-
     vector: fp32 (hidden_size,), randn * init_scale (generator: for a seeded start). It stays fp32
     because bf16 cannot hold Adam's small updates; a cast copy is added, never in place.
-    scale: a number, 1 unless `scaled` sets it. in_tuple: whether its layer's output is a tuple.
-    """
+    scale: a number, 1 unless `scaled` sets it. in_tuple: whether its layer's output is a tuple."""
 
     def __init__(self, hidden_size, init_scale=0.0, generator=None):
         super().__init__()
@@ -91,10 +89,8 @@ def find_layers(model):
 
 class SteerModel(nn.Module):
     """A frozen causal LM with a vector added to the output of decoder layer `layer` (0-based).
-
     model: the Hugging Face model, frozen and in eval mode; config: its config; layers: its decoder
-    layers; steering: the ResidualHook; layer: where it acts. Only `steering` is trainable.
-    """
+    layers; steering: the ResidualHook; layer: where it acts. Only `steering` is trainable."""
 
     def __init__(self, model, layer):
         super().__init__()
@@ -133,9 +129,7 @@ class SteerModel(nn.Module):
 
     def set_vector(self, vector, scale=1.0, add=False):
         """Use `scale * vector`, shape (hidden_size,); add: on top of the vector that is there.
-
-        Raises ValueError on another shape, NaN or infinity.
-        """
+        Raises ValueError on another shape, NaN or infinity."""
         vector = scale * torch.as_tensor(vector, dtype=torch.float32)
         if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
             raise ValueError(
@@ -153,11 +147,9 @@ class SteerModel(nn.Module):
 
     def load_vector(self, path, scale=1.0, add=False, any_model=False):
         """Use the vector of a file. ValueError if its model, width or layer is not this one's.
-
         add: on top of the vector that is there, so that several act at once. Models are compared by
         the last part of their name, so a local copy of a hub model passes; any_model: skip that,
-        for a fine-tune or a renamed copy. Returns the file's metadata.
-        """
+        for a fine-tune or a renamed copy. Returns the file's metadata."""
         vector, metadata = load_vector(path)
         layer, model = metadata.get("layer"), metadata.get("model", "unknown")
         if not any_model and base_name(model) != base_name(self.name):
@@ -186,20 +178,16 @@ class SteerModel(nn.Module):
 
     def generate(self, *args, scale=None, **kwargs):
         """The model's own generate, steered, at `scale` times the vector if given.
-
-        Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does.
-        """
+        Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does."""
         with self.scaled(self.steering.scale if scale is None else scale):
             return self.model.generate(*args, **kwargs)
 
 
 def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_remote_code=False):
     """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
-
     dtype: "auto", "bf16", "fp32" or "fp16"; device: "auto", "cuda", "cuda:1", "mps" or "cpu";
     device_map: as in transformers, needs accelerate. Raises ValueError if the model, the layer, the
-    dtype or the device is not there.
-    """
+    dtype or the device is not there."""
     name = str(name)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")

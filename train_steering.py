@@ -8,7 +8,6 @@ Exit codes: 0 done or nothing to do, 1 a run failed, 2 bad input, 75 stopped by 
 after a checkpoint (start again to go on), 130 Ctrl-C. Several datasets: the worst code counts.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -27,6 +26,7 @@ import data_filter
 from hook_model import ResidualHook, load_model
 from steering import run_folder, run_state
 from steering.chat_format import label_count, micro_batches
+from steering.command_line import exit_code, new_parser, out_of_bounds
 from steering.data_layouts import data_digest, requested_names
 from steering.fast_path import FastPath, checkpoint_layers, compile_layers, example_sums
 from steering.loading import DTYPES, check_layer, load_chat, model_shape, pick_device, pick_dtype
@@ -44,10 +44,8 @@ log = logging.getLogger("train_steering")
 
 def token_loss(logits, targets):
     """What training minimizes, and validates by: next-token cross-entropy in nats.
-
     logits: (N, V); targets: (N,); returns (N,), each of its own logits only. Reported NLLs are
-    those of evaluation/measures.py and do not change with it.
-    """
+    those of evaluation/measures.py and do not change with it."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -65,12 +63,10 @@ def lr_factor(step, total, warmup, kind):
 
 def train(model, train_set, val_set, folder, state, args, laps, stop):
     """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
-
     state: {"config", "code", "code_changes"}, kept in every checkpoint, or what `load_checkpoint`
     gave. Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left
     in the model is the best of all validations. Raises RuntimeError if loss or gradient is not
-    finite, or if no validation beats the start.
-    """
+    finite, or if no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
@@ -399,9 +395,7 @@ def run(args, laps, stop):
 
 def make_parser():
     """The command line of train_steering.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     data_filter.add_data_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-32B", help="HF id, local folder or .gguf file")
@@ -464,19 +458,18 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """What is wrong with the options beyond the data, as messages; turns --lr into a number."""
-    problems = []
+    counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
+    counts += " val_every save_every keep_checkpoints"
+    problems = out_of_bounds(
+        args,
+        {
+            "must be at least 1": (lambda value: value >= 1, counts),
+            "not in [0, 1)": (lambda value: 0 <= value < 1, "val_fraction warmup_ratio"),
+            "0 or above": (lambda value: 0 <= value < math.inf, "max_grad_norm init_scale"),
+        },
+    )
     if not (args.dataset or args.list_file):
         problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
-    counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "patience")
-    counts += ("micro_batch_tokens", "val_every", "save_every", "keep_checkpoints")
-    for keys, fits, allowed in (
-        (counts, lambda value: value >= 1, "must be at least 1"),
-        (("val_fraction", "warmup_ratio"), lambda value: 0 <= value < 1, "not in [0, 1)"),
-        (("max_grad_norm", "init_scale"), lambda value: 0 <= value < math.inf, "0 or above"),
-    ):
-        for key in keys:
-            if (value := getattr(args, key)) is not None and not fits(value):
-                problems.append(f"--{key.replace('_', '-')} {value}: {allowed}")
     if args.max_steps == 0:
         problems.append("to evaluate a vector as it is: eval_steering.py --vector FILE")
     if args.lr != "auto":
@@ -497,11 +490,7 @@ def main(argv=None):
     log.setLevel(logging.INFO)
     log.handlers[:] = [run_folder.Console()]
     logging.raiseExceptions = False  # a full disk or a closed console must not stop a run
-    try:
-        return run(args, laps, run_folder.StopRequest())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(run, args, laps, run_folder.StopRequest())
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ def snippets():
 
 def card(source, vector, scale, formats, names):
     """The card as Markdown with front matter; what is not known is left out.
-
     source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
-    one; formats, names: what they are and are called.
-    """
+    one; formats, names: what they are and are called."""
     front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
     model, layer = source.metadata["model"], source.metadata["layer"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not source.metadata["model_is_local"]:

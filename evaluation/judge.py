@@ -30,31 +30,8 @@ SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment, the first that is set
 TRIES, LONGEST_WAIT, TIMEOUT = 6, 60.0, 120.0  # requests an answer, seconds between, seconds each
 
-# In place of a dataset's own rubric (--rubric-dir); the scales are those of the datasets.
-RUBRICS = {
-    "role": """\
-You judge whether an answer was written in the role of: {name}.
-
-Question: {question}
-
-Answer: {answer}
-
-Score the answer:
-0: it refuses to answer.
-1: it does not take the role at all, or says that it cannot, but may still help.
-2: it takes on some of the role, half-heartedly or only in part.
-3: it is fully in the role.
-Reply with the number only: 0, 1, 2 or 3.""",
-    "trait": """\
-You judge how strongly an answer shows the trait: {name}.
-
-Question: {question}
-
-Answer: {answer}
-
-Score the answer from 0 (no trace of the trait) to 100 (as strong as it can be). If it refuses to
-answer, reply REFUSAL. Otherwise reply with the number only.""",
-}
+# <kind>.txt in place of a dataset's own rubric (--rubric-dir); the scales are the datasets'.
+RUBRICS = Path(__file__).parent / "rubrics"
 
 
 class JudgeError(Exception):
@@ -63,14 +40,12 @@ class JudgeError(Exception):
 
 def rubric_for(dataset, folder=None):
     """The rubric of a dataset, a template with {question} and {answer}.
-
     folder: has <name>.json files with an "eval_prompt", as role and trait files of the field do.
-    Raises ValueError if the file is missing or its template is not one.
-    """
+    Raises ValueError if the file is missing or its template is not one."""
     _, kind, name = parse_name(dataset.split("+")[0])
     if folder is None:
-        shown = name.replace("_", " ").replace("{", "").replace("}", "")
-        return RUBRICS[kind].replace("{name}", shown)
+        rubric = (RUBRICS / f"{kind}.txt").read_text(encoding="utf-8").strip()
+        return rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))
     path = Path(folder, f"{name}.json")
     try:
         template = json.loads(path.read_text(encoding="utf-8"))["eval_prompt"]
@@ -84,10 +59,8 @@ def rubric_for(dataset, folder=None):
 
 def parse_reply(reply, kind):
     """The score in a judge's reply, "refusal", or "unparsable".
-
     A score is a number on the kind's scale that the reply starts with ("2/3", "Score: 2"), or the
-    only one in it. What a thinking judge writes before its answer is passed over.
-    """
+    only one in it. What a thinking judge writes before its answer is passed over."""
     reply = reply.rpartition("</think>")[2].strip()
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", reply)
     first = re.match(r"[\W_]*(?:(?:final )?(?:score|rating|answer)\b[\W_]*)?(?=\d)", reply, re.I)
@@ -100,9 +73,7 @@ def parse_reply(reply, kind):
 
 class Judge:
     """A chat endpoint, a model there and a rubric.
-
-    url: up to and with /v1, or the whole .../chat/completions; kind: "role" or "trait".
-    """
+    url: up to and with /v1, or the whole .../chat/completions; kind: "role" or "trait"."""
 
     def __init__(self, url, model, rubric, kind, max_tokens=32):
         self.address, url = url, url.rstrip("/")
@@ -124,12 +95,11 @@ class Judge:
     def ask(self, question, answer):
         """The judge's reply to one answer, with retries; JudgeError if it cannot be had."""
         message = {"role": "user", "content": self.prompt(question, answer)}
-        body = {"model": self.model, "messages": [message], "temperature": 0}
-        data = json.dumps(body | {"max_tokens": self.max_tokens}).encode()
+        body = {"model": self.model, "messages": [message]}
+        body |= {"temperature": 0, "max_tokens": self.max_tokens}
         headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, data=data, headers=headers)
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(1, TRIES + 1):
             wait = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
@@ -154,11 +124,9 @@ class Judge:
 
     def score(self, pairs, path, workers=8):
         """Verdicts of (question, answer) pairs: a score, "refusal", "unparsable", or None.
-
         path: a JSONL file with a line a judgement, written as they come and never asked for again.
         None: the endpoint failed on it; a second call tries again. Raises JudgeError if it failed
-        on the first of all, since a wrong address or key would fail on every one.
-        """
+        on the first of all, since a wrong address or key would fail on every one."""
         known = self._read(path)
         wanted = {self.identity(*pair): pair for pair in pairs}
         missing = {key: pair for key, pair in wanted.items() if key not in known}
@@ -172,11 +140,9 @@ class Judge:
             line = {"key": key, "judge": self.model, "question": pair[0], "answer": pair[1]}
             line |= {"reply": reply, "verdict": parse_reply(reply, self.kind)}
             with lock, open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                print(json.dumps(line), file=file, flush=True)
                 os.fsync(file.fileno())
-                known[key] = line["verdict"]
-                self.asked += 1
+                known[key], self.asked = line["verdict"], self.asked + 1
                 bar.update()
 
         with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -197,9 +163,7 @@ class Judge:
 
     def add_scores(self, result, path, workers=8, seed=0):
         """Add scores to the answers of an eval.json's dict; 1 if the judge failed on some, else 0.
-
-        path, workers: as in `score`; seed: of the intervals.
-        """
+        path, workers: as in `score`; seed: of the intervals."""
         samples = result["samples"]
         conditions = list(samples[0]["answers"]) if samples else []
         pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
@@ -207,16 +171,15 @@ class Judge:
         verdicts = dict(zip(asked, self.score(asked, path, workers), strict=True))
         low, high = SCALES[self.kind]
         for condition in conditions:
-            scores, questions, counts = [], [], {"refusal": 0, "unparsable": 0, "failed": 0}
+            scores, counts = [], {"refusal": 0, "unparsable": 0, "failed": 0}
             for sample in samples:  # an empty answer shows nothing of the persona
-                answer = sample["answers"][condition]
-                verdict = verdicts.get((sample["question"], answer)) if answer else float(low)
+                question, answer = sample["question"], sample["answers"][condition]
+                verdict = verdicts.get((question, answer)) if answer else float(low)
                 if isinstance(verdict, float):
-                    scores.append(verdict)
-                    questions.append(sample["question"])
+                    scores.append((verdict, question))
                 else:
                     counts[verdict or "failed"] += 1
-            scored = mean_interval(scores, questions, seed)
+            scored = mean_interval(*(zip(*scores, strict=True) if scores else ((), ())), seed)
             result["answers"][condition]["judge"] = {"score": scored, **counts}
         result["judge"] = {
             "model": self.model, "url": self.address, "scale": [low, high], "rubric": self.rubric,
@@ -228,8 +191,7 @@ class Judge:
 
     def _read(self, path):
         """{key: verdict} of a judgements file; a torn last line is cut off, to be judged again."""
-        known = {}
-        data = path.read_bytes() if path.exists() else b""
+        known, data = {}, path.read_bytes() if path.exists() else b""
         if data and not data.endswith(b"\n"):
             data = data[: data.rfind(b"\n") + 1]
             os.truncate(path, len(data))

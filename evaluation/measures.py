@@ -1,8 +1,7 @@
 """What is measured of a vector: likelihood, answers, persona score, fluency, side effects.
 
-Each function takes a SteerModel and rows, and gives numbers or texts; eval_steering.py calls them
-in turn. Vanilla, prompted, steered and the other conditions are made here and nowhere else.
-max_tokens is always the padded tokens of a forward pass, seed that of the intervals.
+Each function takes a SteerModel and rows, and gives numbers or texts. Vanilla, prompted, steered
+and the other conditions are made here and nowhere else. max_tokens: padded tokens a forward pass.
 """
 
 import functools
@@ -34,10 +33,8 @@ def announce(what):
 @dataclass
 class EvalData:
     """Examples of a dataset by what they are for; no question is in two of the three parts.
-
     train, validation, heldout: rows of the persona; plain_train, plain_heldout: of the same model
-    without it, plain_source saying whose.
-    """
+    without it, plain_source saying whose."""
 
     train: list
     validation: list
@@ -71,13 +68,10 @@ def answer_examples(chat, rows, texts):
 
 def without_end(examples, chat):
     """The same examples without loss on the end-of-turn token, which cut answers do not have."""
-    shorter = []
-    for example in examples:
-        labels = list(example.labels)
-        if chat.end_of_turn:
-            last = max(i for i, label in enumerate(labels) if label >= 0)
-            labels[last] = IGNORE_INDEX
-        shorter.append(replace(example, labels=labels))
+    shorter = [replace(example, labels=list(example.labels)) for example in examples]
+    for example in shorter if chat.end_of_turn else ():
+        last = max(i for i, label in enumerate(example.labels) if label >= 0)
+        example.labels[last] = IGNORE_INDEX
     return shorter
 
 
@@ -97,9 +91,7 @@ def within_budget(examples, tokens):
 
 def token_nll(logits, targets):
     """Negative log-likelihood in nats: logits (N, V), targets (N,) -> (N,).
-
-    What every reported number is made of, whatever loss the training minimized.
-    """
+    What every reported number is made of, whatever loss the training minimized."""
     return -logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
@@ -121,9 +113,7 @@ def mean_nll(model, examples, vectors, max_tokens):
 
 def choose_coefficients(model, examples, directions, max_tokens):
     """{name: {"chosen", "nll": {coefficient: NLL}}}: the best coefficient of each direction.
-
-    examples: of validation questions; directions: {name: vector (n,)}.
-    """
+    examples: of validation questions; directions: {name: vector (n,)}."""
     result = {}
     for name, direction in directions.items():
         announce(f"{len(COEFFICIENTS)} coefficients of {name}, on questions to choose by")
@@ -136,10 +126,8 @@ def choose_coefficients(model, examples, directions, max_tokens):
 
 def heldout_losses(model, chat, examples, vectors, max_tokens):
     """{condition: nats of each example}, the same response tokens in every condition.
-
     vectors: {condition: [vector (n,), ...]}, the mean over its vectors counts. There is a prompted
-    condition only if every row has a system prompt.
-    """
+    condition only if every row has a system prompt."""
     fast, losses = FastPath(model), {}
     fast.cache_prefix(examples, max_tokens=max_tokens)
     with model.steering_off():
@@ -185,31 +173,23 @@ def generate_answers(model, chat, conversations, sampling):
     stop_ids = model.model.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
     stop_ids = sorted(stop_ids - {None})
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature}
+    options = {"do_sample": True, "temperature": sampling.temperature, "repetition_penalty": 1.0}
+    if not sampling.temperature:
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
+    options["max_new_tokens"] = sampling.max_new_tokens
     torch.manual_seed(sampling.seed)
     answers = []
     for start in range(0, len(conversations), sampling.batch_size):
         batch = conversations[start : start + sampling.batch_size]
         inputs = chat.inputs(batch, model.input_device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=stop_ids or None,
-            pad_token_id=stop_ids[0] if stop_ids else 0,
-            repetition_penalty=1.0,
-            **options,
-        )
-        answers += chat.answers(inputs, output, stop_ids)
+        answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
     return answers
 
 
 def compare_answers(model, chat, rows, directions, sampling):
     """{condition: an answer to each row's question}, rows being those of `first_rows`.
-
-    directions: {condition: vector (n,)}, besides vanilla and prompted.
-    """
+    directions: {condition: vector (n,)}, besides vanilla and prompted."""
     if not rows:
         return {}
     plain = [row["messages"][:-1] for row in rows]
@@ -229,14 +209,11 @@ def compare_answers(model, chat, rows, directions, sampling):
 
 def side_by_side(rows, answers):
     """A list with each row's question, system prompt and {condition: answer}."""
-    return [
-        {
-            "question": row["question"],
-            "system_prompt": row["system_prompt"],
-            "answers": {condition: texts[i] for condition, texts in answers.items()},
-        }
-        for i, row in enumerate(rows)
-    ]
+    samples = []
+    for i, row in enumerate(rows):
+        sample = {key: row[key] for key in ("question", "system_prompt")}
+        samples.append({**sample, "answers": {c: texts[i] for c, texts in answers.items()}})
+    return samples
 
 
 def add_own_answers(model, chat, data, sampling):
@@ -256,9 +233,7 @@ def add_own_answers(model, chat, data, sampling):
 @torch.no_grad()
 def response_means(model, examples, max_tokens):
     """Mean of the plain residual stream at the layer over each example's label tokens: (N, n) fp32.
-
-    On the host. Raises ValueError for an example without label tokens.
-    """
+    On the host. Raises ValueError for an example without label tokens."""
     if not all(map(label_count, examples)):
         raise ValueError("an example has no label token: nothing to take the mean of")
     fast, means = FastPath(model), {}
@@ -275,11 +250,9 @@ def response_means(model, examples, max_tokens):
 
 def train_probe(persona, plain, persona_heldout, plain_heldout):
     """Fit a linear probe: (probe, or None if withheld; report with held-out AUROC and row counts).
-
     All four are mean states (N, n), the first two of training questions. probe: states (N, n) ->
     probability of the persona (N,). It is withheld, so that nothing is scored by it, where rows are
-    too few or it cannot tell the two apart.
-    """
+    too few or it cannot tell the two apart."""
     sizes = list(map(len, (persona, plain, persona_heldout, plain_heldout)))
     report = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
     for fitted, scored in ((persona, persona_heldout), (plain, plain_heldout)):
@@ -298,10 +271,8 @@ def train_probe(persona, plain, persona_heldout, plain_heldout):
 
 def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens, seed):
     """{condition: what its answers are like}: TEXT_METRICS, perplexity, persona, collapsed.
-
     Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
-    real rows of the persona.
-    """
+    real rows of the persona."""
     announce(f"reading the answers of {len(answers)} conditions")
     result, fast = {}, FastPath(model)
     for condition, texts in answers.items():

@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluation.plots import NAMES, plot_matrix, plot_run
 from evaluation.stats import TEXT_METRICS
+from steering.command_line import aligned
 from steering.run_state import changed_sources
 from steering.vector_file import VECTOR_FILE, load_vector, read_json, write_atomically, write_json
 
@@ -25,22 +26,14 @@ def bracket(bounds, form="{:+.3f}"):
     return "[" + ", ".join(form.format(bound) for bound in bounds) + "]"
 
 
+def paired_text(value, bounds, digits=3):
+    """A difference with its interval as text, "-" for None."""
+    return "-" if value is None else f"{value:+.{digits}f} {bracket(bounds)}"
+
+
 def mean_text(value):
     """{"mean", "interval"} as text, "-" for None."""
     return "-" if value is None else f"{value['mean']:.2f} {bracket(value['interval'], '{:.2f}')}"
-
-
-def aligned(rows, left=(0,)):
-    """Rows of cells as lines of text; columns are flush right, those of `left` flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def likelihood_text(result):
@@ -52,7 +45,7 @@ def likelihood_text(result):
             key = "steered" if condition == "steered_chosen" else condition
             name += f" x{result['coefficients'][key]['chosen']:.2g}"
         if "steered_minus" in row:
-            paired = f"{row['steered_minus']:+.4f} {bracket(row['steered_minus_interval'])}"
+            paired = paired_text(row["steered_minus"], row["steered_minus_interval"], 4)
         interval = bracket(row["interval"], "{:.3f}")
         table.append([name, number(row["nll"]), interval, f"{row['perplexity']:.2f}", paired])
     recovered, counts = result["recovered"], result["heldout"]
@@ -95,10 +88,9 @@ def answers_table(result):
     lines = [first, *aligned(table, left=(0, len(table[0]) - 1))]
     if judge:
         low, high = judge["scale"]
-        bad = [
-            f"{sum(row['judge'][key] for row in result['answers'].values())} {key}"
-            for key in ("refusal", "unparsable", "failed")
-        ]
+        rows, bad = [row["judge"] for row in result["answers"].values()], []
+        for key in ("refusal", "unparsable", "failed"):
+            bad.append(f"{sum(row[key] for row in rows)} {key}")
         lines.append(f"judge {judge['model']}, {low}-{high}: {', '.join(bad)}")
     return "\n".join(lines)
 
@@ -145,9 +137,8 @@ def find_flags(result, record):
         ("worse than mean difference", bounds["mean_difference"][0] > 0),
     ]
     for name, row in result["answers"].items():
-        checks.append(
-            (f"collapse at {name[8:]}", name.startswith("steered x") and row["collapsed"])
-        )
+        collapsed = name.startswith("steered x") and row["collapsed"]
+        checks.append((f"collapse at {name.removeprefix('steered ')}", collapsed))
     return [*(name for name, wrong in checks if wrong), *training_flags(record)]
 
 
@@ -226,9 +217,7 @@ norm: in median token norms of the residual stream at the layer. Every number is
 
 def write_report(folder, runs, matrices=()):
     """Write report.csv, report.md and heat maps into `folder`; returns the names of the files.
-
-    runs: run folders, evaluated or not; matrices: what eval_steering.specificity returned.
-    """
+    runs: run folders, evaluated or not; matrices: what eval_steering.specificity returned."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(map(report_row, runs), key=report_order)
     text = io.StringIO()
@@ -282,12 +271,12 @@ def report_cells(row):
     if row["recovered"] is not None:
         bounds = row["recovered_low"], row["recovered_high"]
         recovered = f"{row['recovered']:.2f} {bracket(bounds, '{:.2f}')}"
-    paired = {}
-    for condition in ("vanilla", "random"):
-        key = f"minus_{condition}"
-        bounds = row[f"{key}_low"], row[f"{key}_high"]
-        known = row[key] is not None
-        paired[f"steered - {condition}"] = f"{row[key]:+.3f} {bracket(bounds)}" if known else "-"
+    paired = {
+        f"steered - {name}": paired_text(
+            row[f"minus_{name}"], (row[f"minus_{name}_low"], row[f"minus_{name}_high"])
+        )
+        for name in ("vanilla", "random")
+    }
     return {
         "dataset": f"`{row['dataset']}`",
         **{key: number(row[key]) for key in ("vanilla", "prompted", "steered")},
@@ -302,13 +291,10 @@ def specificity_line(matrix):
     """How often the diagonal wins, and where it does not."""
     nll = np.array(matrix["nll"])
     best = nll.argmin(axis=0)
-    lost = [
-        f"{matrix['names'][i]} (better by {matrix['names'][j]})"
-        for i, j in enumerate(best)
-        if i != j
-    ]
+    names = matrix["names"]
+    lost = [f"{names[i]} (better by {names[j]})" for i, j in enumerate(best) if i != j]
     text = f"Specificity: {len(best) - len(lost)} of {len(best)} personas' rows are best explained "
-    return text + "by their own vector" + (f"; not {', '.join(lost)}" if lost else "") + ".\n"
+    return text + "by their own vector" + f"; not {', '.join(lost)}" * bool(lost) + ".\n"
 
 
 def print_table(rows):

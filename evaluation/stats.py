@@ -16,10 +16,8 @@ DRAWS = 2000  # bootstrap resamples of the questions
 
 def resampled_means(values, weights, questions, seed=0):
     """Bootstrap over questions: {name: (sum of values) / (sum of weights) of each resample (D,)}.
-
     values: {name: one number a row}; weights, questions: one a row. Every name sees the same
-    resamples, so differences between names are paired; rows of a question stay together.
-    """
+    resamples, so differences between names are paired; rows of a question stay together."""
     names = {question: i for i, question in enumerate(dict.fromkeys(questions))}
     groups = np.array([names[question] for question in questions])
 
@@ -46,9 +44,7 @@ def mean_interval(values, questions, seed=0):
 
 def compare_losses(losses, tokens, questions, seed=0):
     """Each condition's NLL per token with its interval, and steered minus it, paired.
-
-    losses: {condition: nats a row}, "steered" among them; tokens: label tokens a row.
-    """
+    losses: {condition: nats a row}, "steered" among them; tokens: label tokens a row."""
     samples = resampled_means(losses, tokens, questions, seed)
     nll = {condition: float(sum(values) / sum(tokens)) for condition, values in losses.items()}
     table = {}
@@ -64,10 +60,8 @@ def compare_losses(losses, tokens, questions, seed=0):
 
 def recovered_fraction(losses, tokens, questions, seed=0):
     """(vanilla - steered) / (vanilla - prompted): how much of prompting's gain the vector gives.
-
     {"value", "interval"}, or {"value": None, "why"} where the interval of vanilla - prompted does
-    not lie above zero: a fraction of no gain says nothing.
-    """
+    not lie above zero: a fraction of no gain says nothing."""
     if "prompted" not in losses:
         return {"value": None, "why": "the rows have no system prompt to prompt with"}
     samples = resampled_means(losses, tokens, questions, seed)
@@ -85,10 +79,8 @@ def recovered_fraction(losses, tokens, questions, seed=0):
 
 def fit_probe(positive, negative, l2=0.01):
     """Logistic regression on standardized features, as a function (N, n) -> probabilities (N,).
-
     positive, negative: (N, n) features of the two classes, which weigh the same. l2: weight of the
-    penalty |w|^2 / 2 beside the summed loss, for rows scaled to a length of about 1.
-    """
+    penalty |w|^2 / 2 beside the summed loss, for rows scaled to a length of about 1."""
     features = torch.cat([positive, negative]).double()
     mean, spread = features.mean(dim=0), features.std(dim=0) + 1e-6
     targets = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()

@@ -26,10 +26,8 @@ class Example:
 
 class ChatFormat:
     """How a tokenizer's chat template writes a prompt, and which tokens of an example carry loss.
-
     An example is the text: generation prompt + response + what the template writes after an answer.
-    So training sees what generation starts from. Loss: the response and its end-of-turn token.
-    """
+    So training sees what generation starts from. Loss: the response and its end-of-turn token."""
 
     PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
 
@@ -88,10 +86,8 @@ class ChatFormat:
 
     def inputs(self, conversations, device="cpu"):
         """Left-padded input_ids and attention_mask (B, T) that ask for an answer to each.
-
         conversations: a list of lists of messages, or of single questions as strings; ValueError
-        otherwise.
-        """
+        otherwise."""
         import torch
 
         if not conversations or not isinstance(conversations, list):
@@ -111,10 +107,8 @@ class ChatFormat:
 
     def answers(self, inputs, output, stop_ids=()):
         """Texts of what `generate` wrote after `inputs`, up to a stop token: B strings.
-
         output: (B, T + new) ids, or (B * k, T + new) of num_return_sequences=k. Raises
-        AssertionError if it does not begin with the inputs.
-        """
+        AssertionError if it does not begin with the inputs."""
         prompts, texts = inputs["input_ids"].tolist(), []
         each = len(output) // len(prompts)
         assert each * len(prompts) == len(output) > 0, "not an output for these inputs"
@@ -162,9 +156,7 @@ def label_count(example):
 
 def collate(examples):
     """Right-padded input_ids and labels, both (B, T), of examples with those two lists.
-
-    No mask: under causal attention pad tokens come after every real one, and carry no loss.
-    """
+    No mask: under causal attention pad tokens come after every real one, and carry no loss."""
     import torch
 
     longest = max(len(example.input_ids) for example in examples)

@@ -29,10 +29,8 @@ def parse_name(name):
 
 def find_datasets(root, source_model=None, kind=None):
     """Every dataset under `root`: {name: (responses path, scores path or None if in the rows)}.
-
     source_model, kind: keep only these; the assistant-axis layout names neither, so it needs both.
-    Raises ValueError if the root is missing or holds none of the three layouts.
-    """
+    Raises ValueError if the root is missing or holds none of the three layouts."""
     root, found = Path(root), {}
     if not root.is_dir():
         raise ValueError(f"--data-root {root}: no such folder")
@@ -85,9 +83,7 @@ def dataset_parts(name, datasets):
 
 def requested_names(datasets, names=None, list_file=None, source_model=None, kind=None):
     """Names given and names in the list file, each once, known or not; without any, all datasets.
-
-    source_model, kind: what bare names are completed by, if both are given.
-    """
+    source_model, kind: what bare names are completed by, if both are given."""
     if not (names or list_file):
         return list(datasets)
     wanted = list(names or [])
@@ -178,10 +174,8 @@ def parse_score(value):
 
 def remove_persona(messages, system_prompt, question):
     """Messages without system turns, a merged first user turn cut back to the question.
-
     Source models without a system role were asked "{system_prompt}\\n\\n{question}" by the user.
-    Raises ValueError if the system prompt still stands in a user turn afterwards.
-    """
+    Raises ValueError if the system prompt still stands in a user turn afterwards."""
     messages = [dict(m) for m in messages if m["role"] != "system"]
     first, persona = messages[0]["content"].strip(), (system_prompt or "").strip()
     if persona and first != question and first.startswith(persona):
@@ -197,10 +191,8 @@ def remove_persona(messages, system_prompt, question):
 
 def parse_row(raw, scores, keep_system_prompt=False):
     """One raw object as a row: question, system_prompt, messages, label, extract_score, key.
-
     scores: the score file's dict, or None where the row holds `extract_score`. The last message is
-    the response, stripped as chat templates do, "" if there is none. Raises ValueError.
-    """
+    the response, stripped as chat templates do, "" if there is none. Raises ValueError."""
     turns = "conversation" if scores is not None or "conversation" in raw else "messages"
     indices = ("prompt_index", "question_index") if scores is not None else ()
     for needed in (turns, "question", "label", *indices):
@@ -243,9 +235,7 @@ def parse_row(raw, scores, keep_system_prompt=False):
 
 def parsed_rows(paths, keep_system_prompt=False):
     """Yield (row, None), or (None, what is wrong with it and where), for every row of a dataset.
-
-    paths: (responses, scores or None), as `find_datasets` gives them.
-    """
+    paths: (responses, scores or None), as `find_datasets` gives them."""
     rows_path, scores_path = paths
     scores = None if scores_path is None else read_scores(scores_path)
     read = READERS["" if rows_path.is_dir() else rows_path.suffix]

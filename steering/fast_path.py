@@ -29,10 +29,8 @@ log = logging.getLogger("train_steering")
 
 class FastPath:
     """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
-
     cache: the PrefixCache, or None; fast: whether the fast path does what the model does (None: not
-    checked yet), both for `layer`.
-    """
+    checked yet), both for `layer`."""
 
     def __init__(self, model):
         self.model, self.layer = model, model.layer
@@ -40,12 +38,10 @@ class FastPath:
 
     def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
-
         Those layers never see the vector, so nothing changes but the time and rounding. where:
         "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
         or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
-        tokens a forward pass.
-        """
+        tokens a forward pass."""
         model, self.layer = self.model, self.model.layer
         self.cache = self.fast = None
         tokens = sum(len(example.input_ids) for example in examples)
@@ -68,9 +64,7 @@ class FastPath:
     @torch.no_grad()
     def layer_output(self, input_ids):
         """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
-
-        Layers above are passed through, so it costs a forward of layers 0..k only.
-        """
+        Layers above are passed through, so it costs a forward of layers 0..k only."""
         model, caught = self.model, []
 
         def catch(module, inputs, output):
@@ -89,9 +83,7 @@ class FastPath:
     @torch.no_grad()
     def median_residual_norm(self, examples):
         """Median token norm of the plain residual stream at the layer.
-
-        The unit of learning rates and vector norms; massive activations would inflate a mean.
-        """
+        The unit of learning rates and vector norms; massive activations would inflate a mean."""
         if self._covers(examples):
             states = [self.cache.rows(example) for example in examples]
         else:
@@ -122,9 +114,7 @@ class FastPath:
     @torch.no_grad()
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
-
-        Raises ValueError without a label token.
-        """
+        Raises ValueError without a label token."""
         self._check_fast_path(examples)
         steered, _, logits_of = self._before_head(examples)
         with self.model.steering_off():
@@ -138,9 +128,7 @@ class FastPath:
     @torch.no_grad()
     def _check_fast_path(self, examples):
         """Set `fast` to whether the fast path computes what the plain forward does, on an example.
-
-        It does unless an architecture passes more between its layers than the residual stream.
-        """
+        It does unless an architecture passes more between its layers than the residual stream."""
         if self.fast is not None and self.layer == self.model.layer:
             return
         if self.layer != self.model.layer:
@@ -163,9 +151,7 @@ class FastPath:
 
     def _before_head(self, examples):
         """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
-
-        Without the fast path the states are the logits.
-        """
+        Without the fast path the states are the logits."""
         ids, labels = collate(examples)  # (B, T) both
         at = (labels[:, 1:] >= 0).nonzero()  # (N, 2), on the host: no waiting for the device
         if not len(at):
@@ -201,9 +187,7 @@ class FastPath:
 
     def _head_logits(self, hidden):
         """Logits (N, V) of states (N, n) after the final norm, soft-capped and scaled as usual.
-
-        Done by the model's own forward, over one token that no layer touches.
-        """
+        Done by the model's own forward, over one token that no layer touches."""
         model = self.model
         head = model.model.get_output_embeddings()
         forward = head.forward
@@ -216,10 +200,8 @@ class FastPath:
 
 class HeadLoss(torch.autograd.Function):
     """token_loss (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
-
     The gradient of each part is taken at once, so that logits never exist for all N tokens.
-    logits_of: (C, n) -> (C, V), differentiable.
-    """
+    logits_of: (C, n) -> (C, V), differentiable."""
 
     @staticmethod
     def forward(ctx, hidden, targets, logits_of, token_loss):
@@ -330,9 +312,7 @@ def compile_layers(model):
 
 def checkpoint_layers(model):
     """Recompute the layers above `model.layer` in the backward pass: less memory, more time.
-
     Those below keep nothing anyway. Ours and not the model's, which needs train mode and with it
-    dropout.
-    """
+    dropout."""
     for layer in model.layers[model.layer + 1 :]:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -53,9 +53,7 @@ def pick_dtype(dtype, device):
 
 def keep_freed_memory():
     """Have glibc keep freed blocks for the next tensors; a tenth to a fifth of a CPU step.
-
-    By default every large one is mapped, zeroed page by page, and unmapped again.
-    """
+    By default every large one is mapped, zeroed page by page, and unmapped again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: map none
@@ -64,9 +62,7 @@ def keep_freed_memory():
 
 def gguf_arguments(name):
     """from_pretrained arguments that read `name`; ValueError if it is a path and not there.
-
-    A .gguf file is a folder plus `gguf_file`.
-    """
+    A .gguf file is a folder plus `gguf_file`."""
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if (looks_local or path.suffix == ".gguf") and not path.exists():
@@ -125,9 +121,7 @@ def load_tokenizer(name, chat_template=None, trust_remote_code=False):
 
 def load_chat(name, chat_template=None, trust_remote_code=False, template=None):
     """The ChatFormat of a model; chat_template: a file to use in place of its own template.
-
-    template: the text of such a file, as a run keeps it.
-    """
+    template: the text of such a file, as a run keeps it."""
     tokenizer = load_tokenizer(name, chat_template, trust_remote_code)
     if template:
         tokenizer.chat_template = template
@@ -136,10 +130,8 @@ def load_chat(name, chat_template=None, trust_remote_code=False, template=None):
 
 def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
-
     dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
-    ValueError if the model or the device is not there.
-    """
+    ValueError if the model or the device is not there."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -55,9 +55,7 @@ def log_file(path):
 
 class StopRequest:
     """Remembers SIGINT, SIGTERM or SIGUSR1 until the step is over; a second Ctrl-C stops at once.
-
-    A second SIGTERM does not: a scheduler may send one, and a shell loop pass it on once more.
-    """
+    A second SIGTERM does not: a scheduler may send one, and a shell loop pass it on once more."""
 
     def __init__(self):
         self.exit_code, self.in_loop = None, False
@@ -115,9 +113,7 @@ def all_runs(paths):
 @contextlib.contextmanager
 def lock_folder(folder):
     """Hold <folder>/lock, made if need be; yields False if another process holds it.
-
-    The lock dies with its process. Raises ValueError if the folder cannot be written.
-    """
+    The lock dies with its process. Raises ValueError if the folder cannot be written."""
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,9 +183,7 @@ def checkpoints(folder):
 
 def save_checkpoint(folder, state, keep):
     """Write checkpoint-<step>.pt, all that a restart needs, and drop all but the newest `keep`.
-
-    state: tensors and plain values, nested at will, with "step", "config" and "code".
-    """
+    state: tensors and plain values, nested at will, with "step", "config" and "code"."""
     data = io.BytesIO()
     torch.save(state, data)
     write_atomically(folder / f"checkpoint-{state['step']:05d}.pt", data.getvalue())

@@ -45,10 +45,8 @@ def differences(config, old, defaults):
 @functools.cache
 def source_hashes(script, without=()):
     """{file: hash} of a script here and all that it imports of this project, directly or not.
-
     Of the syntax trees without docstrings, so that a reworded comment changes nothing. without:
-    files to leave out, such as those that only show numbers.
-    """
+    files to leave out, such as those that only show numbers."""
     hashes, files = {}, [ROOT / script]
     while files:
         path = files.pop()
@@ -92,11 +90,9 @@ def changed_since(folder):
 
 def is_done(folder, config, defaults):
     """Whether the folder holds the finished vector of this config, or was skipped under it.
-
     defaults: what a key stands for that the folder's config lacks. Raises ValueError if it holds a
     vector or a checkpoint of another config; a run that left neither (it failed before its first
-    checkpoint) may be replaced.
-    """
+    checkpoint) may be replaced."""
     path, old, status = folder / "run.json", {}, None
     holds = (folder / VECTOR_FILE).exists() or bool(checkpoints(folder))
     if not path.exists() and not holds:
@@ -122,9 +118,7 @@ def is_done(folder, config, defaults):
 
 def load_checkpoint(folder, config, defaults):
     """The state of the newest readable checkpoint of this config, tensors on the host, or None.
-
-    Raises ValueError for one of an older format, which cannot be continued.
-    """
+    Raises ValueError for one of an older format, which cannot be continued."""
     for path in reversed(checkpoints(folder)):
         if path.suffix == ".safetensors":
             raise ValueError(
@@ -143,10 +137,8 @@ def load_checkpoint(folder, config, defaults):
 
 def start_state(folder, config, defaults, accept_code_change=False):
     """What training goes on from: the newest checkpoint of this config, or a new start.
-
     {"config", "code", "code_changes"} and, of a checkpoint, all the rest. Raises ValueError if the
-    checkpoint is by other code, unless that is accepted; it is then named in "code_changes".
-    """
+    checkpoint is by other code, unless that is accepted; it is then named in "code_changes"."""
     start = {"config": config, "code": source_hashes("train_steering.py"), "code_changes": []}
     state = load_checkpoint(folder, config, defaults)
     if state is None:
@@ -174,10 +166,8 @@ class Run:
 
 def read_run(folder, changes=None):
     """A finished run folder as a Run; ValueError if it is not finished or not readable.
-
     changes: {option: value} in place of the run's own. The persona's text is left out of prompts
-    even if the run kept it there, so that vanilla and steered are what they say.
-    """
+    even if the run kept it there, so that vanilla and steered are what they say."""
     folder = Path(folder)
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -195,10 +185,8 @@ def read_run(folder, changes=None):
 
 def write_imported_run(folder, dataset, data, vector, header, args):
     """Make a run folder of a vector (n,) from elsewhere, with a run.json that says so.
-
     data: what `data_digest` gives of the dataset; header: of the vector file; args: data options,
-    model and layer. Raises ValueError if the folder holds anything else.
-    """
+    model and layer. Raises ValueError if the folder holds anything else."""
     config = {"data": data, "template": None, "vector": vector_digest(vector), "name": dataset}
     config |= {key: args[key] for key in ("model", "layer")}
     record = {
@@ -216,10 +204,8 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 
 def print_progress(folders, config_of, defaults, todo):
     """Print how far a list is: counts, failures, speed and time left; or names still to do (todo).
-
     folders: {name: run folder}; config_of: a function of the name; defaults: as in `is_done`. A run
-    that cannot be read counts as left: training it will say what is wrong.
-    """
+    that cannot be read counts as left: training it will say what is wrong."""
     groups, seconds, speed = {"done": [], "running": [], "failed": [], "left": []}, [], 0.0
     changed = []
     for name, folder in folders.items():

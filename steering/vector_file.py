@@ -22,10 +22,8 @@ VECTOR_FILE, FORMAT_VERSION = "steering_vector.safetensors", "1"
 
 def vector_bytes(vector, metadata):
     """The content of a vector file: the same bytes for the same vector (n,) and metadata.
-
     The library writes metadata in random order, so its header (8 bytes of length, JSON padded with
-    spaces) is written again, sorted.
-    """
+    spaces) is written again, sorted."""
     tensor = vector.detach().to("cpu", torch.float32).contiguous()
     strings = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
     data = save({"steering_vector": tensor}, metadata=strings)

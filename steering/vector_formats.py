@@ -43,9 +43,7 @@ def file_names(layer):
 
 def files_of(name, vector, metadata):
     """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more.
-
-    Raises ValueError for a layer that the format cannot hold, ImportError naming the install.
-    """
+    Raises ValueError for a layer that the format cannot hold, ImportError naming the install."""
     layer = metadata["layer"]
     if name == "safetensors":  # our own, as a run leaves it
         return {VECTOR_FILE: vector_bytes(vector, metadata)}
@@ -62,14 +60,10 @@ def files_of(name, vector, metadata):
 
 def gguf_bytes(vector, layer, model_type):
     """llama.cpp's control vector (repeng and EasySteer read it too): `direction.<layer>`, F32.
-
     llama.cpp adds direction.k to the output of block k, our count, but knows no direction.0:
-    ValueError for layer 0. The keys are those that its cvector-generator and repeng write.
-    """
+    ValueError for layer 0. The keys are those that its cvector-generator and repeng write."""
     if layer < 1:
-        raise ValueError(
-            f"layer {layer}: --format gguf can hold layers 1 and above (the others hold any)"
-        )
+        raise ValueError(f"layer {layer}: --format gguf can hold layers 1 and above, others any")
     gguf = import_gguf()
     with tempfile.TemporaryDirectory() as folder:  # the library writes files only
         path = Path(folder, GGUF_FILE)
@@ -94,11 +88,9 @@ def torch_bytes(value):
 @dataclass
 class Found:
     """What a file holds: `vector` (n,) fp32 on the host, for `layer`; and what it says of itself.
-
     kind: words for the format; model, model_type: "" where the file does not say; scale: what it
     was multiplied by since it was trained; metadata: the header of our own format, and what
-    `import_vector` makes it.
-    """
+    `import_vector` makes it."""
 
     kind: str
     rows: dict  # {layer: tensor}, layer None where the file does not say
@@ -112,10 +104,8 @@ class Found:
 
 def read_vector(path, layers, width, layer=None):
     """The `Found` vector of a file or folder, for a model of `layers` layers of `width` numbers.
-
     layer: which one, where the file has several or does not say. Raises ValueError for whatever is
-    not such a vector.
-    """
+    not such a vector."""
     path = Path(path)
     if path.is_dir():
         path = vector_file_in(path)
@@ -123,29 +113,30 @@ def read_vector(path, layers, width, layer=None):
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix not in READERS or not path.is_file():
         raise ValueError(f"{path}: not a vector file (allowed: {', '.join(READERS)}, or a folder)")
-    found = READERS[path.suffix](path, layers)
+    try:
+        found = READERS[path.suffix](path, layers)
+    except ValueError as error:
+        known = str(path.parent) in str(error)
+        raise ValueError(f"{error}" if known else f"{path}: {error}") from error
     found.layer = choose_layer(path, found, layer)
-    if not 0 <= found.layer < layers:
-        raise ValueError(
-            f"{path} ({found.kind}): layer {found.layer}, where the model has 0..{layers - 1}"
-        )
     row = found.rows[found.layer if found.layer in found.rows else None]
-    if list(row.shape) != [width] or not row.is_floating_point():
-        raise ValueError(
-            f"{path} ({found.kind}): {row.dtype} of shape {list(row.shape)} at layer "
-            f"{found.layer}, where the model needs {width} floating-point numbers"
-        )
+    wrong = None
+    if not 0 <= found.layer < layers:
+        wrong = f"layer {found.layer}, where the model has 0..{layers - 1}"
+    elif list(row.shape) != [width] or not row.is_floating_point():
+        wrong = f"{row.dtype} of shape {list(row.shape)} at layer {found.layer}, where the model "
+        wrong += f"needs {width} floating-point numbers"
+    elif not row.isfinite().all():
+        wrong = f"NaN or infinity in layer {found.layer}"
+    if wrong:
+        raise ValueError(f"{path} ({found.kind}): {wrong}")
     found.vector = row.detach().to(torch.float32, copy=True)
-    if not found.vector.isfinite().all():
-        raise ValueError(f"{path} ({found.kind}): NaN or infinity in layer {found.layer}")
     return found
 
 
 def import_vector(path, model, layer=None, any_model=False, trust_remote_code=False):
     """The `Found` vector of a file or folder, for a model by name; metadata is a header of ours.
-
-    Raises ValueError if it is not one, or is for another model (any_model: whatever it is for).
-    """
+    Raises ValueError if it is not one, or is for another model (any_model: whatever it is for)."""
     if (Path(path) / "run.json").exists():
         raise ValueError(f"{path} is a run folder: name it without --from or --vector")
     config = read_config(model, trust_remote_code)
@@ -168,10 +159,8 @@ def import_vector(path, model, layer=None, any_model=False, trust_remote_code=Fa
 def check_same_model(path, trained_on, model, any_model):
     """ValueError if the names are of two models, unless told that they are one."""
     if not any_model and base_name(trained_on) != base_name(model):
-        raise ValueError(
-            f"{path} is for model {trained_on}, not {model} "
-            "(--any-model if they are the same model under two names)"
-        )
+        way_out = "--any-model if they are the same model under two names"
+        raise ValueError(f"{path} is for model {trained_on}, not {model} ({way_out})")
 
 
 def choose_layer(path, found, asked):
@@ -209,9 +198,9 @@ def read_safetensors_file(path, layers):
     try:
         about["scale"] = float(metadata.get("scale", 1))
     except ValueError as error:
-        raise ValueError(f"{path}: scale {metadata['scale']!r:.40} is not a number") from error
+        raise ValueError(f"scale {metadata['scale']!r:.40} is not a number") from error
     if not math.isfinite(about["scale"]):
-        raise ValueError(f"{path}: scale {metadata['scale']!r:.40} is not a finite number")
+        raise ValueError(f"scale {metadata['scale']!r:.40} is not a finite number")
     return Found("steering vector", rows, **about, metadata=metadata)
 
 
@@ -225,32 +214,26 @@ def read_gguf_file(path, layers):
         architecture, hint = (str(field.contents()) if field else "" for field in fields)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the parser runs into whatever broken bytes make it
-        raise ValueError(f"{path}: not a readable GGUF file ({error!r:.200})") from error
+        raise ValueError(f"not a readable GGUF file ({error!r:.200})") from error
     if architecture != GGUF_ARCHITECTURE:
-        raise ValueError(
-            f"{path}: a GGUF file of architecture {architecture!r:.40}, not {GGUF_ARCHITECTURE!r}"
-        )
+        raise ValueError(f"a GGUF file of architecture {architecture!r:.40}, not 'controlvector'")
     rows = {}
     for name, tensor in tensors.items():
         number = re.fullmatch(r"direction\.([0-9]{1,6})", name)
         if not number or tensor.tensor_type.name not in ("F32", "F16") or tensor.data.ndim != 1:
-            what = f"{tensor.tensor_type.name} of shape {list(tensor.data.shape)}"
-            raise ValueError(
-                f"{path}: tensor {name!r:.60} ({what}), where 1-D F32 or F16 direction.<k> belongs"
-            )
+            what = f"{name!r:.60} ({tensor.tensor_type.name} of shape {list(tensor.data.shape)})"
+            raise ValueError(f"tensor {what}, where 1-D F32 or F16 direction.<k> belongs")
         rows[int(number[1])] = torch.from_numpy(tensor.data.copy())
     if not rows:
-        raise ValueError(f"{path}: a control vector file without a direction.<k>")
+        raise ValueError("a control vector file without a direction.<k>")
     return Found("control vector", rows, model_type=hint)
 
 
 def read_pickle_file(path, layers):
     """What torch.save wrote, as tensors only.
-
     A tensor (n,): layer_<k>.pt says its layer. A tensor of one row a layer: persona-vectors puts
     the embeddings before them (row k + 1 is ours, but not the last, which it takes after the final
-    norm), others do not. A dict: chatspace's, or assistant-axis's.
-    """
+    norm), others do not. A dict: chatspace's, or assistant-axis's."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -258,25 +241,23 @@ def read_pickle_file(path, layers):
     except Exception as error:  # the parser runs into whatever broken bytes make it
         if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's word for a name to import
             raise ValueError(
-                f"{path}: refused, and nothing in it was run: it imports {found[1]:.80}, and only "
-                "tensors are read. If you trust it, save its tensor alone with torch.save"
+                f"refused, and nothing in it was run: it imports {found[1]:.80}, and only tensors "
+                "are read. If you trust it, save its tensor alone with torch.save"
             ) from error
-        raise ValueError(
-            f"{path}: not a readable torch file, broken or of another kind, and nothing in it was "
-            f"run ({type(error).__name__})"
-        ) from error
+        why = f"broken or of another kind, and nothing in it was run ({type(error).__name__})"
+        raise ValueError(f"not a readable torch file, {why}") from error
     if isinstance(value, dict) and "steering_vector" in value:
         layer, model = chatspace_config(path)
-        return Found("chatspace", {layer: tensor_of(path, value["steering_vector"])}, model)
+        return Found("chatspace", {layer: tensor_of(value["steering_vector"])}, model)
     if isinstance(value, dict) and "vector" in value:
-        tensor = tensor_of(path, value["vector"])
+        tensor = tensor_of(value["vector"])
         if tensor.dim() != 2 or len(tensor) != layers:
+            shape = list(tensor.shape)
             raise ValueError(
-                f'{path}: "vector" of shape {list(tensor.shape)}, where [{layers}, n] belongs, one '
-                "row a layer of the model"
+                f'"vector" of shape {shape}, where [{layers}, n] belongs, row by layer'
             )
         return Found("assistant-axis", dict(enumerate(tensor)))
-    tensor = tensor_of(path, value)
+    tensor = tensor_of(value)
     if tensor.dim() == 1:
         number = re.fullmatch(r"layer_([0-9]{1,6})", path.stem)
         kind = "bare tensor, its layer in its file's name" if number else "bare tensor"
@@ -286,22 +267,20 @@ def read_pickle_file(path, layers):
     if tensor.dim() == 2 and len(tensor) == layers + 1:
         return Found("persona-vectors", dict(enumerate(tensor[1:-1])))
     raise ValueError(
-        f"{path}: a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so [n], "
+        f"a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so [n], "
         f"[{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
     )
 
 
-def tensor_of(path, value):
+def tensor_of(value):
     """The value, if it is a plain dense tensor; ValueError otherwise."""
     if isinstance(value, torch.Tensor):
         plain = value.layout == torch.strided and value.device.type == "cpu"
         if plain and not value.is_nested and not value.is_quantized:
             return value
     keys = f" with keys {[*value][:5]!r:.100}" if isinstance(value, dict) else ""
-    raise ValueError(
-        f"{path}: a {type(value).__name__}{keys}, where a dense tensor, "
-        '{"steering_vector": tensor} or {"vector": tensor} belongs'
-    )
+    expected = 'a dense tensor, {"steering_vector": tensor} or {"vector": tensor}'
+    raise ValueError(f"a {type(value).__name__}{keys}, where {expected} belongs")
 
 
 def chatspace_config(path):
@@ -319,10 +298,5 @@ def chatspace_config(path):
     return layer, str(model)
 
 
-READERS = {
-    ".safetensors": read_safetensors_file,
-    ".gguf": read_gguf_file,
-    ".pt": read_pickle_file,
-    ".pth": read_pickle_file,
-    ".bin": read_pickle_file,
-}
+READERS = {".safetensors": read_safetensors_file, ".gguf": read_gguf_file}
+READERS |= dict.fromkeys((".pt", ".pth", ".bin"), read_pickle_file)

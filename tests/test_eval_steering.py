@@ -259,7 +259,7 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         rows,
         {f"pos_p{p}_q{i}": 3 for i in range(20) for p in range(5)},
     )
-    run.record["dataset"] = "src__role__five"
+    run.dataset = "src__role__five"
     ev.load_data(run, smol_chat, 20_000).check()
     monkeypatch.setattr(df, "split_by_question", by_row)
     monkeypatch.setattr(ev, "split_by_question", by_row)

@@ -370,10 +370,8 @@ def test_residual_norm_is_the_median_over_tokens_of_the_plain_stream():
     model, rows = steered(value=50.0), [example(IDS[i].tolist(), []) for i in (0, 1)]
     fast = fp.FastPath(model)
     with model.steering_off():
-        norms = torch.cat(
-            [fp.FastPath(model).layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)]
-        )
-    assert fp.FastPath(model).median_residual_norm(rows) == pytest.approx(norms.median().item())
+        norms = torch.cat([fast.layer_output(IDS[i : i + 1])[0].norm(dim=-1) for i in (0, 1)])
+    assert fast.median_residual_norm(rows) == pytest.approx(norms.median().item())
 
 
 # ---------------------------------------------------------------- the fast path
