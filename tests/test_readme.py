@@ -56,7 +56,9 @@ def vectors(tiny_folder, tmp_path, monkeypatch):
 
 def test_every_snippet_of_using_a_vector_runs(vectors, tiny_folder, capsys):
     section = README.split("## Use a vector")[1].split("\n## ")[0]
-    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    *first, second = code.split("\n\n")
+    first = "\n".join(first)
     assert first.count("Qwen/Qwen3-32B") == first.count("layer=22") == 1
     names = {}
     exec(first.replace("Qwen/Qwen3-32B", tiny_folder).replace("layer=22", "layer=1"), names)
