@@ -63,10 +63,9 @@ def lr_factor(step, total, warmup, kind):
 
 def train(model, train_set, val_set, folder, state, args, laps, stop):
     """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
-    state: {"config", "code", "code_changes"}, kept in every checkpoint, or what `load_checkpoint`
-    gave. Returns final numbers, or None if a signal stopped it after a checkpoint. The vector left
-    in the model is the best of all validations. Raises RuntimeError if loss or gradient is not
-    finite, or if no validation beats the start."""
+    state: what `run_state.start_state` gives, kept in every checkpoint. Returns final numbers, or
+    None if a signal stopped it after a checkpoint. The vector left in the model is the best of all
+    validations. RuntimeError if loss or gradient is not finite, or no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)

@@ -112,7 +112,7 @@ def run_memory(args, folder):
     train(batches[:1])  # the check of the fast path, once
     one, epoch = peak_of(lambda: train([largest])), peak_of(cached_epoch)
     weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 2**30
-    cache = fast.cache.states.numel() * fast.cache.states.element_size() / 2**30
+    cache = sum(states.numel() * states.element_size() for _, states in fast.cache.values()) / 2**30
     return {"weights": weights, "micro-batch": one, "cache": cache, "cached epoch": epoch}
 
 

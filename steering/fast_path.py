@@ -11,7 +11,6 @@ model for which that is not the same takes the plain path, and the log says so.
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import os
@@ -29,12 +28,11 @@ log = logging.getLogger("train_steering")
 
 class FastPath:
     """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
-    cache: the PrefixCache, or None; fast: whether the fast path does what the model does (None: not
-    checked yet), both for `layer`."""
+    cache: {id of an example: (the example, its states (T, n) after layer k)}; fast: whether the
+    fast path does what the model does (None: not checked yet); both hold for `layer` only."""
 
     def __init__(self, model):
-        self.model, self.layer = model, model.layer
-        self.cache = self.fast = None
+        self.model, self.layer, self.cache, self.fast = model, model.layer, {}, None
 
     def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
@@ -42,8 +40,7 @@ class FastPath:
         "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
         or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
         tokens a forward pass."""
-        model, self.layer = self.model, self.model.layer
-        self.cache = self.fast = None
+        model, self.layer, self.cache, self.fast = self.model, self.model.layer, {}, None
         tokens = sum(len(example.input_ids) for example in examples)
         dtype, device = model.model.dtype, model.steering.vector.device
         size = tokens * model.hidden_size * dtype.itemsize
@@ -54,12 +51,13 @@ class FastPath:
             log.info(f"{about}: {reason}, every step runs all {len(model.layers)} layers")
         elif tokens:
             log.info(f"{about} on {place}: layers 0..{self.layer} run once")
-            cache = PrefixCache(examples, model.hidden_size, dtype, place)
+            pin = place.type == "cpu" and torch.cuda.is_available()  # fast to copy from
             with model.steering_off():
                 for batch in micro_batches(examples, max_tokens):
                     ids = collate(batch)[0].to(model.input_device, non_blocking=True)
-                    cache.store(batch, self.layer_output(ids))
-            self.cache = cache
+                    for example, states in zip(batch, self.layer_output(ids), strict=True):
+                        kept = states[: len(example.input_ids)].to(place, copy=True)
+                        self.cache[id(example)] = example, kept.pin_memory() if pin else kept
 
     @torch.no_grad()
     def layer_output(self, input_ids):
@@ -85,7 +83,7 @@ class FastPath:
         """Median token norm of the plain residual stream at the layer.
         The unit of learning rates and vector norms; massive activations would inflate a mean."""
         if self._covers(examples):
-            states = [self.cache.rows(example) for example in examples]
+            states = [self.cache[id(example)][1] for example in examples]
         else:
             ids = [collate([example])[0].to(self.model.input_device) for example in examples]
             with self.model.steering_off():
@@ -95,8 +93,8 @@ class FastPath:
 
     def _covers(self, examples):
         """Whether all the examples are in the cache, and that is of the model's layer."""
-        here = self.cache is not None and self.layer == self.model.layer
-        return here and self.cache.covers(examples)
+        here = self.layer == self.model.layer
+        return here and all(id(example) in self.cache for example in examples)
 
     def _pass_through(self, hidden_states, *args, **kwargs):
         """Stands in for the forward of a layer that is not needed."""
@@ -132,7 +130,7 @@ class FastPath:
         if self.fast is not None and self.layer == self.model.layer:
             return
         if self.layer != self.model.layer:
-            self.layer, self.cache = self.model.layer, None
+            self.layer, self.cache = self.model.layer, {}
         example, error, self.fast = min(examples, key=label_count), math.inf, False
         plain = self._target_log_probs(example)
         self.fast = True
@@ -178,7 +176,9 @@ class FastPath:
         """The model's own forward, starting from the cache if that holds all the examples."""
         model, skipped = self.model, {}
         if self._covers(examples):
-            start = self.cache.batch(examples, model.steering.vector.device)  # (B, T, n), no vector
+            rows = [self.cache[id(example)][1] for example in examples]
+            rows = [row.to(model.steering.vector.device, non_blocking=True) for row in rows]
+            start = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T, n), without vector
             skipped = dict.fromkeys(model.layers[: model.layer], self._pass_through)
             skipped[model.layers[model.layer]] = lambda *_, **__: self._pass_through(start)
         with replaced_forwards(skipped):
@@ -250,37 +250,6 @@ def replaced_forwards(forwards):
                 del module.forward
             else:
                 module.forward = forward
-
-
-class PrefixCache:
-    """The output of one layer for given examples, (T, hidden_size) each, in one tensor."""
-
-    def __init__(self, examples, hidden_size, dtype, device):
-        ends = list(itertools.accumulate(len(example.input_ids) for example in examples))
-        self.examples = examples  # kept, since rows are found by identity
-        self.ends = dict(zip(map(id, examples), ends, strict=True))
-        pinned = device.type == "cpu" and torch.cuda.is_available()  # fast to copy from
-        shape = ends[-1], hidden_size
-        self.states = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
-
-    def covers(self, examples):
-        """Whether all the examples are in here."""
-        return all(id(example) in self.ends for example in examples)
-
-    def rows(self, example):
-        """The example's part of the tensor, a view (T, hidden_size)."""
-        end = self.ends[id(example)]
-        return self.states[end - len(example.input_ids) : end]
-
-    def store(self, examples, hidden):
-        """Keep what right-padded states (B, T, hidden_size) say of the examples."""
-        for example, states in zip(examples, hidden, strict=True):
-            self.rows(example).copy_(states[: len(example.input_ids)])
-
-    def batch(self, examples, device):
-        """The examples' states on a device, right-padded with zeros: (B, T, hidden_size)."""
-        rows = [self.rows(example).to(device, non_blocking=True) for example in examples]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def cache_place(where, size, device):

@@ -116,41 +116,36 @@ def is_done(folder, config, defaults):
     return (folder / VECTOR_FILE).exists()
 
 
-def load_checkpoint(folder, config, defaults):
-    """The state of the newest readable checkpoint of this config, tensors on the host, or None.
-    Raises ValueError for one of an older format, which cannot be continued."""
+def start_state(folder, config, defaults, accept_code_change=False):
+    """What training goes on from: the newest readable checkpoint of this config, or a new start.
+
+    {"config", "code", "code_changes"} and, of a checkpoint, all the rest, tensors on the host.
+    Raises ValueError for a checkpoint of an older format, and for one by other code unless that is
+    accepted; it is then named in "code_changes".
+    """
+    start = {"config": config, "code": source_hashes("train_steering.py"), "code_changes": []}
     for path in reversed(checkpoints(folder)):
         if path.suffix == ".safetensors":
-            raise ValueError(
-                f"{path} was written by an older version, and its run cannot be continued: "
-                "--restart sets it aside and starts anew"
-            )
+            why = "was written by an older version, and its run cannot be continued"
+            raise ValueError(f"{path} {why}: --restart sets it aside and starts anew")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not differences(config, state["config"], defaults):
-                return state
-            log.warning(f"WARNING: {path.name} belongs to other settings, passed over")
+            other = differences(config, state["config"], defaults)
+            problem = "belongs to other settings, " if other else ""
         except Exception as error:  # torch raises whatever torn bytes lead to
-            log.warning(f"WARNING: {path.name} passed over: {type(error).__name__}")
-    return None
-
-
-def start_state(folder, config, defaults, accept_code_change=False):
-    """What training goes on from: the newest checkpoint of this config, or a new start.
-    {"config", "code", "code_changes"} and, of a checkpoint, all the rest. Raises ValueError if the
-    checkpoint is by other code, unless that is accepted; it is then named in "code_changes"."""
-    start = {"config": config, "code": source_hashes("train_steering.py"), "code_changes": []}
-    state = load_checkpoint(folder, config, defaults)
-    if state is None:
-        return start
-    if changed := changed_sources(state["code"]):
-        if not accept_code_change:
+            problem = f"{type(error).__name__}, "
+        if problem:
+            log.warning(f"WARNING: {path.name} {problem}passed over")
+            continue
+        if (changed := changed_sources(state["code"])) and not accept_code_change:
             raise ValueError(
                 f"{folder} holds a run in work by other code ({', '.join(changed)}): --restart "
                 "sets it aside and starts anew, --accept-code-change goes on with this code"
             )
-        log.warning(f"WARNING: going on with other code: {', '.join(changed)}")
-    return {**state, **start, "code_changes": sorted({*state["code_changes"], *changed})}
+        if changed:
+            log.warning(f"WARNING: going on with other code: {', '.join(changed)}")
+        return {**state, **start, "code_changes": sorted({*state["code_changes"], *changed})}
+    return start
 
 
 @dataclass

@@ -411,7 +411,7 @@ def test_cached_prefix_gives_the_same_loss_and_gradient_bit_for_bit(architecture
     plain = plain_loss(model, rows)
     expected = gradient_of(model, plain)
     fast.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
-    assert fast.cache.covers(rows)
+    assert fast._covers(rows)
     cached = token_loss(fast._forward_above(ids, rows).logits, labels)
     assert torch.equal(cached, plain)
     assert torch.equal(gradient_of(model, cached), expected) and expected.norm() > 0
@@ -498,7 +498,7 @@ def test_cache_is_dropped_when_the_layer_moves_and_obeys_the_switch():
         assert losses_of(fast, rows).sum().item() == pytest.approx(vanilla, rel=1e-5)
     model.set_layer(2)
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
-    assert fast.fast and fast.cache is None
+    assert fast.fast and not fast.cache
 
 
 def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
@@ -523,7 +523,7 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
     free["cpu"] = 0
     with caplog.at_level("INFO", logger="train_steering"):
         fast.cache_prefix(rows, "host")
-    assert fast.cache is None and "does not fit, so not cached" in caplog.text
+    assert not fast.cache and "does not fit, so not cached" in caplog.text
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
 
 
@@ -569,7 +569,7 @@ def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
     fast.cache_prefix(rows, max_tokens=66)
     tokens = sum(map(cf.label_count, rows))
     total = sum(me.nll_sums(fast, rows, max_tokens=40))
-    assert fast.fast and fast.cache.states.dtype == torch.bfloat16
+    assert fast.fast and {s.dtype for _, s in fast.cache.values()} == {torch.bfloat16}
     assert total / tokens == pytest.approx(plain / tokens, abs=0.01)
 
 
