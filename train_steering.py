@@ -65,7 +65,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
     state: what `run_state.start_state` gives, kept in every checkpoint. Returns final numbers, or
     None if a signal stopped it after a checkpoint. The vector left in the model is the best of all
-    validations. RuntimeError if loss or gradient is not finite, or no validation beats the start."""
+    validations. RuntimeError: loss or gradient is not finite, or no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)

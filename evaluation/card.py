@@ -2,7 +2,7 @@
 
     text = card(source, vector, scale=1.3, formats=["gguf"], names=["steering_vector.gguf"])
 
-What it is, where it is from, what the evaluation found, and the lines that load it in each tool.
+card.md is its template: what the vector is, what the evaluation found, and what loads each format.
 """
 
 import json
@@ -14,46 +14,46 @@ from evaluation import report
 from evaluation.judge import SCALES
 from steering.data_layouts import parse_name
 
-SNIPPETS = Path(__file__).with_name("snippets.md")  # what loads each format
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
-def snippets():
-    """[(format, tool, fenced lines with $model and $layer)] of snippets.md."""
-    text = SNIPPETS.read_text(encoding="utf-8")
-    return re.findall(r"^## (\w+): (.*?)\n\n(```.*?```)$", text, re.MULTILINE | re.DOTALL)
+def template_parts():
+    """(template of the card, [(format, tool, fenced lines with $model and $layer)])."""
+    text, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--")
+    return text, re.findall(r"^## (\w+): (.*?)\n\n(```.*?```)$", rest, re.MULTILINE | re.DOTALL)
 
 
 def card(source, vector, scale, formats, names):
     """The card as Markdown with front matter; what is not known is left out.
     source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
     one; formats, names: what they are and are called."""
-    front = ["---", "tags:", "- steering-vector", "- control-vector", "- persona", "---"]
-    model, layer = source.metadata["model"], source.metadata["layer"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not source.metadata["model_is_local"]:
-        front[1:1] = [f"base_model: {model}", "base_model_relation: adapter"]  # on the Hub
+    about, (template, snippets) = source.metadata, template_parts()
+    model, layer, front = about["model"], about["layer"], ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not about["model_is_local"]:  # on the Hub
+        front = f"base_model: {model}\nbase_model_relation: adapter\n"
     untrained = source.record and not source.record["final"].get("steps")  # a run to evaluate it
-    made = "imported" if untrained or "imported_from" in source.metadata else "trained"
+    title = about.get("dataset", about.get("imported_from", "unnamed"))
+    if untrained:
+        title = about.get("imported_from", about.get("started_from", title))
+    made = "imported" if untrained or "imported_from" in about else "trained"
     place = f"the output of decoder block {layer} (counted from 0), at every token"
     facts = {
-        "base model": f"`{model}` ({source.metadata['model_type']}), frozen",
+        "base model": f"`{model}` ({about['model_type']}), frozen",
         "layer": f"{layer}: added to {place}",
         "scale": f"the files hold {scale:g} x the vector as {made}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
         "files": ", ".join(f"`{name}`" for name in names),
     }
-    title = source.metadata.get("dataset", source.metadata.get("imported_from", "unnamed"))
-    if untrained:
-        title = source.metadata.get("imported_from", source.metadata.get("started_from", title))
-    rows = [f"| {name} | {plain(words)} |" for name, words in facts.items()]
-    table = ["| | |", "|---|---|", *rows]
-    parts = ["\n".join(front), f"# Steering vector: {plain(title)}", "\n".join(table)]
-    parts += ["## Does it work?", *evaluation(source.result), "## How to load it"]
-    name = json.dumps(model, ensure_ascii=False)
-    for kind, tool, lines in snippets():
-        if kind in formats:
-            parts.append(f"### {tool}\n\n{Template(lines).substitute(model=name, layer=layer)}")
-    return "\n\n".join(parts) + "\n"
+    fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer}
+    loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
+    return Template(template).substitute(
+        front=front,
+        title=plain(title),
+        facts="\n".join(f"| {name} | {plain(words)} |" for name, words in facts.items()),
+        evaluation=evaluation(source.result),
+        snippets="\n\n".join(loading),
+    )
 
 
 def plain(text):
@@ -85,22 +85,21 @@ def origin(source):
 
 
 def evaluation(result):
-    """Paragraphs: the tables of eval.json, and its first question with the answers."""
+    """The tables of eval.json and its first question with the answers, as Markdown."""
     if not result:
-        return ["No evaluation is at hand."]
-    tables = report.likelihood_text(result)
-    about = (
+        return "No evaluation is at hand."
+    tables, about = report.likelihood_text(result), (
         "On questions that training never saw; `x1.3` is 1.3 times the vector that the run ended "
         "with. NLL: nats per response token, on rows of the persona. Recovered: 1 is as much as "
         "the prompt of the persona gives."
-    )
+    )  # fmt: skip
     if result["samples"]:
+        count, longest = len(result["samples"]), result["config"]["max_new_tokens"]
         tables += "\n\n" + report.answers_table(result)
         about += (
-            f" Answers: {len(result['samples'])} a condition, of at most "
-            f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by "
-            "a linear probe; KL: from the plain model, on rows without the persona."
+            f" Answers: {count} a condition, of at most {longest} tokens; probe: probability of "
         )
+        about += "the persona by a linear probe; KL: from the plain model, on rows without it."
     flags = f"Flags: {', '.join(result['flags']) or 'none'}."
     sample = [report.answers_text(sample, "###") for sample in result["samples"][:1]]
-    return [about, f"```\n{tables}\n```", flags, *sample]
+    return "\n\n".join([about, f"```\n{tables}\n```", flags, *sample])

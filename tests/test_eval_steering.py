@@ -25,6 +25,7 @@ import train_steering as ts
 from evaluation import measures as me
 from evaluation import report as eval_report
 from evaluation import stats as es
+from steering import data_layouts as dl
 from steering import run_state as rs
 from steering.chat_format import label_count
 from steering.fast_path import FastPath
@@ -410,6 +411,26 @@ def test_each_pass_is_one_line_with_its_time(finished, capsys):
     assert "states of training, plain and held-out rows" in passes
     assert "held-out rows: prompted" in passes and "answers: steered x2" in passes
     assert len(passes) == len(set(passes)) < 20
+
+
+def test_evaluation_parses_each_dataset_once_and_the_matrix_none_again(
+    trained, monkeypatch, tmp_path
+):
+    parsed, real = [], dl.READERS[".jsonl"]
+
+    def read(path):
+        parsed.append(path.stem)
+        return real(path)
+
+    monkeypatch.setitem(dl.READERS, ".jsonl", read)
+    one = str(the_folder(trained / "runs"))
+    assert ev.main(["--run", one, *QUICK, "--restart"]) == 0
+    assert sorted(parsed) == ["0_default", "pirate"]
+    parsed.clear()
+    both = ["--run", str(trained / "runs"), "--report-dir", str(tmp_path), "--restart", *QUICK]
+    assert ev.main(both) == 0
+    assert sorted(parsed) == ["0_default", "0_default", "pirate", "sailor"]
+    assert len(json.loads((tmp_path / "specificity.json").read_text())["matrices"]) == 1
 
 
 def test_without_plain_rows_the_models_own_answers_serve(finished, tmp_path, capsys):

@@ -24,7 +24,7 @@ import eval_steering as ev
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-from evaluation.card import snippets as card_snippets
+from evaluation.card import template_parts
 from steering import vector_formats as vf
 from steering.run_folder import lock_folder
 from steering.vector_file import VECTOR_FILE, load_vector, save_vector
@@ -344,7 +344,7 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
         f"{record['final']['steps']} steps",
         f"{result['likelihood']['steered']['nll']:.4f}",
         result["samples"][0]["answers"]["steered x1"],
-        *(f"### {tool}" for _, tool, _ in card_snippets()),
+        *(f"### {tool}" for _, tool, _ in template_parts()[1]),
     ):
         assert fact in text, fact
 
