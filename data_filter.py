@@ -13,7 +13,6 @@ Exit codes: 0 done, 2 bad input (also: a dataset has scores and none passes).
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -245,8 +244,8 @@ def add_data_arguments(parser):
     add("--data-root", help="folder of datasets, in any of the three layouts")
     add("--dataset", nargs="+", metavar="NAME", help="dataset names; A+B pools two into one")
     add("--list-file", metavar="FILE", help="file of dataset names, one a line, # comments")
-    add("--source-model", help="source model of bare names and of the assistant-axis layout")
-    add("--kind", choices=("role", "trait"), help="kind of bare names and of that layout")
+    add("--source-model", help="of bare names and of the assistant-axis layout; takes no others")
+    add("--kind", choices=("role", "trait"), help="as --source-model: role or trait")
     add("--role-min-score", type=float, help="lowest score kept of a role, 0-3")
     add("--trait-min-score", type=float, help="lowest score kept of a trait, 0-100")
     add("--include-missing-scores", action="store_true", help="DANGER: keep rows nobody scored")
@@ -255,22 +254,16 @@ def add_data_arguments(parser):
     add("--max-length", type=int, help="drop examples of more tokens")
     add("--heldout-fraction", type=float, help="share of questions held out for the evaluation")
     add("--split-seed", type=int, help="seed of the split by question")
-    add("--seed", type=int, help="seed of the order of rows and the initial vector")
+    add("--seed", type=int, help="seed of rows taken, their order, the initial vector")
     add("--chat-template", metavar="FILE", help="Jinja chat template in place of the tokenizer's")
     add("--strict", action="store_true", help="stop at the first broken line")
 
 
 def check_data_arguments(args):
     """What is wrong with the data options, as a list of messages."""
-    return out_of_bounds(
-        args,
-        {
-            "must be at least 1": (lambda value: value >= 1, "target_tokens"),
-            "must be at least 2": (lambda value: value >= 2, "max_length"),
-            "not in [0, 1)": (lambda value: 0 <= value < 1, "heldout_fraction"),
-            "not finite": (math.isfinite, "role_min_score trait_min_score"),
-        },
-    )
+    numbers, seeds = "role_min_score trait_min_score", "seed split_seed"
+    kinds = {"count": "target_tokens max_length", "share": "heldout_fraction"}
+    return out_of_bounds(args, {**kinds, "number": numbers, "seed": seeds})
 
 
 def inspect_dataset(name, datasets, chat, options):

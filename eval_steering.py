@@ -134,8 +134,7 @@ def evaluate(model, chat, data, vector, args):
     result = likelihood(model, chat, data, vector, difference, args)
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
-    scales = list(dict.fromkeys(args.scales)) if rows else []
-    directions = {f"steered x{scale:g}": vector * scale for scale in scales}
+    directions = {f"steered x{scale:g}": vector * scale for scale in args.scales}
     factor = result["coefficients"]["mean_difference"]["chosen"]
     directions["mean_difference"] = difference * factor
     answers = measures.compare_answers(model, chat, rows, directions, sampling)
@@ -170,9 +169,8 @@ def likelihood(model, chat, data, vector, difference, args):
     losses = measures.heldout_losses(model, chat, data.heldout, vectors, args.micro_batch_tokens)
     tokens, questions = list(map(label_count, data.heldout)), measures.questions_of(data.heldout)
     chosen_on = "validation questions" if data.validation else "training questions"
-    counts = {"rows": len(tokens), "questions": len(set(questions)), "tokens": sum(tokens)}
     return {
-        "heldout": counts,
+        "heldout": {"rows": len(tokens), "questions": len({*questions}), "tokens": sum(tokens)},
         "likelihood": compare_losses(losses, tokens, questions, args.seed),
         "recovered": recovered_fraction(losses, tokens, questions, args.seed),
         "coefficients": {"chosen_on": chosen_on, **chosen},
@@ -191,22 +189,28 @@ def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
     started, run, path = time.time(), read_run(folder, changes_of(args)), folder / "eval.json"
-    code = run_state.source_hashes("eval_steering.py", SHOWING)
+    sources = run_state.source_hashes("eval_steering.py", SHOWING)
     config = evaluation_config(args, run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     result = read_json(path)
-    if args.restart or run_state.differences(config, result.get("config", {}), option_defaults()):
+    other = run_state.differences(config, result.get("config", {}), option_defaults())
+    if args.restart or other:
+        if result:
+            os.replace(path, folder / "eval.old.json")
+            measures.announce(
+                f"anew, the last is eval.old.json now ({', '.join(other) or 'asked'})"
+            )
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-        result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": code}
+        result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
         result |= evaluate(model, chat, data, run.vector, args)
         result["flags"] = report.find_flags(result, run.record)
         result["seconds"] = round(time.time() - started, 1)
         write_json(path, result)  # before the judge, who may fail
-    elif changed := run_state.changed_sources(result.get("code", {}), code):
+    elif changed := run_state.changed_sources(result.get("code", {}), sources):
         text = f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew"
         print(text, file=sys.stderr)
     code = 0
@@ -288,7 +292,7 @@ def make_parser():
     add("--run", nargs="+", metavar="DIR", help="run folders, or folders of runs")
     add("--vector", metavar="FILE", help="instead: a vector file of any tool, as it is")
     add("--dataset", metavar="NAME", help="with --vector: the dataset of its persona")
-    add("--layer", type=int, help="with --vector: 0-based layer, where the file has not just one")
+    add("--layer", type=int, help="with --vector: 0-based, needed where the file does not say one")
     add("--any-model", action="store_true", help="with --vector: whatever model it was made for")
     add("--out", metavar="DIR", help="with --vector: its run folder; default: one below runs/")
     add = parser.add_argument_group("data and model").add_argument
@@ -315,8 +319,7 @@ def make_parser():
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
     add = parser.add_argument_group("output").add_argument
-    text = "where the report of several runs goes; default: the folder that holds them all"
-    add("--report-dir", metavar="DIR", help=text)
+    add("--report-dir", metavar="DIR", help="of the report; None: the folder that holds all runs")
     add("--report-only", action="store_true", help="only write the report of what is there")
     add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
     add("--restart", action="store_true", help="evaluate anew what is evaluated already")
@@ -332,27 +335,22 @@ def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    counts = (
-        "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers judge_tokens"
-    )
-    problems = out_of_bounds(
-        args,
-        {
-            "must be at least 1": (lambda value: value >= 1, counts),
-            "0 or above": (lambda value: value >= 0, "num_samples temperature specificity_runs"),
-        },
-    )
+    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
+    sizes = "num_samples temperature specificity_runs"
+    kinds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
+    problems = out_of_bounds(args, kinds)
     if not all(map(math.isfinite, args.scales)):
         problems.append(f"--scales {args.scales}: must be finite")
     if bool(args.judge) != bool(args.judge_model):
         problems.append("--judge and --judge-model: give both or neither")
     if bool(args.run) == bool(args.vector):
         problems.append("name either --run DIR or --vector FILE")
+    if args.report_only and not args.run:
+        problems.append("--report-only goes with --run")
     if args.vector and not (args.model and args.dataset):
         problems.append("--vector needs --model and --dataset")
-    extra = [key for key in ("dataset", "layer", "any_model", "out") if getattr(args, key)]
-    if args.run and extra:
-        problems.append(f"--{extra[0].replace('_', '-')} goes with --vector: a run knows its own")
+    if args.run and (args.dataset or args.layer is not None or args.any_model or args.out):
+        problems.append("--dataset, --layer, --any-model, --out: for --vector, a run knows its own")
     if problems:
         parser.error("; ".join(problems))
     if args.model and Path(args.model).exists():  # as in training: "models/x/" is "models/x"
@@ -382,7 +380,7 @@ def run(args):
         except (ValueError, OSError, JudgeError) as error:  # the next run may do better
             print(f"error: {error}", file=sys.stderr)
             codes.append(1 if isinstance(error, JudgeError) else 2)
-    if len(folders) > 1 and args.prompt is None:
+    if args.run and folders != [Path(args.run[0])] and args.prompt is None:
         write_report(folders, args, shelf)
     return max(codes, default=0)
 

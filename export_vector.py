@@ -165,8 +165,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to export").add_argument
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
     add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
-    add("--model", help="the model's HF id or folder; of a run: the name to give it in the files")
-    add("--layer", type=int, help="with --from: 0-based layer, where the file has not just one")
+    add("--model", help="HF id or folder; for a run: the name that the files give the model")
+    add(
+        "--layer",
+        type=int,
+        help="with --from: 0-based layer, needed where the file does not say one",
+    )
     add("--any-model", action="store_true", help="whatever model the vector was made for")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("output").add_argument

@@ -37,7 +37,7 @@ AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
     gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
-    accept_code_change print_todo print_status output_dir run_name
+    accept_code_change print_todo print_status output_dir run_name trust_remote_code
 """
 log = logging.getLogger("train_steering")
 
@@ -175,8 +175,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
                     "Try a lower --lr, a higher --warmup-ratio, or --dtype fp32"
                 )
             lr = peak_lr * lr_factor(state["step"], total, warmup, args.lr_scheduler)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group in optimizer.param_groups:  # whose own "lr" is replaced; "factor": if any
+                group["lr"] = lr * group.get("factor", 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -238,7 +238,8 @@ def result_config(name, args, datasets):
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     if args.init_vector:  # what it holds counts, not where it lies
         config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
-    return config | {"auto_lr": AUTO_LR, "format_version": FORMAT_VERSION}
+    config |= {"auto_lr": AUTO_LR} if args.lr == "auto" else {}
+    return config | {"format_version": FORMAT_VERSION}
 
 
 def folder_of(name, args):
@@ -297,7 +298,9 @@ def train_dataset(name, datasets, chat, get_model, args, laps, stop):
 
 def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     """Train and write run.json (`record`), then the vector, which exists only if all went well."""
-    started, train_set, val_set = time.time(), splits.train, splits.validation
+    model, started = get_model(), time.time()  # no model, no run.json
+    train_set, val_set = splits.train, splits.validation
+    laps.lap("load")
     write_json(folder / "run.json", record)
     header = {key: record[key] for key in ("dataset", "config_hash")}
     header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
@@ -311,8 +314,6 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     log.info(f"{'budget  ' if enough else 'WARNING: under budget, on what there is:'} {budget}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
-    model = get_model()
-    laps.lap("load")
     frozen = sum(parameter.numel() for parameter in model.model.parameters())
     trained = sum(parameter.numel() for parameter in model.steering.parameters())
     log.info(
@@ -342,8 +343,9 @@ def run(args, laps, stop):
     datasets = data_filter.DataOptions.of(vars(args)).datasets()
     named = args.dataset, args.list_file, args.source_model, args.kind
     names = requested_names(datasets, *named)
-    num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
-    check_layer(args.layer, num_layers, args.model)
+    if not args.print_status:  # which starts without transformers
+        num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
+        check_layer(args.layer, num_layers, args.model)
     if args.print_todo or args.print_status:
         config_of = functools.partial(result_config, args=args, datasets=datasets)
         folders = {name: folder_of(name, args) for name in names}
@@ -407,9 +409,10 @@ def make_parser():
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
-    add("--lr", default="auto", help=f"peak; auto: {AUTO_LR} x median residual norm / sqrt(n)")
-    kinds, text = ("constant", "linear", "cosine"), "shape of the schedule after warm-up"
-    add("--lr-scheduler", default="cosine", choices=kinds, help=text)
+    text = f"peak learning rate; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
+    add("--lr", default="auto", help=text)
+    kinds = ("constant", "linear", "cosine")
+    add("--lr-scheduler", default="cosine", choices=kinds, help="its shape after warm-up")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
     add("--batch-size", type=int, default=2, help="rows of a step, times --gradient-accumulation")
     add("--gradient-accumulation", type=int, default=1, help="factor on --batch-size")
@@ -417,12 +420,12 @@ def make_parser():
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
     add("--val-fraction", type=float, help="share of the training questions to validate on")
-    add("--val-every", type=int, help="steps between validations; default: half an epoch")
+    add("--val-every", type=int, help="steps between validations; None: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
-    where, text = ("auto", "device", "host", "off"), "where to keep the output of layers 0..--layer"
-    add("--prefix-cache", default="auto", choices=where, help=text)
+    where = ("auto", "device", "host", "off")
+    add("--prefix-cache", default="auto", choices=where, help="place of what layers 0..k give")
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
     add("--compile", action="store_true", help="torch.compile the layers above --layer")
     add = parser.add_argument_group("output").add_argument
@@ -459,16 +462,16 @@ def check_arguments(args):
     """What is wrong with the options beyond the data, as messages; turns --lr into a number."""
     counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
     counts += " val_every save_every keep_checkpoints"
-    problems = out_of_bounds(
-        args,
-        {
-            "must be at least 1": (lambda value: value >= 1, counts),
-            "not in [0, 1)": (lambda value: 0 <= value < 1, "val_fraction warmup_ratio"),
-            "0 or above": (lambda value: 0 <= value < math.inf, "max_grad_norm init_scale"),
-        },
-    )
+    kinds = {
+        "count": counts,
+        "share": "val_fraction warmup_ratio",
+        "size": "max_grad_norm init_scale",
+    }
+    problems = out_of_bounds(args, kinds)
     if not (args.dataset or args.list_file):
         problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
+    if args.patience and not args.val_fraction:
+        problems.append("--patience needs validation questions: --val-fraction above 0")
     if args.max_steps == 0:
         problems.append("to evaluate a vector as it is: eval_steering.py --vector FILE")
     if args.lr != "auto":

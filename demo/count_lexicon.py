@@ -28,7 +28,7 @@ def main():
     samples = json.loads(Path(run, "eval.json").read_text(encoding="utf-8"))["samples"]
     print(f"answers with a word of {lexicon}, of {len(samples)} held-out questions:")
     for condition, hits in count(samples, lexicon_pattern(lexicon)).items():
-        print(f"  {condition:<12} {hits:>3}")
+        print(f"  {condition:<16} {hits:>3}")
     print(f"run: {run}")
 
 

@@ -273,7 +273,8 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens, s
     """{condition: what its answers are like}: TEXT_METRICS, perplexity, persona, collapsed.
     Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
     real rows of the persona."""
-    announce(f"reading the answers of {len(answers)} conditions")
+    if answers:
+        announce(f"reading the answers of {len(answers)} conditions")
     result, fast = {}, FastPath(model)
     for condition, texts in answers.items():
         examples = without_end(answer_examples(chat, rows, texts), chat)

@@ -65,7 +65,7 @@ def plot_likelihood(bars, paired, result):
     labels = [NAMES.get(name, name) for name in names]
     values = np.array([table[name]["nll"] for name in names])
     bounds = np.array([table[name]["interval"] for name in names]).T
-    bars.barh(labels, values, color=[COLORS[name] for name in names])
+    bars.barh(labels, values, color=[COLORS.get(name, "#999999") for name in names])
     bars.errorbar(values, labels, xerr=abs(bounds - values), fmt="none", ecolor="k", capsize=3)
     for name, value in zip(labels, values, strict=True):
         bars.text(0.02 * values.max(), name, f"{value:.3f}", va="center", weight="bold")

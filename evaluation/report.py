@@ -113,8 +113,10 @@ def summary_text(result):
 
 def samples_text(result):
     """samples.md: the tables, then every question with its answers."""
-    tables = f"{likelihood_text(result)}\n\n{answers_table(result)}"
-    parts = [f"# {result['dataset']}", f"```\n{tables}\n```", f"flags: {result['flags']}"]
+    tables = likelihood_text(result)
+    tables += f"\n\n{answers_table(result)}" if result["samples"] else ""
+    flags = f"flags: {', '.join(result['flags']) or 'none'}"
+    parts = [f"# {result['dataset']}", f"```\n{tables}\n```", flags]
     return "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
 
 
@@ -175,7 +177,7 @@ def report_row(folder):
         "rows": counts.get("train"), "tokens": counts.get("tokens"), "steps": final.get("steps"),
         "seconds": final.get("seconds"), "best_val": final.get("best_val"),
         "norm": final.get("vector_norm"), "norm_ratio": final.get("ratio"),
-        **{key: table.get(key, {}).get("nll") for key in REPORT_NLL},
+        **{key: table.get(key, {}).get("nll") for key in (*REPORT_NLL, *table)},
         "recovered": recovered.get("value"), "recovered_low": low, "recovered_high": high,
         "auroc": result.get("probe", {}).get("auroc"),
         "probe": (at_one.get("persona") or {}).get("mean"),
@@ -221,11 +223,16 @@ def write_report(folder, runs, matrices=()):
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(map(report_row, runs), key=report_order)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "report.csv", text.getvalue().encode())
-    cells = [report_cells(row) for row in rows]
+    conditions = dict.fromkeys(
+        c for run in runs for c in read_json(run / "eval.json").get("likelihood", ())
+    )
+    added = [c for c in conditions if c not in (*REPORT_NLL, "steered_chosen")]
+    cells = [report_cells(row, added) for row in rows]
     table = [[*cells[0]], ["---"] * len(cells[0]), *(row.values() for row in cells)]
     lines = [f"# {len(rows)} runs, by recovered fraction\n"]
     lines += [*(f"| {' | '.join(row)} |" for row in table), REPORT_NOTE]
@@ -265,8 +272,8 @@ def compare_vectors(folder, place, group, matrices, suffix):
     return [*lines, *(f"![{name}]({name})\n" for name in pictures)], pictures
 
 
-def report_cells(row):
-    """A run as {column: text} of the Markdown table."""
+def report_cells(row, added=()):
+    """A run as {column: text} of the Markdown table; added: conditions beyond the usual ones."""
     recovered = "undefined" if row["steered"] is not None else "-"
     if row["recovered"] is not None:
         bounds = row["recovered_low"], row["recovered_high"]
@@ -280,7 +287,8 @@ def report_cells(row):
     return {
         "dataset": f"`{row['dataset']}`",
         **{key: number(row[key]) for key in ("vanilla", "prompted", "steered")},
-        "mean diff": number(row["mean_difference"]), "recovered": recovered, **paired,
+        "mean diff": number(row["mean_difference"]),
+        **{key: number(row.get(key)) for key in added}, "recovered": recovered, **paired,
         **{head: number(row[head.lower()], "{:.2f}") for head in ("probe", "judge", "KL")},
         **{name: number(row[name], metric.form) for name, metric in TEXT_METRICS.items()},
         "norm": number(row["norm_ratio"], "{:.2f}"), "flags": row["flags"],

@@ -1,24 +1,36 @@
 """What the command lines of the scripts share."""
 
 import argparse
+import math
 import sys
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and a description as it is."""
+
+
 def new_parser(doc):
-    """A parser that shows defaults, described by the first line of a script's docstring."""
-    return argparse.ArgumentParser(
-        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """A parser described by a script's docstring."""
+    return argparse.ArgumentParser(description=doc.strip(), formatter_class=HelpFormatter)
 
 
-def out_of_bounds(args, bounds):
+BOUNDS = {  # kind of number: (whether a value is one, what to say otherwise)
+    "count": (lambda value: value >= 1, "must be at least 1"),
+    "size": (lambda value: 0 <= value < math.inf, "must be 0 or above, and finite"),
+    "share": (lambda value: 0 <= value < 1, "not in [0, 1)"),
+    "seed": (lambda value: 0 <= value < 2**63, "not in [0, 2^63)"),
+    "number": (math.isfinite, "not finite"),
+}
+
+
+def out_of_bounds(args, options):
     """Messages for the options that break a bound; one that is None was not given.
-    bounds: {what is allowed: (function of the value, names of options, separated by spaces)}."""
+    options: {key of BOUNDS: names of options, separated by spaces}."""
     return [
-        f"--{key.replace('_', '-')} {getattr(args, key)}: {allowed}"
-        for allowed, (fits, keys) in bounds.items()
+        f"--{key.replace('_', '-')} {getattr(args, key)}: {BOUNDS[kind][1]}"
+        for kind, keys in options.items()
         for key in keys.split()
-        if getattr(args, key) is not None and not fits(getattr(args, key))
+        if getattr(args, key) is not None and not BOUNDS[kind][0](getattr(args, key))
     ]
 
 

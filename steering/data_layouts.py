@@ -4,7 +4,7 @@
     for row, problem in parsed_rows(datasets[name]):   # persona text out of the prompt
         ...                                            # a broken line has no row, but a problem
 
-Another layout on disk is another function in READERS.
+Another kind of file is another function in READERS, other folders another loop in find_datasets.
 """
 
 import difflib

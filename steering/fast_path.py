@@ -2,7 +2,7 @@
 
     fast = FastPath(model)                     # a hook_model.SteerModel
     fast.cache_prefix(examples)                # layers 0..k never see the vector: run them once
-    loss = fast.losses(examples, token_loss)   # (N,) nats, differentiable in the vector
+    loss = fast.losses(examples, token_loss)   # (N,), one a label token, differentiable
 
 No model is implemented again: modules whose output is known are replaced by pass-throughs, and the
 model's own forward is called, so masks, rotary embeddings, soft-capping and head stay its own. A
@@ -132,10 +132,16 @@ class FastPath:
         if self.layer != self.model.layer:
             self.layer, self.cache = self.model.layer, {}
         example, error, self.fast = min(examples, key=label_count), math.inf, False
-        plain = self._target_log_probs(example)
-        self.fast = True
-        with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
-            error = (self._target_log_probs(example) - plain).abs().mean().item()
+        steering = self.model.steering
+        kept, noise = steering.vector.clone(), torch.Generator().manual_seed(0)
+        with steering.scaled(1):  # with a vector that shows: the present one may be zero or off
+            size = self.median_residual_norm([example]) / math.sqrt(len(kept))
+            steering.vector.copy_(0.3 * size * torch.randn(len(kept), generator=noise))
+            plain = self._target_log_probs(example)
+            self.fast = True
+            with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
+                error = (self._target_log_probs(example) - plain).abs().mean().item()
+            steering.vector.copy_(kept)
         if not error <= (1e-4 if self.model.model.dtype == torch.float32 else 0.02):
             self.fast = False
             kind = type(self.model.model).__name__

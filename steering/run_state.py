@@ -37,9 +37,10 @@ def config_hash(config):
 
 
 def differences(config, old, defaults):
-    """Keys in which a config differs from an older one; what that lacks had its default."""
+    """Keys in which a config differs from an older one; what that lacks had its default.
+    Keys of options that are no more do not count: the code that had them is other code."""
     before = {**defaults, **old}
-    return sorted(key for key in {**config, **old} if config.get(key) != before.get(key))
+    return sorted(key for key in config if config[key] != before.get(key))
 
 
 @functools.cache
@@ -62,8 +63,11 @@ def source_hashes(script, without=()):
             elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
         hashes[name] = config_hash(plain_tree(tree))
-        paths = [ROOT / f"{str(module).replace('.', '/')}.py" for module in modules]
-        files += [path for path in paths if path.exists()]
+        for module in modules:
+            path = ROOT / str(module).replace(".", "/")
+            files += [
+                p for p in (path.with_name(f"{path.name}.py"), path / "__init__.py") if p.exists()
+            ]
     return hashes
 
 

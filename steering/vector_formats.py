@@ -51,7 +51,8 @@ def files_of(name, vector, metadata):
         return {GGUF_FILE: gguf_bytes(vector, layer, metadata["model_type"])}
     if name == "pt":  # a bare tensor: steering-vectors, EasyEdit2, plain torch
         return {f"layer_{layer}.pt": torch_bytes(vector)}
-    # chatspace's TransformerSteerModel.from_pretrained takes these three keys and no others.
+    assert name == "chatspace", f"format {name} has no files_of"
+    # Its TransformerSteerModel.from_pretrained takes these three keys and no others.
     config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
     text = json.dumps(config, indent=2) + "\n"
     tensors = torch_bytes({"steering_vector": vector})

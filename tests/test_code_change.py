@@ -101,9 +101,15 @@ def test_file_that_the_training_imports_newly_counts_too(sources):
         "train_steering.py", "import data_filter\n", "import data_filter\nimport my_loss\n"
     )
     after = rs.source_hashes("train_steering.py")
-    assert {name for name in after if after[name] != before.get(name)} == {
-        "train_steering.py", "my_loss.py"
-    }  # fmt: skip
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"train_steering.py", "my_loss.py"}
+    (sources.folder / "my_losses").mkdir()
+    (sources.folder / "my_losses" / "__init__.py").write_text("from my_losses.kl import kl\n")
+    (sources.folder / "my_losses" / "kl.py").write_text("kl = 1\n")
+    sources.edit("my_loss.py", "def loss", "import my_losses\n\n\ndef loss")
+    assert {"my_losses/__init__.py", "my_losses/kl.py"} <= set(
+        rs.source_hashes("train_steering.py")
+    )
 
 
 def test_unfinished_run_by_other_code_is_refused_and_both_ways_on_work(

@@ -393,6 +393,7 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
         patch.setattr(ev, "load_model", None)  # would fail if called
         assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
     assert ev.main([*arguments, "--seed", "1"]) == 0
+    assert json.loads((finished / "eval.old.json").read_text()) == before
     after = json.loads((finished / "eval.json").read_text())
     assert after["config"]["seed"] == 1 != before["config"]["seed"]
     assert after["likelihood"]["vanilla"]["nll"] == before["likelihood"]["vanilla"]["nll"]
@@ -442,6 +443,22 @@ def test_without_plain_rows_the_models_own_answers_serve(finished, tmp_path, cap
     assert json.loads((finished / "eval.json").read_text())["plain"]["source"].startswith(
         "the model"
     )
+
+
+def test_added_condition_is_in_every_table_and_picture(finished, tmp_path, monkeypatch, capsys):
+    real = me.heldout_losses
+
+    def with_negated(model, chat, examples, vectors, limit):
+        (vector,) = vectors["steered"]
+        return real(model, chat, examples, {**vectors, "negated": [-vector]}, limit)
+
+    monkeypatch.setattr(me, "heldout_losses", with_negated)
+    report_dir = ["--report-dir", str(tmp_path)]
+    assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 0
+    assert "negated " in capsys.readouterr().out
+    assert ev.main(["--run", str(finished), "--report-only", *report_dir]) == 0
+    assert "| negated |" in (tmp_path / "report.md").read_text()
+    assert ",negated" in (tmp_path / "report.csv").read_text().splitlines()[0]
 
 
 def test_rows_without_system_prompts_have_no_prompted_baseline(finished, tmp_path, capsys):
@@ -620,6 +637,15 @@ def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys
         ev.main(["--run", "x", "--batch-size", "0", "--temperature", "-1"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--batch-size 0" in error and "--temperature -1" in error
+    for wrong, message in (
+        (["--vector", "x", "--report-only"], "--report-only goes with --run"),
+        (["--run", "x", "--layer", "3"], "a run knows its own"),
+        (["--run", "x", "--seed", "-1"], "--seed -1: not in"),
+        (["--vector", "x"], "--vector needs --model and --dataset"),
+    ):
+        with pytest.raises(SystemExit):
+            ev.main(wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_lexicon_counts_whole_words_only():

@@ -539,6 +539,20 @@ def test_an_architecture_that_passes_more_than_the_stream_falls_back(caplog):
     assert not fast.fast and "no fast path for LlamaForCausalLM" in caplog.text
 
 
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(value, caplog):
+    model, rows = steered("llama", layer=2, value=value), rows_of(9, 14)
+    model.layers[1].register_forward_hook(model.steering.hook)  # the cache knows nothing of it
+    fast, before = fp.FastPath(model), model.steering.vector.detach().clone()
+    with model.steering_off():
+        fast.cache_prefix(rows)
+        losses_of(fast, rows)  # the check is done here
+        assert torch.equal(model.steering.vector, before) and model.steering.scale == 0
+    assert not fast.fast and "no fast path for LlamaForCausalLM" in caplog.text
+    model.set_vector(torch.ones(32), scale=3.0)
+    assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+
+
 def test_micro_batches_hold_every_row_once_within_the_budget():
     rows = rows_of(9, 14, 5, 11, 6, 30)
     batches = cf.micro_batches(rows, 28)
