@@ -196,11 +196,9 @@ def evaluate_folder(folder, args, shelf):
     result = read_json(path)
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
-        if result:
-            os.replace(path, folder / "eval.old.json")
-            measures.announce(
-                f"anew, the last is eval.old.json now ({', '.join(other) or 'asked'})"
-            )
+        old, why = path.exists(), ", ".join(other) or "--restart"
+        if old:
+            measures.announce(f"anew ({why}); the last evaluation is kept as eval.old.json")
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
@@ -209,6 +207,8 @@ def evaluate_folder(folder, args, shelf):
         result |= evaluate(model, chat, data, run.vector, args)
         result["flags"] = report.find_flags(result, run.record)
         result["seconds"] = round(time.time() - started, 1)
+        if old:  # only now that there is another
+            os.replace(path, folder / "eval.old.json")
         write_json(path, result)  # before the judge, who may fail
     elif changed := run_state.changed_sources(result.get("code", {}), sources):
         text = f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew"

@@ -136,12 +136,14 @@ class FastPath:
         kept, noise = steering.vector.clone(), torch.Generator().manual_seed(0)
         with steering.scaled(1):  # with a vector that shows: the present one may be zero or off
             size = self.median_residual_norm([example]) / math.sqrt(len(kept))
-            steering.vector.copy_(0.3 * size * torch.randn(len(kept), generator=noise))
-            plain = self._target_log_probs(example)
-            self.fast = True
-            with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
-                error = (self._target_log_probs(example) - plain).abs().mean().item()
-            steering.vector.copy_(kept)
+            try:
+                steering.vector.copy_(0.3 * size * torch.randn(len(kept), generator=noise))
+                plain = self._target_log_probs(example)
+                self.fast = True
+                with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
+                    error = (self._target_log_probs(example) - plain).abs().mean().item()
+            finally:  # training goes on after an out-of-memory here
+                steering.vector.copy_(kept)
         if not error <= (1e-4 if self.model.model.dtype == torch.float32 else 0.02):
             self.fast = False
             kind = type(self.model.model).__name__

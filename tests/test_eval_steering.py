@@ -394,6 +394,11 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
         assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
     assert ev.main([*arguments, "--seed", "1"]) == 0
     assert json.loads((finished / "eval.old.json").read_text()) == before
+    with monkeypatch.context() as patch:  # one that fails takes nothing away
+        patch.setattr(ev, "load_model", lambda **_: (_ for _ in ()).throw(ValueError("no model")))
+        kept = (finished / "eval.json").read_bytes()
+        assert ev.main([*arguments, "--seed", "2"]) == 2
+        assert (finished / "eval.json").read_bytes() == kept
     after = json.loads((finished / "eval.json").read_text())
     assert after["config"]["seed"] == 1 != before["config"]["seed"]
     assert after["likelihood"]["vanilla"]["nll"] == before["likelihood"]["vanilla"]["nll"]

@@ -553,6 +553,19 @@ def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(v
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
 
 
+def test_out_of_memory_in_the_check_leaves_the_vector_as_it_was(monkeypatch):
+    model, rows = steered("llama", value=0.0), rows_of(9)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fast = fp.FastPath(model)
+    monkeypatch.setattr(fast, "_target_log_probs", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        losses_of(fast, rows)
+    assert not model.steering.vector.any()
+
+
 def test_micro_batches_hold_every_row_once_within_the_budget():
     rows = rows_of(9, 14, 5, 11, 6, 30)
     batches = cf.micro_batches(rows, 28)
