@@ -1,25 +1,22 @@
 """Score answers with a judge: any OpenAI-compatible chat endpoint, paid once an answer.
 
-    judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubric_for("x__role__pirate"))
+    judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubric_for("x__role__pirate"), "role")
     verdicts = judge.score([(question, answer), ...], Path("judgements.jsonl"), workers=8)
 
-The key comes from JUDGE_API_KEY or OPENAI_API_KEY and goes nowhere but into the request.
+The key comes from JUDGE_API_KEY or OPENAI_API_KEY and goes nowhere but to that address. Needs the
+openai package, whose client asks again, after a wait, where an endpoint is busy or broken.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
-import http.client
 import json
 import os
-import random
 import re
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
@@ -28,7 +25,7 @@ from steering.data_layouts import parse_name
 
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment, the first that is set
-TRIES, LONGEST_WAIT, TIMEOUT = 6, 60.0, 120.0  # requests an answer, seconds between, seconds each
+TRIES, TIMEOUT = 8, 120.0  # requests an answer, seconds each
 
 # <kind>.txt in place of a dataset's own rubric (--rubric-dir); the scales are the datasets'.
 RUBRICS = Path(__file__).parent / "rubrics"
@@ -57,31 +54,51 @@ def rubric_for(dataset, folder=None):
     return template
 
 
-def parse_reply(reply, kind):
+def parse_reply(reply, kind, finish=None):
     """The score in a judge's reply, "refusal", or "unparsable".
-    A score is a number on the kind's scale that the reply starts with ("2/3", "Score: 2"), or the
-    only one in it. What a thinking judge writes before its answer is passed over."""
-    reply = reply.rpartition("</think>")[2].strip()
-    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", reply)
-    first = re.match(r"[\W_]*(?:(?:final )?(?:score|rating|answer)\b[\W_]*)?(?=\d)", reply, re.I)
-    if not numbers:
-        return "refusal" if re.search(r"\brefus", reply, re.I) else "unparsable"
+    A score is the one number on the kind's scale that follows "score" or "rating", or else the one
+    that the reply has; ranges ("0-3") and what a score is out of ("2/3") are none. What a judge
+    thinks before its answer is passed over. finish: its finish_reason; "length" is unparsable."""
+    reply = reply.rpartition("</think>")[2]
+    if finish == "length" or "<think>" in reply:
+        return "unparsable"
     low, high = SCALES[kind]
-    clear = (first or len(set(numbers)) == 1) and low <= float(numbers[0]) <= high
-    return float(numbers[0]) if clear else "unparsable"
+    number = r"-?\d+(?:\.\d+)?"
+    text = re.sub(rf"{number}\s*(?:[-\u2013\u2014]|\.\.+|to)\s*{number}", "", reply)
+    text = re.sub(rf"({number})\s*(?:/|out of|of)\s*{high}\b", r"\1", text)
+    labelled = re.findall(rf"(?i:\b(?:score|rating)\b)(?:\W|is\b|of\b)*?({number})", text)
+    found = {float(n) for n in labelled or re.findall(rf"(?<![\w.]){number}", text)}
+    if not found and re.search(r"\brefus", reply, re.I):
+        return "refusal"
+    clear = len(found) == 1 and low <= min(found) <= high
+    return found.pop() if clear else "unparsable"
 
 
 class Judge:
     """A chat endpoint, a model there and a rubric.
-    url: up to and with /v1, or the whole .../chat/completions; kind: "role" or "trait"."""
+    url: up to and with /v1, or the whole .../chat/completions, with a ?query or without; kind:
+    "role" or "trait". Raises ValueError for a bad address or key, or without the openai package."""
 
     def __init__(self, url, model, rubric, kind, max_tokens=32):
-        self.address, url = url, url.rstrip("/")
-        self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-        if not re.match(r"https?://[^/\s]", self.url):
+        try:
+            import openai
+        except ImportError as error:
+            raise ValueError("--judge needs the openai package (pip install openai)") from error
+        self.url, parts = url, urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--judge {url}: not an http or https address")
         self.model, self.rubric, self.kind, self.max_tokens = model, rubric, kind, max_tokens
-        self._key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        self.options = {"temperature": 0, "max_tokens": max_tokens}
+        self._key = next((key for k in KEYS if (key := os.environ.get(k, "").strip())), "")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"the key in ${' or $'.join(KEYS)} has a line end or no ASCII in it")
+        base = parts._replace(path=re.sub("/chat/completions/?$", "", parts.path), query="")
+        # Another address that a redirect names would get the key as well: none is followed.
+        self._client = openai.OpenAI(
+            base_url=base.geturl(), default_query=dict(parse_qsl(parts.query)), timeout=TIMEOUT,
+            api_key=self._key or "none", max_retries=TRIES - 1,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )  # fmt: skip
 
     def prompt(self, question, answer):
         """The rubric filled in."""
@@ -93,33 +110,27 @@ class Judge:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     def ask(self, question, answer):
-        """The judge's reply to one answer, with retries; JudgeError if it cannot be had."""
-        message = {"role": "user", "content": self.prompt(question, answer)}
-        body = {"model": self.model, "messages": [message]}
-        body |= {"temperature": 0, "max_tokens": self.max_tokens}
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        for attempt in range(1, TRIES + 1):
-            wait = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    reply = json.load(response)["choices"][0]["message"]["content"]
-                return reply or ""
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace').strip()}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    break  # a wrong key, model or request stays wrong
-                with contextlib.suppress(TypeError, ValueError):
-                    wait = min(LONGEST_WAIT, float(error.headers["Retry-After"]))
-            except (OSError, http.client.HTTPException) as error:  # refused, timed out, cut off
-                problem = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                problem = f"not a chat completion ({error!r})"
-            if attempt < TRIES:
-                time.sleep(wait)
-        if self._key:
-            problem = problem.replace(self._key, "<key>")
+        """(The judge's reply to one answer, its finish_reason); JudgeError if it cannot be had."""
+        message, options = {"role": "user", "content": self.prompt(question, answer)}, self.options
+        create = self._client.chat.completions.create
+        try:
+            choice = create(model=self.model, messages=[message], **options).choices[0]
+            content = choice.message.content or ""
+            if isinstance(content, list):  # in parts, as some servers send it
+                content = "".join(part.get("text", "") for part in content)
+            return content, choice.finish_reason
+        except Exception as error:  # whatever the client makes of what comes over the wire
+            status, body = (getattr(error, key, "") for key in ("status_code", "body"))
+            refused = options.keys() & re.findall(r"\w+", str(body)) if status == 400 else ()
+            problem = f"{error!r} {error.__cause__ or ''}"
+            if status:
+                problem = f"HTTP {status}: {body or error}"
+        if refused:  # newer models of OpenAI's take neither max_tokens nor a temperature
+            rest = {key: value for key, value in options.items() if key not in refused}
+            other = {"max_completion_tokens": self.max_tokens} if "max_tokens" in refused else {}
+            self.options = rest | other
+            return self.ask(question, answer)
+        problem = problem.replace(self._key or "\0", "<key>")[:400]
         raise JudgeError(f"--judge {self.url}, model {self.model}: {problem}")
 
     def score(self, pairs, path, workers=8):
@@ -136,9 +147,10 @@ class Judge:
             print(f"judge: {len(missing)} answers to ask for", file=sys.stderr, flush=True)
 
         def judge(key, pair):
-            reply = self.ask(*pair)
+            reply, finish = self.ask(*pair)
             line = {"key": key, "judge": self.model, "question": pair[0], "answer": pair[1]}
-            line |= {"reply": reply, "verdict": parse_reply(reply, self.kind)}
+            line |= {"reply": reply, "finish": finish}
+            line["verdict"] = parse_reply(reply, self.kind, finish)
             with lock, open(path, "a", encoding="utf-8") as file:
                 print(json.dumps(line), file=file, flush=True)
                 os.fsync(file.fileno())
@@ -182,11 +194,14 @@ class Judge:
             scored = mean_interval(*(zip(*scores, strict=True) if scores else ((), ())), seed)
             result["answers"][condition]["judge"] = {"score": scored, **counts}
         result["judge"] = {
-            "model": self.model, "url": self.address, "scale": [low, high], "rubric": self.rubric,
+            "model": self.model, "url": self.url, "scale": [low, high], "rubric": self.rubric,
             "asked_now": self.asked, "failed": len(self.failures),
         }  # fmt: skip
-        for failure in self.failures[:3]:
-            print(f"WARNING: {failure}", file=sys.stderr)
+        warnings = self.failures[:3]
+        if unparsable := sum(verdict == "unparsable" for verdict in verdicts.values()):
+            warnings.append(f"{unparsable} replies in {path} hold no clear score (--judge-tokens?)")
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
         return 1 if self.failures else 0
 
     def _read(self, path):
@@ -198,5 +213,5 @@ class Judge:
         for line in data.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                known[entry["key"]] = parse_reply(entry["reply"], self.kind)
+                known[entry["key"]] = parse_reply(entry["reply"], self.kind, entry.get("finish"))
         return known

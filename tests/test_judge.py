@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import threading
+import time
 
 import pytest
 
@@ -13,10 +14,11 @@ PAIRS = [(f"Question {i}?", f"Answer number {i}") for i in range(20)]
 
 
 class Endpoint:
-    """A chat endpoint on loopback: `reply(prompt, count)` gives text, or an HTTP status."""
+    """A chat endpoint on loopback: `reply(prompt, count)` gives what the message says, a choice as
+    a dict, an HTTP status, or (status, headers, bytes)."""
 
     def __init__(self, reply):
-        endpoint, self.seen, self.headers = self, [], []
+        endpoint, self.seen, self.headers, self.asked = self, [], [], []
         lock = threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,17 +27,21 @@ class Endpoint:
                 prompt = body["messages"][0]["content"]
                 with lock:
                     endpoint.seen.append(prompt)
-                    endpoint.headers.append(dict(self.headers))
+                    endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
+                    endpoint.asked.append((self.path, body))
                     said = reply(prompt, len(endpoint.seen))
-                status = said if isinstance(said, int) else 200
-                message = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-                auth = self.headers.get("Authorization")
-                data = json.dumps(message if status == 200 else {"error": f"no: {auth}"}).encode()
-                self.send_response(status)
-                if status == 429:
-                    self.send_header("Retry-After", "7")
+                if isinstance(said, int):
+                    auth = self.headers.get("Authorization")
+                    said = said, {"Retry-After": "7"} if said == 429 else {}, f"no: {auth}".encode()
+                if not isinstance(said, tuple):
+                    choice = {"message": {"role": "assistant", "content": said}}
+                    choice = said if isinstance(said, dict) else choice
+                    said = 200, {}, json.dumps({"choices": [choice]}).encode()
+                self.send_response(said[0])
+                for name, value in {"Content-Type": "application/json", **said[1]}.items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(said[2])
 
             def log_message(self, *_):
                 pass
@@ -64,7 +70,7 @@ def serve(reply):
 def waits(monkeypatch):
     """The waits asked for, none of them waited."""
     waited = []
-    monkeypatch.setattr(jd.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     return waited
 
 
@@ -75,7 +81,20 @@ def test_replies_are_scores_refusals_or_unparsable():
         ("**Score: 1**", "role", 1.0),
         ("I give it a 2.", "role", 2.0),
         ("<think>Is it 1 or 3?</think>\n0", "role", 0.0),
-        ("On a scale of 0-3 it is a 2", "role", "unparsable"),
+        ("On a scale of 0-3 it is a 2", "role", 2.0),
+        ("Score (0-3): 3", "role", 3.0),
+        ("Score from 0 to 3: **1**", "role", 1.0),
+        ("1. It talks like a pirate.\n2. It has 3 oaths.\nScore: 3", "role", 3.0),
+        ("The score is 2, not 3.", "role", 2.0),
+        ("1. It talks like a pirate, 3", "role", "unparsable"),
+        ("2 or 3", "role", "unparsable"),
+        ("2-3", "role", "unparsable"),
+        ("0\u2013100", "trait", "unparsable"),
+        ("Score: 2. Or a score of 3?", "role", "unparsable"),
+        ("<think>It has 3 oaths, so", "role", "unparsable"),
+        ("<think>2</think> <think>so 3", "role", "unparsable"),
+        ("3 out of 3", "role", 3.0),
+        ("85/100", "trait", 85.0),
         ("7", "role", "unparsable"),
         ("-1", "role", "unparsable"),
         ("85", "trait", 85.0),
@@ -87,6 +106,8 @@ def test_replies_are_scores_refusals_or_unparsable():
         ("", "role", "unparsable"),
     ):
         assert jd.parse_reply(reply, kind) == verdict, reply
+    assert jd.parse_reply("It is a 3", "role", "length") == "unparsable"  # cut in its reasoning
+    assert jd.parse_reply("It is a 3", "role", "stop") == 3.0
 
 
 def test_rubric_of_the_dataset_is_filled_with_question_and_answer(tmp_path):
@@ -150,7 +171,7 @@ def test_busy_and_broken_endpoints_are_asked_again_after_a_wait(tmp_path, waits)
     with serve(lambda *_: next(script)) as endpoint:
         assert endpoint.judge().score(PAIRS[:1], tmp_path / "j.jsonl") == ["unparsable"]
         assert len(endpoint.seen) == 3
-    assert waits[0] == 7.0 and 2.0 <= waits[1] <= 4.0  # what the server asked for; then back-off
+    assert waits[0] == 7.0 and 0 < waits[1] <= 8.0  # what the server asked for; then back-off
     with serve(lambda *_: 503) as endpoint:
         with pytest.raises(jd.JudgeError, match="HTTP 503"):
             endpoint.judge().score(PAIRS, tmp_path / "j.jsonl")
@@ -164,7 +185,7 @@ def test_wrong_key_fails_at_once_and_is_never_written(tmp_path, waits, monkeypat
         with pytest.raises(jd.JudgeError, match="HTTP 401") as error:
             endpoint.judge().score(PAIRS, tmp_path / "j.jsonl")
         assert len(endpoint.seen) == 1 and not waits
-        assert endpoint.headers[0]["Authorization"] == "Bearer sk-very-secret"
+        assert endpoint.headers[0]["authorization"] == "Bearer sk-very-secret"
     assert "secret" not in str(error.value) and "<key>" in str(error.value)
     with serve(lambda *_: "3") as endpoint:
         endpoint.judge().score(PAIRS[:2], tmp_path / "j.jsonl")
@@ -173,7 +194,82 @@ def test_wrong_key_fails_at_once_and_is_never_written(tmp_path, waits, monkeypat
 
 def test_nobody_there_is_a_clear_error(tmp_path, waits):
     judge = jd.Judge("http://127.0.0.1:9/v1", "j", jd.rubric_for("m__role__x"), "role")
-    with pytest.raises(jd.JudgeError, match=r"http://127.0.0.1:9/v1/chat/completions.*refused"):
+    with pytest.raises(jd.JudgeError, match=r"http://127.0.0.1:9/v1,.*refused"):
         judge.score(PAIRS, tmp_path / "j.jsonl")
     with pytest.raises(ValueError, match="not an http"):
         jd.Judge("localhost:8000", "j", "", "role")
+
+
+def test_keys_with_white_space_are_stripped_and_broken_ones_not_shown(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", " sk-very-secret\r\n")
+    with serve(lambda *_: "3") as endpoint:
+        assert endpoint.judge().ask("q", "a") == ("3", None)
+        assert endpoint.headers[0]["authorization"] == "Bearer sk-very-secret"
+        monkeypatch.setenv("JUDGE_API_KEY", "sk-very\nsecret")
+        with pytest.raises(ValueError, match="JUDGE_API_KEY") as error:
+            endpoint.judge()
+    assert "very" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_redirect_is_not_followed_so_that_the_key_stays(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    with serve(lambda *_: "3") as other:
+        for status in (302, 307, 308):
+            where = {"Location": f"{other.url}/chat/completions"}
+            redirect, error = (status, where, b""), pytest.raises(jd.JudgeError, match=str(status))
+            with serve(lambda *_, said=redirect: said) as endpoint, error:
+                endpoint.judge().ask("q", "a")
+        assert not other.seen
+
+
+def test_models_that_refuse_max_tokens_or_temperature_are_asked_without(tmp_path):
+    def picky(prompt, count):
+        body = endpoint.asked[-1][1]
+        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", "top_p")):
+            if name in body:
+                text = f"Unsupported parameter: '{name}' is not supported. Use '{other}' instead."
+                return 400, {}, json.dumps({"error": {"message": text}}).encode()
+        return "2"
+
+    with serve(picky) as endpoint:
+        judge = endpoint.judge()
+        assert judge.score(PAIRS[:3], tmp_path / "j.jsonl") == [2.0] * 3
+        body = endpoint.asked[-1][1]
+        assert body["max_completion_tokens"] == 32 and len(endpoint.seen) == 5  # 2 refusals, once
+    with serve(lambda *_: (400, {}, b'{"error": "no such model"}')) as endpoint:
+        with pytest.raises(jd.JudgeError, match="no such model"):
+            endpoint.judge().ask("q", "a")
+        assert len(endpoint.seen) == 1
+
+
+def test_what_else_servers_send(tmp_path, waits):
+    parts = {"message": {"content": [{"type": "text", "text": "Score: "}, {"text": "3"}]}}
+    torn = 500, {"Content-Length": "1000"}, b'{"error": "it ends in the mid'
+    script = iter([torn, (429, {"Retry-After": "soon"}, b""), (503, {"Retry-After": "-1"}, b"")])
+    with serve(lambda *_: next(script, parts)) as endpoint:
+        assert endpoint.judge().ask("q", "a") == ("Score: 3", None)
+        assert len(endpoint.seen) == 4 and all(0 <= wait <= 8 for wait in waits)
+        address = f"{endpoint.url}/deployments/x/chat/completions?api-version=2026-01-01"
+        judge = jd.Judge(address, "j", "{question}{answer}", "role")
+        judge.ask("q", "a")
+        assert endpoint.asked[-1][0] == "/v1/deployments/x/chat/completions?api-version=2026-01-01"
+    for broken in (
+        {},
+        (200, {}, b"<html>"),
+        (200, {}, b"[]"),
+        (403, {"Content-Length": "9"}, b"x"),
+    ):
+        with serve(lambda *_, said=broken: said) as endpoint, pytest.raises(jd.JudgeError):
+            endpoint.judge().ask("q", "a")
+
+
+def test_replies_that_were_cut_are_counted_with_a_hint(tmp_path, capsys):
+    cut = {"message": {"content": "It has 3"}, "finish_reason": "length"}
+    sample = {"question": "q", "answers": {"vanilla": "a"}}
+    result = {"samples": [sample], "answers": {"vanilla": {}}}
+    for asked in (1, 0):  # the kept reply is parsed in the same way
+        with serve(lambda *_: cut) as endpoint:
+            assert endpoint.judge().add_scores(result, tmp_path / "j.jsonl") == 0
+            assert len(endpoint.seen) == asked
+        assert result["answers"]["vanilla"]["judge"]["unparsable"] == 1
+        assert "--judge-tokens" in capsys.readouterr().err
