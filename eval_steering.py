@@ -221,7 +221,8 @@ def evaluate_folder(folder, args, shelf):
         replies = folder / "judgements.jsonl"
         code = judge.add_scores(result, replies, args.judge_workers, args.seed)
     files = report.write_evaluation(folder, result)
-    print(report.summary_text(result))
+    shown = [report.tables_text(result), *map(report.answers_text, result["samples"][:1])]
+    print("\n\n".join(shown))
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
     return code
 

@@ -88,18 +88,16 @@ def evaluation(result):
     """The tables of eval.json and its first question with the answers, as Markdown."""
     if not result:
         return "No evaluation is at hand."
-    tables, about = report.likelihood_text(result), (
+    about = (
         "On questions that training never saw; `x1.3` is 1.3 times the vector that the run ended "
         "with. NLL: nats per response token, on rows of the persona. Recovered: 1 is as much as "
         "the prompt of the persona gives."
-    )  # fmt: skip
+    )
     if result["samples"]:
-        count, longest = len(result["samples"]), result["config"]["max_new_tokens"]
-        tables += "\n\n" + report.answers_table(result)
         about += (
-            f" Answers: {count} a condition, of at most {longest} tokens; probe: probability of "
+            f" Answers: {len(result['samples'])} a condition, of at most "
+            f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by a "
+            "linear probe; KL: from the plain model, on rows without it."
         )
-        about += "the persona by a linear probe; KL: from the plain model, on rows without it."
-    flags = f"Flags: {', '.join(result['flags']) or 'none'}."
     sample = [report.answers_text(sample, "###") for sample in result["samples"][:1]]
-    return "\n\n".join([about, f"```\n{tables}\n```", flags, *sample])
+    return "\n\n".join([about, f"```\n{report.tables_text(result)}\n```", *sample])

@@ -14,44 +14,60 @@ from steering.run_state import changed_sources
 from steering.vector_file import VECTOR_FILE, load_vector, read_json, write_atomically, write_json
 
 FORMAT_VERSION = "2"  # of eval.json
+NLL = ("vanilla", "prompted", "steered", "mean_difference", "random")
+AT_ONE = "eval/answers/steered x1"  # of the vector as it is
+
+COLUMNS = {  # of report.csv: where run.json or eval.json of a run says it
+    "dataset": "run/dataset", "run": "run/folder", "status": "run/status",
+    "model": "run/args/model", "layer": "run/args/layer", "rows": "run/counts/train",
+    "tokens": "run/counts/tokens", "steps": "run/final/steps", "seconds": "run/final/seconds",
+    "best_val": "run/final/best_val", "norm": "run/final/vector_norm",
+    "norm_ratio": "run/final/ratio", **{name: f"eval/likelihood/{name}/nll" for name in NLL},
+    "recovered": "eval/recovered/value", "recovered_low": "eval/recovered/interval/0",
+    "recovered_high": "eval/recovered/interval/1", "auroc": "eval/probe/auroc",
+    "probe": f"{AT_ONE}/persona/mean", "judge": f"{AT_ONE}/judge/score/mean",
+    "kl": "eval/side_effects/steered x1/mean",
+    **{name: f"{AT_ONE}/{name}" for name in TEXT_METRICS},
+}  # fmt: skip
+for _name in ("vanilla", "random"):
+    _where = f"eval/likelihood/{_name}/steered_minus"
+    COLUMNS |= {f"minus_{_name}": _where, f"minus_{_name}_low": f"{_where}_interval/0"}
+    COLUMNS |= {f"minus_{_name}_high": f"{_where}_interval/1"}
 
 
-def number(value, form="{:.4f}"):
-    """A number as text, "-" for None."""
-    return "-" if value is None else form.format(value)
+def number(value, form="{:.4f}", bounds=None):
+    """A number as text, with its interval if given; "-" for None."""
+    if value is None:
+        return "-"
+    return form.format(value) + (f" {bracket(bounds, form)}" if bounds else "")
 
 
-def bracket(bounds, form="{:+.3f}"):
+def bracket(bounds, form):
     """An interval as text."""
     return "[" + ", ".join(form.format(bound) for bound in bounds) + "]"
 
 
-def paired_text(value, bounds, digits=3):
-    """A difference with its interval as text, "-" for None."""
-    return "-" if value is None else f"{value:+.{digits}f} {bracket(bounds)}"
-
-
-def mean_text(value):
-    """{"mean", "interval"} as text, "-" for None."""
-    return "-" if value is None else f"{value['mean']:.2f} {bracket(value['interval'], '{:.2f}')}"
+def mean_text(found):
+    """{"mean", "interval"}, or None, as text."""
+    return number(found["mean"], "{:.2f}", found["interval"]) if found else "-"
 
 
 def likelihood_text(result):
     """The likelihood table, intervals included, as text."""
     table = [["condition", "NLL/token", "95% interval", "perplexity", "steered minus it"]]
     for condition, row in result["likelihood"].items():
-        name, paired = NAMES.get(condition, condition), ""
+        name = NAMES.get(condition, condition)
         if condition in ("mean_difference", "steered_chosen"):
-            key = "steered" if condition == "steered_chosen" else condition
+            key = condition.removesuffix("_chosen")
             name += f" x{result['coefficients'][key]['chosen']:.2g}"
-        if "steered_minus" in row:
-            paired = paired_text(row["steered_minus"], row["steered_minus_interval"], 4)
-        interval = bracket(row["interval"], "{:.3f}")
-        table.append([name, number(row["nll"]), interval, f"{row['perplexity']:.2f}", paired])
+        cells = [name, number(row["nll"]), bracket(row["interval"], "{:.3f}")]
+        paired = row.get("steered_minus"), "{:+.3f}", row.get("steered_minus_interval")
+        cells += [f"{row['perplexity']:.2f}", number(*paired) if paired[2] else ""]
+        table.append(cells)
     recovered, counts = result["recovered"], result["heldout"]
-    about = f"undefined, {recovered.get('why')}"
-    if recovered["value"] is not None:
-        about = f"{recovered['value']:.2f} {bracket(recovered['interval'], '{:.2f}')}"
+    about = number(recovered["value"], "{:.2f}", recovered.get("interval"))
+    if recovered["value"] is None:
+        about = f"undefined, {recovered.get('why')}"
     head = f"{result['dataset']}: {counts['rows']} rows of {counts['questions']} held-out questions"
     last = f"recovered fraction (vanilla - steered) / (vanilla - prompted): {about}"
     return "\n".join([head, *aligned(table, left=(0, 4)), last])
@@ -60,26 +76,16 @@ def likelihood_text(result):
 def answers_table(result):
     """What the answers of each condition are like, as text."""
     probe, judge = result["probe"], result.get("judge")
-    if probe["withheld"]:
-        first = f"no persona score by probe: {probe['withheld']}"
-    else:
+    first = f"no persona score by probe: {probe['withheld']}"
+    if not probe["withheld"]:
         persona, plain = probe["rows"]["heldout"], probe["rows"]["plain_heldout"]
         first = f"probe: held-out AUROC {probe['auroc']:.3f} ({persona} persona rows, {plain} plain"
         first += f": {result['plain']['source']})"
-    head = [
-        "answers",
-        "probe",
-        *(["judge"] if judge else []),
-        "perplexity",
-        *TEXT_METRICS,
-        "KL",
-        "",
-    ]
-    table = [head]
+    scorers = ["probe", "judge"] if judge else ["probe"]
+    table = [["answers", *scorers, "perplexity", *TEXT_METRICS, "KL", ""]]
     for condition, row in result["answers"].items():
         cells = [NAMES.get(condition, condition), mean_text(row["persona"])]
-        if judge:
-            cells.append(mean_text(row["judge"]["score"]))
+        cells += [mean_text(row["judge"]["score"])] if judge else []
         cells.append(number(row["perplexity"], "{:.1f}"))
         cells += [number(row.get(name), metric.form) for name, metric in TEXT_METRICS.items()]
         effect = result["side_effects"].get(condition) or {}
@@ -87,12 +93,17 @@ def answers_table(result):
         table.append(cells)
     lines = [first, *aligned(table, left=(0, len(table[0]) - 1))]
     if judge:
-        low, high = judge["scale"]
-        rows, bad = [row["judge"] for row in result["answers"].values()], []
-        for key in ("refusal", "unparsable", "failed"):
-            bad.append(f"{sum(row[key] for row in rows)} {key}")
+        rows, (low, high) = [row["judge"] for row in result["answers"].values()], judge["scale"]
+        bad = [f"{sum(r[key] for r in rows)} {key}" for key in ("refusal", "unparsable", "failed")]
         lines.append(f"judge {judge['model']}, {low}-{high}: {', '.join(bad)}")
     return "\n".join(lines)
+
+
+def tables_text(result):
+    """Both tables and the flags, as text."""
+    flags = f"flags: {', '.join(result['flags']) or 'none'}"
+    answers = [answers_table(result)] if result["samples"] else []
+    return "\n\n".join([likelihood_text(result), *answers, flags])
 
 
 def answers_text(sample, heading="##"):
@@ -102,28 +113,12 @@ def answers_text(sample, heading="##"):
     return "\n\n".join(parts)
 
 
-def summary_text(result):
-    """What the console shows of an evaluation."""
-    parts = [likelihood_text(result)]
-    if result["samples"]:
-        parts += [answers_table(result), answers_text(result["samples"][0])]
-    parts.append(f"flags: {', '.join(result['flags']) or 'none'}")
-    return "\n\n".join(parts)
-
-
-def samples_text(result):
-    """samples.md: the tables, then every question with its answers."""
-    tables = likelihood_text(result)
-    tables += f"\n\n{answers_table(result)}" if result["samples"] else ""
-    flags = f"flags: {', '.join(result['flags']) or 'none'}"
-    parts = [f"# {result['dataset']}", f"```\n{tables}\n```", flags]
-    return "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
-
-
 def write_evaluation(folder, result):
     """Write eval.json, samples.md and eval.png into a run folder; returns the files' names."""
     write_json(folder / "eval.json", result)
-    write_atomically(folder / "samples.md", samples_text(result).encode())
+    parts = [f"# {result['dataset']}", f"```\n{tables_text(result)}\n```"]
+    text = "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
+    write_atomically(folder / "samples.md", text.encode())
     pictures = plot_run(folder / "eval.png", result, folder / "metrics.jsonl")
     return ["eval.json", "samples.md", *pictures]
 
@@ -155,45 +150,27 @@ def training_flags(record):
     return [*flags, "under budget"] if under else flags
 
 
-def code_flags(record):
-    """Whether a run is by other code than is here now, or by more than one, as a list."""
-    other = ["other code"] if changed_sources(record.get("code", {})) else []
-    return [*other, "code changed midway"] if record.get("code_changes") else other
-
-
-REPORT_NLL = ("vanilla", "prompted", "steered", "mean_difference", "random")
+def pick(value, path):
+    """What a nested dict or list holds at "a/b/0", None where there is no such place."""
+    for key in path.split("/"):
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
 
 
 def report_row(folder):
     """One line of report.csv: what run.json and, once evaluated, eval.json say of a run."""
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
-    final, counts, args = (record.get(key, {}) for key in ("final", "counts", "args"))
-    table, recovered = result.get("likelihood", {}), result.get("recovered", {})
-    at_one = result.get("answers", {}).get("steered x1", {})  # of the vector as it is
-    low, high = recovered.get("interval", (None, None))
-    row = {
-        "dataset": record.get("dataset"), "run": str(folder), "status": record.get("status"),
-        "model": args.get("model"), "layer": args.get("layer"),
-        "rows": counts.get("train"), "tokens": counts.get("tokens"), "steps": final.get("steps"),
-        "seconds": final.get("seconds"), "best_val": final.get("best_val"),
-        "norm": final.get("vector_norm"), "norm_ratio": final.get("ratio"),
-        **{key: table.get(key, {}).get("nll") for key in (*REPORT_NLL, *table)},
-        "recovered": recovered.get("value"), "recovered_low": low, "recovered_high": high,
-        "auroc": result.get("probe", {}).get("auroc"),
-        "probe": (at_one.get("persona") or {}).get("mean"),
-        "judge": (at_one.get("judge", {}).get("score") or {}).get("mean"),
-        "kl": (result.get("side_effects", {}).get("steered x1") or {}).get("mean"),
-        **{name: at_one.get(name) for name in TEXT_METRICS},
-    }  # fmt: skip
-    for condition in ("vanilla", "random"):
-        paired = table.get(condition, {})
-        row[f"minus_{condition}"] = paired.get("steered_minus")
-        bounds = paired.get("steered_minus_interval", (None, None))
-        row[f"minus_{condition}_low"], row[f"minus_{condition}_high"] = bounds
+    files = {"run": {**record, "folder": str(folder)}, "eval": result}
+    row = {column: pick(files, path) for column, path in COLUMNS.items()}
+    row |= {name: found["nll"] for name, found in result.get("likelihood", {}).items()}
     flags = result["flags"] if "flags" in result else training_flags(record)
     flags = flags if row["status"] == "done" else [str(row["status"]), *result.get("flags", [])]
-    row["flags"] = "; ".join([*flags, *code_flags(record)])
-    return row
+    other = ["other code"] if changed_sources(record.get("code", {})) else []
+    other += ["code changed midway"] if record.get("code_changes") else []
+    return row | {"flags": "; ".join([*flags, *other])}
 
 
 def report_order(row):
@@ -222,16 +199,12 @@ def write_report(folder, runs, matrices=()):
     runs: run folders, evaluated or not; matrices: what eval_steering.specificity returned."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(map(report_row, runs), key=report_order)
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text, columns = io.StringIO(), list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "report.csv", text.getvalue().encode())
-    conditions = dict.fromkeys(
-        c for run in runs for c in read_json(run / "eval.json").get("likelihood", ())
-    )
-    added = [c for c in conditions if c not in (*REPORT_NLL, "steered_chosen")]
+    added = [c for c in columns if c not in (*COLUMNS, "flags", "steered_chosen")]
     cells = [report_cells(row, added) for row in rows]
     table = [[*cells[0]], ["---"] * len(cells[0]), *(row.values() for row in cells)]
     lines = [f"# {len(rows)} runs, by recovered fraction\n"]
@@ -252,15 +225,14 @@ def write_report(folder, runs, matrices=()):
 
 def compare_vectors(folder, place, group, matrices, suffix):
     """(Markdown lines, names of heat maps) of the runs of one (model, layer)."""
-    paths = [Path(row["run"], VECTOR_FILE) for row in group]
-    vectors = np.stack([load_vector(path)[0].numpy() for path in paths])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = [load_vector(Path(row["run"], VECTOR_FILE))[0] for row in group]
+    vectors = np.stack([(vector / vector.norm()).numpy() for vector in vectors])
     cosine = vectors @ vectors.T
     off = cosine[~np.eye(len(group), dtype=bool)]
     lines = [f"## {Path(str(place[0])).name}, layer {place[1]}\n"]
     lines.append(f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}.\n")
-    path, names = folder / f"cosine{suffix}.png", short_names(group)
-    pictures = plot_matrix(path, names, cosine, "Cosine between vectors")
+    path = folder / f"cosine{suffix}.png"
+    pictures = plot_matrix(path, short_names(group), cosine, "Cosine between vectors")
     for matrix in matrices:
         if (matrix["model"], matrix["layer"]) == place:
             lines.append(specificity_line(matrix))
@@ -274,21 +246,19 @@ def compare_vectors(folder, place, group, matrices, suffix):
 
 def report_cells(row, added=()):
     """A run as {column: text} of the Markdown table; added: conditions beyond the usual ones."""
-    recovered = "undefined" if row["steered"] is not None else "-"
-    if row["recovered"] is not None:
-        bounds = row["recovered_low"], row["recovered_high"]
-        recovered = f"{row['recovered']:.2f} {bracket(bounds, '{:.2f}')}"
-    paired = {
-        f"steered - {name}": paired_text(
-            row[f"minus_{name}"], (row[f"minus_{name}_low"], row[f"minus_{name}_high"])
-        )
-        for name in ("vanilla", "random")
-    }
+
+    def interval(name, form):
+        return number(row[name], form, (row[f"{name}_low"], row[f"{name}_high"]))
+
+    undefined = row["recovered"] is None and row["steered"] is not None
     return {
         "dataset": f"`{row['dataset']}`",
         **{key: number(row[key]) for key in ("vanilla", "prompted", "steered")},
         "mean diff": number(row["mean_difference"]),
-        **{key: number(row.get(key)) for key in added}, "recovered": recovered, **paired,
+        **{key: number(row.get(key)) for key in added},
+        "recovered": "undefined" if undefined else interval("recovered", "{:.2f}"),
+        "steered - vanilla": interval("minus_vanilla", "{:+.3f}"),
+        "steered - random": interval("minus_random", "{:+.3f}"),
         **{head: number(row[head.lower()], "{:.2f}") for head in ("probe", "judge", "KL")},
         **{name: number(row[name], metric.form) for name, metric in TEXT_METRICS.items()},
         "norm": number(row["norm_ratio"], "{:.2f}"), "flags": row["flags"],
@@ -297,9 +267,7 @@ def report_cells(row, added=()):
 
 def specificity_line(matrix):
     """How often the diagonal wins, and where it does not."""
-    nll = np.array(matrix["nll"])
-    best = nll.argmin(axis=0)
-    names = matrix["names"]
+    names, best = matrix["names"], np.array(matrix["nll"]).argmin(axis=0)
     lost = [f"{names[i]} (better by {names[j]})" for i, j in enumerate(best) if i != j]
     text = f"Specificity: {len(best) - len(lost)} of {len(best)} personas' rows are best explained "
     return text + "by their own vector" + f"; not {', '.join(lost)}" * bool(lost) + ".\n"
@@ -311,6 +279,6 @@ def print_table(rows):
     table = [["dataset", *whole, "best val", "held-out", "norm", "flags"]]
     for row in rows:
         cells = [str(row["dataset"]), *(number(row[key], "{:,.0f}") for key in whole)]
-        cells += [number(row["best_val"]), number(row["steered"])]
-        table.append([*cells, number(row["norm"], "{:.2f}"), row["flags"]])
+        cells += [number(row["best_val"]), number(row["steered"]), number(row["norm"], "{:.2f}")]
+        table.append([*cells, row["flags"]])
     print("\n".join(aligned(table, left=(0, len(table[0]) - 1))))
