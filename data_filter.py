@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steering.command_line import aligned, exit_code, new_parser, out_of_bounds
+from steering.command_line import aligned, exit_code, new_parser, parse
 from steering.data_layouts import (
     dataset_parts,
     find_datasets,
@@ -259,11 +259,10 @@ def add_data_arguments(parser):
     add("--strict", action="store_true", help="stop at the first broken line")
 
 
-def check_data_arguments(args):
-    """What is wrong with the data options, as a list of messages."""
-    numbers, seeds = "role_min_score trait_min_score", "seed split_seed"
-    kinds = {"count": "target_tokens max_length", "share": "heldout_fraction"}
-    return out_of_bounds(args, {**kinds, "number": numbers, "seed": seeds})
+DATA_BOUNDS = {  # of the numbers among them
+    "count": "target_tokens max_length", "share": "heldout_fraction", "seed": "seed split_seed",
+    "number": "role_min_score trait_min_score",
+}  # fmt: skip
 
 
 def inspect_dataset(name, datasets, chat, options):
@@ -319,13 +318,9 @@ def parse_args(argv=None):
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--json", metavar="OUT", help="write the table as JSON")
     add("--write-list", metavar="FILE", help="write the names that reach the budget")
-    args = parser.parse_args(argv)
-    problems = check_data_arguments(args)
-    if args.write_list and not args.model:
-        problems.append("--write-list needs --model, whose tokens the budget counts")
-    if problems:
-        parser.error("; ".join(problems))
-    return args
+    text = "--write-list needs --model, whose tokens the budget counts"
+    checks = lambda args: [(args.write_list and not args.model, text)]  # noqa: E731
+    return parse(parser, argv, DATA_BOUNDS, checks)
 
 
 def run(args):

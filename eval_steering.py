@@ -31,7 +31,7 @@ from evaluation.stats import compare_losses, recovered_fraction
 from hook_model import load_chat, load_model
 from steering import run_state
 from steering.chat_format import label_count
-from steering.command_line import exit_code, new_parser, out_of_bounds
+from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, parse_name
 from steering.loading import DTYPES
 from steering.run_folder import all_runs, find_runs, run_path
@@ -139,8 +139,8 @@ def evaluate(model, chat, data, vector, args):
     directions["mean_difference"] = difference * factor
     answers = measures.compare_answers(model, chat, rows, directions, sampling)
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
-    described = measures.describe_answers(model, chat, rows, answers, probe, yardstick, limit, seed)
-    effects = measures.side_effects(model, data.plain_heldout, directions, limit, seed)
+    described = measures.describe_answers(model, chat, rows, answers, probe, yardstick, limit)
+    effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
     plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
@@ -171,8 +171,8 @@ def likelihood(model, chat, data, vector, difference, args):
     chosen_on = "validation questions" if data.validation else "training questions"
     return {
         "heldout": {"rows": len(tokens), "questions": len({*questions}), "tokens": sum(tokens)},
-        "likelihood": compare_losses(losses, tokens, questions, args.seed),
-        "recovered": recovered_fraction(losses, tokens, questions, args.seed),
+        "likelihood": compare_losses(losses, tokens, questions),
+        "recovered": recovered_fraction(losses, tokens, questions),
         "coefficients": {"chosen_on": chosen_on, **chosen},
     }
 
@@ -219,7 +219,7 @@ def evaluate_folder(folder, args, shelf):
         kind = parse_name(run.dataset.split("+")[0])[1]
         judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
         replies = folder / "judgements.jsonl"
-        code = judge.add_scores(result, replies, args.judge_workers, args.seed)
+        code = judge.add_scores(result, replies, args.judge_workers)
     files = report.write_evaluation(folder, result)
     shown = [report.tables_text(result), *map(report.answers_text, result["samples"][:1])]
     print("\n\n".join(shown))
@@ -305,7 +305,7 @@ def make_parser():
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
-    add("--seed", type=int, default=0, help="of sampled answers, random vectors and intervals")
+    add("--seed", type=int, default=0, help="of sampled answers and random vectors")
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
@@ -334,29 +334,27 @@ def option_defaults():
 
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
     counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
     sizes = "num_samples temperature specificity_runs"
-    kinds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
-    problems = out_of_bounds(args, kinds)
-    if not all(map(math.isfinite, args.scales)):
-        problems.append(f"--scales {args.scales}: must be finite")
-    if bool(args.judge) != bool(args.judge_model):
-        problems.append("--judge and --judge-model: give both or neither")
-    if bool(args.run) == bool(args.vector):
-        problems.append("name either --run DIR or --vector FILE")
-    if args.report_only and not args.run:
-        problems.append("--report-only goes with --run")
-    if args.vector and not (args.model and args.dataset):
-        problems.append("--vector needs --model and --dataset")
-    if args.run and (args.dataset or args.layer is not None or args.any_model or args.out):
-        problems.append("--dataset, --layer, --any-model, --out: for --vector, a run knows its own")
-    if problems:
-        parser.error("; ".join(problems))
-    if args.model and Path(args.model).exists():  # as in training: "models/x/" is "models/x"
-        args.model = os.path.normpath(args.model)
-    return args
+    bounds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
+    return parse(make_parser(), argv, bounds, check_arguments)
+
+
+def check_arguments(args):
+    """(whether something is wrong, what) of the options beyond their bounds."""
+    needed = args.model and args.dataset
+    foreign = args.dataset or args.layer is not None or args.any_model or args.out
+    return [
+        (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
+        (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
+        (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
+        (args.report_only and not args.run, "--report-only goes with --run"),
+        (args.vector and not needed, "--vector needs --model and --dataset"),
+        (
+            args.run and foreign,
+            "--dataset, --layer, --any-model, --out: for --vector, a run knows its own",
+        ),
+    ]
 
 
 def changes_of(args):

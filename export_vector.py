@@ -11,7 +11,6 @@ loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written,
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from evaluation.card import card
 from evaluation.report import FORMAT_VERSION
-from steering.command_line import exit_code, new_parser
+from steering.command_line import exit_code, new_parser, parse
 from steering.loading import read_config
 from steering.run_folder import find_runs, lock_folder
 from steering.vector_file import (
@@ -166,11 +165,7 @@ def parse_args(argv=None):
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
     add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
     add("--model", help="HF id or folder; for a run: the name that the files give the model")
-    add(
-        "--layer",
-        type=int,
-        help="with --from: 0-based layer, needed where the file does not say one",
-    )
+    add("--layer", type=int, help="with --from: 0-based, needed where the file does not say one")
     add("--any-model", action="store_true", help="whatever model the vector was made for")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("output").add_argument
@@ -179,20 +174,17 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="DIR", help="folder to write to")
     add("--scale", type=float, default=1.0, help="multiply the vector by this")
     add("--overwrite", action="store_true", help="replace files that are there and differ")
-    args = parser.parse_args(argv)
-    problems = []
-    if bool(args.run) == bool(args.source):
-        problems.append("name either RUN_DIR or --from PATH")
-    if args.source and not args.model:
-        problems.append("--from needs --model: the model that the vector is for")
-    if args.run and args.layer is not None:
-        problems.append("--layer goes with --from: a run knows its own")
-    if not (math.isfinite(args.scale) and args.scale):
-        problems.append(f"--scale {args.scale}: must be finite and not 0")
-    if problems:
-        parser.error("; ".join(problems))
-    if args.model and Path(args.model).exists():  # as in training: "models/x/" is "models/x"
-        args.model = os.path.normpath(args.model)
+    args = parse(
+        parser,
+        argv,
+        {},
+        lambda args: [
+            (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
+            (args.source and not args.model, "--from needs --model: what the vector is for"),
+            (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),
+            (not (math.isfinite(args.scale) and args.scale), f"--scale {args.scale}: not usable"),
+        ],
+    )
     args.format = FORMATS if "all" in args.format else list(dict.fromkeys(args.format))
     return args
 

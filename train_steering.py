@@ -26,7 +26,7 @@ import data_filter
 from hook_model import ResidualHook, load_model
 from steering import run_folder, run_state
 from steering.chat_format import label_count, micro_batches
-from steering.command_line import exit_code, new_parser, out_of_bounds
+from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, requested_names
 from steering.fast_path import FastPath, checkpoint_layers, compile_layers, example_sums
 from steering.loading import DTYPES, check_layer, load_chat, model_shape, pick_device, pick_dtype
@@ -410,7 +410,7 @@ def make_parser():
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
     text = f"peak learning rate; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
-    add("--lr", default="auto", help=text)
+    add("--lr", type=learning_rate, default="auto", help=text)
     kinds = ("constant", "linear", "cosine")
     add("--lr-scheduler", default="cosine", choices=kinds, help="its shape after warm-up")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
@@ -447,41 +447,33 @@ def option_defaults():
     return vars(make_parser().parse_args([]))
 
 
+def learning_rate(text):
+    """--lr, as a number unless it is "auto"."""
+    if text != "auto" and not 0 < float(text) < math.inf:
+        raise ValueError
+    return text if text == "auto" else float(text)
+
+
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if Path(args.model).exists():  # one spelling, one run folder: "models/x/" is "models/x"
-        args.model = os.path.normpath(args.model)
-    if problems := [*data_filter.check_data_arguments(args), *check_arguments(args)]:
-        parser.error("; ".join(problems))
-    return args
+    counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
+    counts += " val_every save_every keep_checkpoints"
+    bounds = {**data_filter.DATA_BOUNDS, "size": "max_grad_norm init_scale"}
+    bounds["count"] += f" {counts}"
+    bounds["share"] += " val_fraction warmup_ratio"
+    return parse(make_parser(), argv, bounds, check_arguments)
 
 
 def check_arguments(args):
-    """What is wrong with the options beyond the data, as messages; turns --lr into a number."""
-    counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
-    counts += " val_every save_every keep_checkpoints"
-    kinds = {
-        "count": counts,
-        "share": "val_fraction warmup_ratio",
-        "size": "max_grad_norm init_scale",
-    }
-    problems = out_of_bounds(args, kinds)
-    if not (args.dataset or args.list_file):
-        problems.append("name what to train on: --dataset NAME ... or --list-file FILE")
-    if args.patience and not args.val_fraction:
-        problems.append("--patience needs validation questions: --val-fraction above 0")
-    if args.max_steps == 0:
-        problems.append("to evaluate a vector as it is: eval_steering.py --vector FILE")
-    if args.lr != "auto":
-        with contextlib.suppress(ValueError):
-            args.lr = float(args.lr)
-        if isinstance(args.lr, str) or not 0 < args.lr < math.inf:
-            problems.append(f'--lr {args.lr}: must be "auto" or a number above 0')
-    if args.run_name and not re.fullmatch(r"(?!old-)\w[\w.+-]*", args.run_name):
-        problems.append(f'--run-name "{args.run_name}": use letters, digits, "_.+-"; not "old-..."')
-    return problems
+    """(whether something is wrong, what) of the options beyond their bounds."""
+    name = args.run_name is None or re.fullmatch(r"(?!old-)\w[\w.+-]*", args.run_name)
+    listed = args.dataset or args.list_file
+    return [
+        (not listed, "name what to train on: --dataset NAME ... or --list-file FILE"),
+        (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
+        (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
+        (not name, f'--run-name "{args.run_name}": use letters, digits, "_.+-"; not "old-..."'),
+    ]
 
 
 def main(argv=None):

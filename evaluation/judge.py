@@ -173,9 +173,9 @@ class Judge:
                 raise
         return [known.get(self.identity(*pair)) for pair in pairs]
 
-    def add_scores(self, result, path, workers=8, seed=0):
+    def add_scores(self, result, path, workers=8):
         """Add scores to the answers of an eval.json's dict; 1 if the judge failed on some, else 0.
-        path, workers: as in `score`; seed: of the intervals."""
+        path, workers: as in `score`."""
         samples = result["samples"]
         conditions = list(samples[0]["answers"]) if samples else []
         pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
@@ -191,7 +191,7 @@ class Judge:
                     scores.append((verdict, question))
                 else:
                     counts[verdict or "failed"] += 1
-            scored = mean_interval(*(zip(*scores, strict=True) if scores else ((), ())), seed)
+            scored = mean_interval(*(zip(*scores, strict=True) if scores else ((), ())))
             result["answers"][condition]["judge"] = {"score": scored, **counts}
         result["judge"] = {
             "model": self.model, "url": self.url, "scale": [low, high], "rubric": self.rubric,

@@ -269,7 +269,7 @@ def train_probe(persona, plain, persona_heldout, plain_heldout):
     return probe, report | {"auroc": value, "withheld": None}
 
 
-def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens, seed):
+def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens):
     """{condition: what its answers are like}: TEXT_METRICS, perplexity, persona, collapsed.
     Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
     real rows of the persona."""
@@ -290,14 +290,14 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens, s
             about["perplexity"] = math.exp(min(float(np.median(nll)), 700.0))
             if probe:
                 scores = probe(response_means(model, examples, max_tokens)).tolist()
-                about["persona"] = mean_interval(scores, questions_of(examples), seed)
+                about["persona"] = mean_interval(scores, questions_of(examples))
         unlikely = (about["perplexity"] or math.inf) > MAX_UNLIKELY * yardstick
         broken = about["empty"] > MAX_EMPTY or about["repeated"] > MAX_REPEATED
         result[condition] = about | {"collapsed": bool(broken or unlikely)}
     return result
 
 
-def side_effects(model, examples, directions, max_tokens, seed):
+def side_effects(model, examples, directions, max_tokens):
     """{condition: {"mean", "interval"}}: KL(vanilla || steered) in nats a token, on plain rows."""
     announce(f"side effects on plain rows: {', '.join(directions)}")
     fast, result = FastPath(model), {}
@@ -307,5 +307,5 @@ def side_effects(model, examples, directions, max_tokens, seed):
         model.set_vector(direction)
         sums = example_sums(fast.divergences, examples, max_tokens)
         per_token = [value / count for value, count in zip(sums, tokens, strict=True)]
-        result[condition] = mean_interval(per_token, questions, seed)
+        result[condition] = mean_interval(per_token, questions)
     return result

@@ -64,7 +64,7 @@ def plot_likelihood(bars, paired, result):
     names = list(table)[::-1]
     labels = [NAMES.get(name, name) for name in names]
     values = np.array([table[name]["nll"] for name in names])
-    bounds = np.array([table[name]["interval"] for name in names]).T
+    bounds = np.array([table[n]["interval"] or [table[n]["nll"]] * 2 for n in names]).T
     bars.barh(labels, values, color=[COLORS.get(name, "#999999") for name in names])
     bars.errorbar(values, labels, xerr=abs(bounds - values), fmt="none", ecolor="k", capsize=3)
     for name, value in zip(labels, values, strict=True):
@@ -73,7 +73,8 @@ def plot_likelihood(bars, paired, result):
     others = [name for name in names if name != "steered"]
     labels = [NAMES.get(name, name) for name in others]
     values = np.array([table[name]["steered_minus"] for name in others])
-    bounds = np.array([table[name]["steered_minus_interval"] for name in others]).T
+    bounds = [table[name]["steered_minus_interval"] for name in others]
+    bounds = np.array([b or [v, v] for b, v in zip(bounds, values, strict=True)]).T
     paired.errorbar(
         values, labels, xerr=abs(bounds - values), fmt="o", capsize=4, color=COLORS["steered"]
     )
@@ -109,7 +110,8 @@ def by_scale(rows, value):
 def plot_band(axis, x, values, color, label=None, unit=1.0):
     """A line of means, over `unit`, in a band of their intervals."""
     if x:
-        low, high = np.array([value["interval"] for value in values]).T / unit
+        bounds = [value["interval"] or [value["mean"]] * 2 for value in values]
+        low, high = np.array(bounds).T / unit
         axis.plot(x, [value["mean"] / unit for value in values], "o-", label=label, color=color)
         axis.fill_between(x, low, high, alpha=0.2, color=color)
 

@@ -13,14 +13,15 @@ from steering.command_line import aligned
 from steering.run_state import changed_sources
 from steering.vector_file import VECTOR_FILE, load_vector, read_json, write_atomically, write_json
 
-FORMAT_VERSION = "2"  # of eval.json
+FORMAT_VERSION = "3"  # of eval.json
 NLL = ("vanilla", "prompted", "steered", "mean_difference", "random")
 AT_ONE = "eval/answers/steered x1"  # of the vector as it is
 
 COLUMNS = {  # of report.csv: where run.json or eval.json of a run says it
     "dataset": "run/dataset", "run": "run/folder", "status": "run/status",
     "model": "run/args/model", "layer": "run/args/layer", "rows": "run/counts/train",
-    "tokens": "run/counts/tokens", "steps": "run/final/steps", "seconds": "run/final/seconds",
+    "tokens": "run/counts/tokens", "questions": "eval/heldout/questions",
+    "steps": "run/final/steps", "seconds": "run/final/seconds",
     "best_val": "run/final/best_val", "norm": "run/final/vector_norm",
     "norm_ratio": "run/final/ratio", **{name: f"eval/likelihood/{name}/nll" for name in NLL},
     "recovered": "eval/recovered/value", "recovered_low": "eval/recovered/interval/0",
@@ -43,8 +44,8 @@ def number(value, form="{:.4f}", bounds=None):
 
 
 def bracket(bounds, form):
-    """An interval as text."""
-    return "[" + ", ".join(form.format(bound) for bound in bounds) + "]"
+    """An interval as text; "-" for None: too few questions."""
+    return "-" if bounds is None else "[" + ", ".join(form.format(bound) for bound in bounds) + "]"
 
 
 def mean_text(found):
@@ -62,7 +63,7 @@ def likelihood_text(result):
             name += f" x{result['coefficients'][key]['chosen']:.2g}"
         cells = [name, number(row["nll"]), bracket(row["interval"], "{:.3f}")]
         paired = row.get("steered_minus"), "{:+.3f}", row.get("steered_minus_interval")
-        cells += [f"{row['perplexity']:.2f}", number(*paired) if paired[2] else ""]
+        cells += [f"{row['perplexity']:.2f}", number(*paired) if "steered_minus" in row else ""]
         table.append(cells)
     recovered, counts = result["recovered"], result["heldout"]
     about = number(recovered["value"], "{:.2f}", recovered.get("interval"))
@@ -126,9 +127,11 @@ def write_evaluation(folder, result):
 def find_flags(result, record):
     """What eval.json and run.json say is wrong with a run, as a list, most serious first."""
     table = result["likelihood"]
-    bounds = {name: row.get("steered_minus_interval", [0, 0]) for name, row in table.items()}
+    bounds = {name: row.get("steered_minus_interval") or [-1, -1] for name, row in table.items()}
+    few = table["vanilla"]["steered_minus_interval"] is None
     checks = [
         ("NaN", not all(math.isfinite(row["nll"]) for row in table.values())),
+        (f"only {result['heldout']['questions']} held-out questions" if few else "", few),
         ("no better than vanilla", not bounds["vanilla"][1] < 0),
         ("no better than random", not bounds["random"][1] < 0),
         ("worse than mean difference", bounds["mean_difference"][0] > 0),
@@ -248,7 +251,8 @@ def report_cells(row, added=()):
     """A run as {column: text} of the Markdown table; added: conditions beyond the usual ones."""
 
     def interval(name, form):
-        return number(row[name], form, (row[f"{name}_low"], row[f"{name}_high"]))
+        bounds = row[f"{name}_low"], row[f"{name}_high"]
+        return number(row[name], form, None if None in bounds else bounds)
 
     undefined = row["recovered"] is None and row["steered"] is not None
     return {

@@ -6,75 +6,78 @@ Arrays in, numbers out; nothing here knows a model or a file.
 import math
 import re
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-DRAWS = 2000  # bootstrap resamples of the questions
+MIN_QUESTIONS = 8  # no interval that is built on fewer covers what it says
 
 
-def resampled_means(values, weights, questions, seed=0):
-    """Bootstrap over questions: {name: (sum of values) / (sum of weights) of each resample (D,)}.
-    values: {name: one number a row}; weights, questions: one a row. Every name sees the same
-    resamples, so differences between names are paired; rows of a question stay together."""
+def student_t(freedom):
+    """The 97.5% quantile of Student's t, to 0.001 from 7 degrees of freedom on.
+    By its expansion in those of the normal distribution (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    terms = z, *terms, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def ratio(values, weights, questions):
+    """(sum of values / sum of weights, its 95% interval over questions, or None if they are few).
+    All one a row; the rows of a question stay together. A jackknife: what leaving out each question
+    in turn does to the ratio, times Student's t. Differences of two conditions, as values, give a
+    paired interval."""
     names = {question: i for i, question in enumerate(dict.fromkeys(questions))}
-    groups = np.array([names[question] for question in questions])
-
-    def by_question(numbers):  # (Q,)
-        return np.bincount(groups, np.asarray(numbers, dtype=np.float64), len(names))
-
-    picks = np.random.default_rng(seed).integers(0, len(names), (DRAWS, len(names)))
-    total = by_question(weights)[picks].sum(axis=1)  # (D,)
-    return {name: by_question(v)[picks].sum(axis=1) / total for name, v in values.items()}
-
-
-def interval(samples):
-    """[2.5%, 97.5%] of bootstrap samples."""
-    return [float(bound) for bound in np.quantile(samples, [0.025, 0.975])]
+    groups, count = [names[question] for question in questions], len(names)
+    values, weights = (np.bincount(groups, np.asarray(x, float), count) for x in (values, weights))
+    found = float(values.sum() / weights.sum())
+    if count < MIN_QUESTIONS:
+        return found, None
+    without = (values.sum() - values) / (weights.sum() - weights)  # (Q,)
+    half = student_t(count - 1) * math.sqrt(np.square(without - found).sum())
+    return found, [found - half, found + half]
 
 
-def mean_interval(values, questions, seed=0):
-    """{"mean", "interval"} of one number a row, bootstrapped over questions; None without rows."""
+def mean_interval(values, questions):
+    """{"mean", "interval"} of one number a row, as `ratio` gives them; None without rows."""
     if not len(values):
         return None
-    samples = resampled_means({"x": values}, np.ones(len(values)), questions, seed)["x"]
-    return {"mean": float(np.mean(values)), "interval": interval(samples)}
+    return dict(zip(("mean", "interval"), ratio(values, [1] * len(values), questions), strict=True))
 
 
-def compare_losses(losses, tokens, questions, seed=0):
+def compare_losses(losses, tokens, questions):
     """Each condition's NLL per token with its interval, and steered minus it, paired.
     losses: {condition: nats a row}, "steered" among them; tokens: label tokens a row."""
-    samples = resampled_means(losses, tokens, questions, seed)
-    nll = {condition: float(sum(values) / sum(tokens)) for condition, values in losses.items()}
     table = {}
-    for condition, value in nll.items():
-        table[condition] = {"nll": value, "interval": interval(samples[condition])}
-        table[condition]["perplexity"] = math.exp(min(value, 700.0))
+    for condition, values in losses.items():
+        nll, bounds = ratio(values, tokens, questions)
+        row = {"nll": nll, "interval": bounds, "perplexity": math.exp(min(nll, 700.0))}
         if condition != "steered":
-            table[condition]["steered_minus"] = nll["steered"] - value
-            difference = samples["steered"] - samples[condition]
-            table[condition]["steered_minus_interval"] = interval(difference)
+            differences = np.subtract(losses["steered"], values)
+            paired = ratio(differences, tokens, questions)
+            row["steered_minus"], row["steered_minus_interval"] = paired
+        table[condition] = row
     return table
 
 
-def recovered_fraction(losses, tokens, questions, seed=0):
+def recovered_fraction(losses, tokens, questions):
     """(vanilla - steered) / (vanilla - prompted): how much of prompting's gain the vector gives.
     {"value", "interval"}, or {"value": None, "why"} where the interval of vanilla - prompted does
     not lie above zero: a fraction of no gain says nothing."""
     if "prompted" not in losses:
         return {"value": None, "why": "the rows have no system prompt to prompt with"}
-    samples = resampled_means(losses, tokens, questions, seed)
-    nll = {condition: sum(values) / sum(tokens) for condition, values in losses.items()}
-    gain = nll["vanilla"] - nll["prompted"]
-    low, high = interval(samples["vanilla"] - samples["prompted"])
-    if low <= 0:
-        why = f"prompting does not help: vanilla - prompted {gain:.4f} [{low:.4f}, {high:.4f}]"
-        return {"value": None, "why": why}
-    fractions = samples["vanilla"] - samples["steered"]
-    fractions = fractions / np.maximum(samples["vanilla"] - samples["prompted"], 1e-9)
-    value = float((nll["vanilla"] - nll["steered"]) / gain)
-    return {"value": value, "interval": interval(fractions)}
+    gains = np.subtract(losses["vanilla"], losses["prompted"])
+    gain, bounds = ratio(gains, tokens, questions)
+    if bounds is None:
+        count = len(set(questions))
+        return {"value": None, "why": f"{count} held-out questions, {MIN_QUESTIONS} are needed"}
+    if bounds[0] <= 0:
+        why = f"prompting does not help: vanilla - prompted {gain:.4f}"
+        return {"value": None, "why": f"{why} [{bounds[0]:.4f}, {bounds[1]:.4f}]"}
+    value, interval = ratio(np.subtract(losses["vanilla"], losses["steered"]), gains, questions)
+    return {"value": value, "interval": interval}
 
 
 def fit_probe(positive, negative, l2=0.01):

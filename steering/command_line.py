@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import sys
+from pathlib import Path
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -23,15 +25,22 @@ BOUNDS = {  # kind of number: (whether a value is one, what to say otherwise)
 }
 
 
-def out_of_bounds(args, options):
-    """Messages for the options that break a bound; one that is None was not given.
-    options: {key of BOUNDS: names of options, separated by spaces}."""
-    return [
-        f"--{key.replace('_', '-')} {getattr(args, key)}: {BOUNDS[kind][1]}"
-        for kind, keys in options.items()
-        for key in keys.split()
-        if getattr(args, key) is not None and not BOUNDS[kind][0](getattr(args, key))
-    ]
+def parse(parser, argv, bounds, checks):
+    """Parsed options; all that are bad are reported at once, before anything is read.
+    bounds: {key of BOUNDS: names of options, separated by spaces}, None being no value; checks:
+    a function of the options that gives (whether something is wrong, what) pairs."""
+    args, problems = parser.parse_args(argv), []
+    for kind, keys in bounds.items():
+        holds, otherwise = BOUNDS[kind]
+        for key in keys.split():
+            if (value := getattr(args, key)) is not None and not holds(value):
+                problems.append(f"--{key.replace('_', '-')} {value}: {otherwise}")
+    problems += [what for wrong, what in checks(args) if wrong]
+    if problems:
+        parser.error("; ".join(problems))
+    if args.model and Path(args.model).exists():  # one spelling, one run folder
+        args.model = os.path.normpath(args.model)
+    return args
 
 
 def exit_code(run, *arguments):

@@ -27,10 +27,31 @@ def test_paired_interval_is_tight_where_only_questions_differ():
 def test_interval_is_over_questions_not_rows():
     losses, tokens = RNG.uniform(1, 3, 25), np.full(25, 4)
     questions = [f"q{i}" for i in range(25)]
-    once = es.resampled_means({"x": losses}, tokens, questions)["x"]
     grouped = [question for question in questions for _ in range(5)]
-    again = es.resampled_means({"x": np.repeat(losses, 5)}, np.repeat(tokens, 5), grouped)["x"]
-    assert np.allclose(once, again)  # five times the rows of a question are no new questions
+    again = es.ratio(np.repeat(losses, 5), np.repeat(tokens, 5), grouped)
+    found, bounds = es.ratio(losses, tokens, questions)
+    # five times the rows of a question are no new questions
+    assert again[0] == pytest.approx(found) and again[1] == pytest.approx(bounds)
+
+
+def test_intervals_cover_what_they_say_from_eight_questions_on():
+    """Rows of unlike length, NLL a token that is skewed; 1% is 3 standard errors."""
+    truth = 3.0
+    for count in (8, 12, 17, 40):
+        covered, names = 0, [str(i) for i in range(count)]
+        for _ in range(4000):
+            tokens = np.clip(RNG.lognormal(4, 0.5, count), 5, None)
+            nll = truth + RNG.normal(0, 0.4, count) + 0.3 * (RNG.gamma(4, 0.25, count) - 1)
+            low, high = es.ratio(nll * tokens, tokens, names)[1]
+            covered += low <= truth <= high
+        assert 0.93 <= covered / 4000 <= 0.97, count
+    for count in (1, 2, 7):
+        assert es.mean_interval([1.0] * count, list(range(count)))["interval"] is None
+    few = {name: np.arange(3.0) - shift for shift, name in enumerate(("vanilla", "prompted"))}
+    found = es.recovered_fraction(few | {"steered": few["vanilla"]}, [1] * 3, "abc")
+    assert found["value"] is None and "3 held-out questions" in found["why"]
+    assert es.student_t(7) == pytest.approx(2.3646, abs=1e-3)  # of any table
+    assert es.student_t(30) == pytest.approx(2.0423, abs=1e-3)
 
 
 def test_interval_agrees_with_the_normal_one_on_many_questions():

@@ -324,7 +324,7 @@ def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folde
         "good": ["Aye aye.", "No.", "Sail on, my friend."],
         "bad": ["", "", "so it goes " * 20],
     }
-    got = me.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT, 0)
+    got = me.describe_answers(model, smol_chat, rows, texts, None, 1e9, LIMIT)
     assert got["good"]["empty"] == 0 and not got["good"]["collapsed"]
     assert got["bad"]["empty"] == pytest.approx(2 / 3) and got["bad"]["collapsed"]
     nlls = []
@@ -336,7 +336,7 @@ def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folde
             nlls.append(model.model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
     assert got["good"]["perplexity"] == pytest.approx(math.exp(sorted(nlls)[1]), rel=1e-4)
     likely = got["good"]["perplexity"]
-    tight = me.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT, 0)
+    tight = me.describe_answers(model, smol_chat, rows, texts, None, likely / 4, LIMIT)
     assert tight["good"]["collapsed"]  # four times less likely than real rows
 
 
