@@ -17,18 +17,14 @@ from steering.data_layouts import parse_name
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
-def template_parts():
-    """(template of the card, [(format, tool, fenced lines with $model and $layer)])."""
-    text, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--")
-    return text, re.findall(r"^## (\w+): (.*?)\n\n(```.*?```)$", rest, re.MULTILINE | re.DOTALL)
-
-
 def card(source, vector, scale, formats, names):
     """The card as Markdown with front matter; what is not known is left out.
     source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
     one; formats, names: what they are and are called."""
-    about, (template, snippets) = source.metadata, template_parts()
-    model, layer, front = about["model"], about["layer"], ""
+    about, front = source.metadata, ""
+    template, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--")
+    snippets = re.findall(r"^## (\w+): (.*?)\n\n(```.*?```)$", rest, re.MULTILINE | re.DOTALL)
+    model, layer = about["model"], about["layer"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not about["model_is_local"]:  # on the Hub
         front = f"base_model: {model}\nbase_model_relation: adapter\n"
     untrained = source.record and not source.record["final"].get("steps")  # a run to evaluate it
@@ -47,13 +43,10 @@ def card(source, vector, scale, formats, names):
     }
     fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer}
     loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
-    return Template(template).substitute(
-        front=front,
-        title=plain(title),
-        facts="\n".join(f"| {name} | {plain(words)} |" for name, words in facts.items()),
-        evaluation=evaluation(source.result),
-        snippets="\n\n".join(loading),
-    )
+    facts = "\n".join(f"| {name} | {plain(words)} |" for name, words in facts.items())
+    parts = {"facts": facts, "evaluation": evaluation(source.result)}
+    parts |= {"front": front, "title": plain(title), "snippets": "\n\n".join(loading)}
+    return Template(template).substitute(parts)
 
 
 def plain(text):
@@ -91,13 +84,9 @@ def evaluation(result):
     about = (
         "On questions that training never saw; `x1.3` is 1.3 times the vector that the run ended "
         "with. NLL: nats per response token, on rows of the persona. Recovered: 1 is as much as "
-        "the prompt of the persona gives."
+        f"the prompt of the persona gives. Answers: {len(result['samples'])} a condition, of at "
+        f"most {result['config']['max_new_tokens']} tokens; probe: probability of the persona by "
+        "a linear probe; KL: from the plain model, on rows without the persona."
     )
-    if result["samples"]:
-        about += (
-            f" Answers: {len(result['samples'])} a condition, of at most "
-            f"{result['config']['max_new_tokens']} tokens; probe: probability of the persona by a "
-            "linear probe; KL: from the plain model, on rows without it."
-        )
     sample = [report.answers_text(sample, "###") for sample in result["samples"][:1]]
     return "\n\n".join([about, f"```\n{report.tables_text(result)}\n```", *sample])

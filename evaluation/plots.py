@@ -44,56 +44,52 @@ def plot_run(pyplot, result, metrics_path):
     """eval.png: NLL, paired differences, loss curve; persona score, fluency, KL against scale."""
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     figure.suptitle(f"{result['dataset']}   (flags: {', '.join(result['flags']) or 'none'})")
-    plot_likelihood(axes[0, 0], axes[0, 1], result)
+    plot_likelihood(axes[0, 0], axes[0, 1], result["likelihood"])
     plot_curve(axes[0, 2], metrics_path)
     if result["answers"]:
         plot_persona(axes[1, 0], result)
-        plot_fluency(axes[1, 1], result)
+        plot_fluency(axes[1, 1], result["answers"])
     at_zero = {"vanilla": {"mean": 0.0, "interval": [0.0, 0.0]}}
-    effects = by_scale({**at_zero, **result["side_effects"]}, lambda row: row)
-    plot_band(axes[1, 2], *effects, color=COLORS["steered"])
+    plot_band(axes[1, 2], at_zero | result["side_effects"], lambda row: row, COLORS["steered"])
     axes[1, 2].set(title="Side effect on plain rows", xlabel="scale", ylabel="KL, nats a token")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def plot_likelihood(bars, paired, result):
+def plot_likelihood(bars, paired, table):
     """Bars of NLL with intervals, and steered minus each other condition, paired."""
-    table = result["likelihood"]
     names = list(table)[::-1]
-    labels = [NAMES.get(name, name) for name in names]
-    values = np.array([table[name]["nll"] for name in names])
-    bounds = np.array([table[n]["interval"] or [table[n]["nll"]] * 2 for n in names]).T
-    bars.barh(labels, values, color=[COLORS.get(name, "#999999") for name in names])
-    bars.errorbar(values, labels, xerr=abs(bounds - values), fmt="none", ecolor="k", capsize=3)
-    for name, value in zip(labels, values, strict=True):
-        bars.text(0.02 * values.max(), name, f"{value:.3f}", va="center", weight="bold")
+    labels, colors = [NAMES.get(n, n) for n in names], [COLORS.get(n, "#999999") for n in names]
+    bars.barh(labels, [table[name]["nll"] for name in names], color=colors)
+    plot_intervals(bars, table, names, "nll", "interval", "k")
+    for name, label in zip(names, labels, strict=True):
+        bars.text(0.1, label, f"{table[name]['nll']:.3f}", va="center", weight="bold")
     bars.set(title="NLL per response token, held-out", xlabel="nats (95% over questions)")
-    others = [name for name in names if name != "steered"]
-    labels = [NAMES.get(name, name) for name in others]
-    values = np.array([table[name]["steered_minus"] for name in others])
-    bounds = [table[name]["steered_minus_interval"] for name in others]
-    bounds = np.array([b or [v, v] for b, v in zip(bounds, values, strict=True)]).T
-    paired.errorbar(
-        values, labels, xerr=abs(bounds - values), fmt="o", capsize=4, color=COLORS["steered"]
-    )
+    names.remove("steered")
+    keys = "steered_minus", "steered_minus_interval"
+    plot_intervals(paired, table, names, *keys, COLORS["steered"], fmt="o")
     paired.axvline(0, color="k", linewidth=0.8)
     paired.set(title="Steered minus ... (below zero: steered is better)", xlabel="nats, paired")
 
 
+def plot_intervals(axis, table, names, value, interval, color, fmt="none"):
+    """Intervals of the conditions named, one above the other; only the value where there is none"""
+    values = np.array([table[name][value] for name in names])
+    bounds = np.array([table[name][interval] or [table[name][value]] * 2 for name in names]).T
+    labels, style = [NAMES.get(name, name) for name in names], {"capsize": 4, "color": color}
+    axis.errorbar(values, labels, xerr=abs(bounds - values), fmt=fmt, **style)
+
+
 def plot_curve(axis, metrics_path):
     """Training and validation loss over optimizer steps, from metrics.jsonl."""
-    rows = []
-    if metrics_path.exists():
-        rows = [json.loads(line) for line in metrics_path.open(encoding="utf-8")]
+    lines = metrics_path.read_text(encoding="utf-8").splitlines() if metrics_path.exists() else []
+    rows = list(map(json.loads, lines))
     for key, style in (("loss", {"color": "#cccccc"}), ("val_loss", {"marker": "o"})):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
+        if points := [(row["step"], row[key]) for row in rows if key in row]:
             axis.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+            axis.legend(frameon=False)
     axis.set(title="Loss in training", xlabel="step", ylabel="nats a token")
-    if axis.lines:
-        axis.legend(frameon=False)
 
 
 def by_scale(rows, value):
@@ -107,13 +103,13 @@ def by_scale(rows, value):
     return [scale for scale, _ in points], [found for _, found in points]
 
 
-def plot_band(axis, x, values, color, label=None, unit=1.0):
-    """A line of means, over `unit`, in a band of their intervals."""
+def plot_band(axis, rows, value, color, label=None, unit=1.0):
+    """A line of means by scale, over `unit`, in a band of their intervals."""
+    x, found = by_scale(rows, value)
     if x:
-        bounds = [value["interval"] or [value["mean"]] * 2 for value in values]
-        low, high = np.array(bounds).T / unit
-        axis.plot(x, [value["mean"] / unit for value in values], "o-", label=label, color=color)
-        axis.fill_between(x, low, high, alpha=0.2, color=color)
+        bounds = [point["interval"] or [point["mean"]] * 2 for point in found]
+        axis.plot(x, [point["mean"] / unit for point in found], "o-", label=label, color=color)
+        axis.fill_between(x, *(np.array(bounds).T / unit), alpha=0.2, color=color)
 
 
 def plot_persona(axis, result):
@@ -125,32 +121,27 @@ def plot_persona(axis, result):
         high = result["judge"]["scale"][1]
         scorers[f"judge / {high}"] = (lambda row: row["judge"]["score"], high, "#cc78bc")
     for name, (read, high, color) in scorers.items():
-        plot_band(axis, *by_scale(answers, read), color, f"steered, {name}", high)
+        plot_band(axis, answers, read, color, f"steered, {name}", high)
         for condition, style in (("prompted", "--"), ("mean_difference", ":")):
             if found := condition in answers and read(answers[condition]):
                 label = f"{NAMES.get(condition, condition)}, {name}"
                 axis.axhline(found["mean"] / high, linestyle=style, color=color, label=label)
-    title = "Persona score of answers (scale 0: vanilla)"
-    axis.set(title=title, xlabel="scale", ylim=(-0.03, 1.03))
-    if scorers:
         axis.legend(frameon=False, fontsize=8)
-    else:
-        axis.text(0.5, 0.5, "withheld", ha="center", transform=axis.transAxes)
+    title = "Persona score of answers (scale 0: vanilla)"
+    axis.set(title=title, xlabel="scale" if scorers else "withheld", ylim=(-0.03, 1.03))
 
 
-def plot_fluency(axis, result):
+def plot_fluency(axis, rows):
     """Perplexity to the plain model (right), repetition and empty answers against scale."""
-    rows, right = result["answers"], axis.twinx()
     for key, color in (("repeated", "#d55e00"), ("empty", "#949494"), ("distinct", "#029e73")):
         axis.plot(*by_scale(rows, lambda row, key=key: row[key]), "o-", label=key, color=color)
     title = "Fluency of answers (scale 0: vanilla)"
     axis.set(title=title, xlabel="scale", ylabel="share", ylim=(-0.03, 1.03))
-    points = by_scale(rows, lambda row: row["perplexity"])
-    right.plot(*points, "s--", color=COLORS["steered"], label="perplexity (right)")
+    axis.legend(frameon=False, fontsize=8, loc="center left")
+    right, points = axis.twinx(), by_scale(rows, lambda row: row["perplexity"])
+    right.plot(*points, "s--", color=COLORS["steered"])
+    right.set(ylabel="perplexity, dashed")
     right.set_ylim(bottom=0)
-    right.spines["top"].set_visible(False)
-    handles = [*axis.lines, *right.lines]
-    axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left")
 
 
 @picture
