@@ -144,7 +144,11 @@ def evaluate(model, chat, data, vector, args):
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
     plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
-    samples = measures.side_by_side(rows, answers)
+    samples = [
+        {key: row[key] for key in ("question", "system_prompt")}
+        | {"answers": {condition: texts[i] for condition, texts in answers.items()}}
+        for i, row in enumerate(rows)
+    ]
     return {
         **result, "answers": described, "side_effects": effects, "probe": probe_report,
         "plain": plain_report, "norms": norms, "samples": samples,
@@ -155,7 +159,9 @@ def likelihood(model, chat, data, vector, difference, args):
     """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
     vector: the trained one (n,); difference: the mean difference (n,)."""
     directions = {"steered": vector, "mean_difference": difference}
-    chooser = measures.within_budget(data.validation or data.train, args.heldout_tokens)
+    chooser = data.validation or data.train
+    total = np.cumsum([len(example.input_ids) for example in chooser])
+    chooser = chooser[: int(np.searchsorted(total, args.heldout_tokens)) + 1]
     chosen = measures.choose_coefficients(model, chooser, directions, args.micro_batch_tokens)
     seeded = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
@@ -197,6 +203,8 @@ def evaluate_folder(folder, args, shelf):
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
         old, why = path.exists(), ", ".join(other) or "--restart"
+        if "format_version" in other:
+            why = f"{report.WHY_NEW_FORMAT}; {why}"
         if old:
             measures.announce(f"anew ({why}); the last evaluation is kept as eval.old.json")
         chat = shelf.chat(run)

@@ -22,6 +22,7 @@ from evaluation.report import FORMAT_VERSION
 from steering.command_line import exit_code, new_parser, parse
 from steering.loading import read_config
 from steering.run_folder import find_runs, lock_folder
+from steering.run_state import read_run
 from steering.vector_file import (
     VECTOR_FILE,
     load_vector,
@@ -53,10 +54,8 @@ def from_run(folder, args):
     """The Source of a finished run folder; ValueError if it is not finished or not readable.
     --model is the name that the files are to give the model, a local copy's place being of no use
     to others."""
-    record, path = read_json(folder / "run.json"), folder / VECTOR_FILE
-    if not path.exists():
-        raise ValueError(f"{folder}: no {VECTOR_FILE}, so this run has not finished")
-    if missing := {"dataset", "args", "counts", "final"} - record.keys():
+    run, path = read_run(folder), folder / VECTOR_FILE
+    if missing := {"counts", "final"} - run.record.keys():
         raise ValueError(f"{folder / 'run.json'}: unreadable, no {', '.join(sorted(missing))}")
     vector, metadata = load_vector(path)
     try:
@@ -70,14 +69,13 @@ def from_run(folder, args):
     if "model_type" not in metadata:  # as in older runs
         metadata["model_type"] = read_config(trained_on, args.trust_remote_code).model_type
     result = read_json(folder / "eval.json")
-    config = result.get("config", {})
-    is_of_this = (FORMAT_VERSION, vector_digest(vector))
-    if (config.get("format_version"), config.get("vector")) != is_of_this:
+    about = result.get("config", {}).get
+    if (about("format_version"), about("vector")) != (FORMAT_VERSION, vector_digest(vector)):
         if (folder / "eval.json").exists():
             why = "torn, or of another vector or version"
             print(f"WARNING: {folder / 'eval.json'} left out: {why}")
         result = {}
-    return Source(folder, vector, metadata, 1.0, record, result)
+    return Source(folder, vector, metadata, 1.0, run.record, result)
 
 
 def export(source, formats, out, scale, overwrite):
@@ -111,19 +109,16 @@ def contents(source, formats, scale):
     """{file name: bytes} of `scale` times the vector in these formats, and of their card."""
     vector, total = source.vector * scale, source.scale * scale
     if not (vector.isfinite().all() and vector.any()):
-        norm = source.vector.norm()
-        raise ValueError(
-            f"{source.path}: --scale {scale:g} x a vector of norm {norm:.4g} is zero or infinite"
-        )
+        what = f"a vector of norm {source.vector.norm():.4g}"
+        raise ValueError(f"{source.path}: --scale {scale:g} x {what} is zero or infinite")
     header, files = {**source.metadata, "scale": total}, {}
     for name in formats:
         files |= files_of(name, vector, header)
     try:
         text = card(source, vector, total, formats, [*files])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{source.path}: run.json or eval.json is not as this version writes it ({error!r:.80})"
-        ) from error
+        why = f"run.json or eval.json is not as this version writes it ({error!r:.80})"
+        raise ValueError(f"{source.path}: {why}") from error
     return {**files, "README.md": text.encode()}
 
 
@@ -146,11 +141,8 @@ def run(args):
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
             if source.metadata["model_is_local"]:
-                name = source.metadata["model"]
-                print(
-                    f"NOTE: the files name the model {name}, a folder of this machine: before you "
-                    "publish them, give its public name with --model"
-                )
+                print(f"NOTE: the files name the model {source.metadata['model']}, a folder here")
+                print("      before you publish them, give its public name with --model")
             codes.append(0)
         except (ValueError, OSError, ImportError) as error:  # the next one may do better
             print(f"error: {error}", file=sys.stderr)
@@ -174,19 +166,20 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="DIR", help="folder to write to")
     add("--scale", type=float, default=1.0, help="multiply the vector by this")
     add("--overwrite", action="store_true", help="replace files that are there and differ")
-    args = parse(
-        parser,
-        argv,
-        {},
-        lambda args: [
-            (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
-            (args.source and not args.model, "--from needs --model: what the vector is for"),
-            (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),
-            (not (math.isfinite(args.scale) and args.scale), f"--scale {args.scale}: not usable"),
-        ],
-    )
+    args = parse(parser, argv, {}, check_arguments)
     args.format = FORMATS if "all" in args.format else list(dict.fromkeys(args.format))
     return args
+
+
+def check_arguments(args):
+    """(whether something is wrong, what) of the options."""
+    text = f"--scale {args.scale}: must be finite and not 0"
+    return [
+        (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
+        (args.source and not args.model, "--from needs --model: the model that the vector is for"),
+        (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),
+        (not (math.isfinite(args.scale) and args.scale), text),
+    ]
 
 
 def main(argv=None):

@@ -448,10 +448,10 @@ def option_defaults():
 
 
 def learning_rate(text):
-    """--lr, as a number unless it is "auto"."""
-    if text != "auto" and not 0 < float(text) < math.inf:
-        raise ValueError
-    return text if text == "auto" else float(text)
+    """--lr as a number, if it is one."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
 
 
 def parse_args(argv=None):
@@ -467,8 +467,10 @@ def parse_args(argv=None):
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
     name = args.run_name is None or re.fullmatch(r"(?!old-)\w[\w.+-]*", args.run_name)
-    listed = args.dataset or args.list_file
+    listed, number = args.dataset or args.list_file, isinstance(args.lr, float)
+    lr = 0 < args.lr < math.inf if number else args.lr == "auto"
     return [
+        (not lr, f'--lr {args.lr}: must be "auto" or a number above 0'),
         (not listed, "name what to train on: --dataset NAME ... or --list-file FILE"),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
         (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),

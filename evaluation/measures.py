@@ -83,12 +83,6 @@ def first_rows(examples, count):
     return list(first.values())[:count]
 
 
-def within_budget(examples, tokens):
-    """The first examples that make up the tokens."""
-    total = np.cumsum([len(example.input_ids) for example in examples])
-    return examples[: int(np.searchsorted(total, tokens)) + 1]
-
-
 def token_nll(logits, targets):
     """Negative log-likelihood in nats: logits (N, V), targets (N,) -> (N,).
     What every reported number is made of, whatever loss the training minimized."""
@@ -205,15 +199,6 @@ def compare_answers(model, chat, rows, directions, sampling):
         model.set_vector(direction)
         answers[condition] = generate_answers(model, chat, plain, sampling)
     return answers
-
-
-def side_by_side(rows, answers):
-    """A list with each row's question, system prompt and {condition: answer}."""
-    samples = []
-    for i, row in enumerate(rows):
-        sample = {key: row[key] for key in ("question", "system_prompt")}
-        samples.append({**sample, "answers": {c: texts[i] for c, texts in answers.items()}})
-    return samples
 
 
 def add_own_answers(model, chat, data, sampling):

@@ -14,6 +14,7 @@ from steering.run_state import changed_sources
 from steering.vector_file import VECTOR_FILE, load_vector, read_json, write_atomically, write_json
 
 FORMAT_VERSION = "3"  # of eval.json
+WHY_NEW_FORMAT = "an older version's brackets were too narrow"
 NLL = ("vanilla", "prompted", "steered", "mean_difference", "random")
 AT_ONE = "eval/answers/steered x1"  # of the vector as it is
 

@@ -64,10 +64,9 @@ def source_hashes(script, without=()):
                 node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
         hashes[name] = config_hash(plain_tree(tree))
         for module in modules:
-            path = ROOT / str(module).replace(".", "/")
-            files += [
-                p for p in (path.with_name(f"{path.name}.py"), path / "__init__.py") if p.exists()
-            ]
+            place = str(module).replace(".", "/")
+            paths = ROOT / f"{place}.py", ROOT / place / "__init__.py"
+            files += [path for path in paths if path.exists()]
     return hashes
 
 
@@ -97,19 +96,13 @@ def is_done(folder, config, defaults):
     defaults: what a key stands for that the folder's config lacks. Raises ValueError if it holds a
     vector or a checkpoint of another config; a run that left neither (it failed before its first
     checkpoint) may be replaced."""
-    path, old, status = folder / "run.json", {}, None
-    holds = (folder / VECTOR_FILE).exists() or bool(checkpoints(folder))
-    if not path.exists() and not holds:
-        return False
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        old, status = record["config"], record["status"]
-    except (OSError, ValueError, KeyError) as error:
-        if holds:
-            raise ValueError(f"{path}: unreadable ({error}); --restart sets it aside") from error
+    record, done = read_json(folder / "run.json"), (folder / VECTOR_FILE).exists()
+    holds, old = done or bool(checkpoints(folder)), record.get("config", {})
+    if holds and not old:
+        raise ValueError(f"{folder / 'run.json'}: unreadable; --restart sets it aside")
     fields = differences(config, old, defaults)
     if not holds:
-        return status == "skipped" and not fields
+        return record.get("status") == "skipped" and not fields
     if fields:
         pairs = [(key, str({**defaults, **old}.get(key)), str(config.get(key))) for key in fields]
         shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
@@ -117,7 +110,7 @@ def is_done(folder, config, defaults):
             f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
             "for a second run, or --restart to set the old one aside and start anew"
         )
-    return (folder / VECTOR_FILE).exists()
+    return done
 
 
 def start_state(folder, config, defaults, accept_code_change=False):
@@ -168,16 +161,13 @@ def read_run(folder, changes=None):
     changes: {option: value} in place of the run's own. The persona's text is left out of prompts
     even if the run kept it there, so that vanilla and steered are what they say."""
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        args = {**record["args"], **(changes or {}), "keep_system_prompt": False}
-        needed = {"dataset", "config", "config_hash"} - {*record} or {"model", "layer"} - {*args}
-        if needed:
-            raise KeyError(*needed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--run {folder}: no readable run.json ({error})") from error
+    record = read_json(folder / "run.json")
+    args = record.get("args")
+    args = {**args, **(changes or {}), "keep_system_prompt": False} if type(args) is dict else {}
+    if lacking := {"dataset", "config", "config_hash"} - {*record} or {"model", "layer"} - {*args}:
+        raise ValueError(f"{folder}: no readable run.json (no {', '.join(sorted(lacking))})")
     if not (folder / VECTOR_FILE).exists():
-        raise ValueError(f"--run {folder}: no {VECTOR_FILE}, so this run has not finished")
+        raise ValueError(f"{folder}: no {VECTOR_FILE}, so this run has not finished")
     vector = load_vector(folder / VECTOR_FILE)[0]
     return Run(folder, record["dataset"], record, vector, args)
 
@@ -213,25 +203,22 @@ def print_progress(folders, config_of, defaults, todo):
             done = is_done(folder, config_of(name), defaults)
         state = "done" if done else "failed" if record.get("status") == "failed" else "left"
         if is_locked(folder):
-            state = "running"
-            speed += last_speed(folder)
+            state, speed = "running", speed + last_speed(folder)
         groups[state].append(name)
         if state == "done":
             seconds += [record["wall_seconds"]] if "wall_seconds" in record else []
             changed += [files] if (files := changed_since(folder)) else []
-        if state in ("running", "failed") and not todo:
+        elif todo and state != "running":
+            print(name)
+        elif not todo and state != "left":
             print(f"{state:<8} {name}" + f": {record.get('error')}" * (state == "failed"))
     if changed:
         files = ", ".join(sorted({file for files in changed for file in files}))
         text = f"WARNING: {len(changed)} of the finished runs are by other code: {files}"
         print(text, file=sys.stderr)
-    if todo:
-        left = {*groups["left"], *groups["failed"]}
-        print("".join(f"{name}\n" for name in folders if name in left), end="")
-        return
-    counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
-    ahead, workers = len(groups["left"]) + len(groups["running"]) / 2, len(groups["running"]) or 1
-    hours = "unknown"
-    if seconds:
-        hours = f"{ahead * sum(seconds) / len(seconds) / workers / 3600:.1f} h"
-    print(f"status   {counts} of {len(folders)} | tok/s {speed:,.0f} | time left {hours}")
+    if not todo:
+        counts = " / ".join(f"{len(members)} {state}" for state, members in groups.items())
+        ahead, workers = len(groups["left"]) + len(groups["running"]) / 2, len(groups["running"])
+        hours = ahead * sum(seconds) / max(1, len(seconds)) / max(1, workers) / 3600
+        left = f"{hours:.1f} h" if seconds else "unknown"
+        print(f"status   {counts} of {len(folders)} | tok/s {speed:,.0f} | time left {left}")

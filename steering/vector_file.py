@@ -43,9 +43,7 @@ def load_vector(path):
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: name the vector file in it")
     if Path(path).suffix in (".pt", ".pth", ".bin", ".gguf"):
-        raise ValueError(
-            f"{path} is another tool's file: export_vector.py --from makes one of ours"
-        )
+        raise ValueError(f"{path} is of another tool: export_vector.py --from makes it one of ours")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

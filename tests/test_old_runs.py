@@ -54,19 +54,21 @@ def test_old_finished_run_is_done_evaluated_and_exported(old, monkeypatch, capsy
     assert ts.main(command(old / PIRATE)) == 0
     said = capsys.readouterr().out
     assert "done already" in said and "WARNING" not in said
-    with monkeypatch.context() as patch:
-        patch.setattr(ev, "load_model", None)  # the old evaluation is kept
-        assert ev.main(["--run", PIRATE, *QUICK]) == 0
     assert ex.main([PIRATE, "--format", "all", "--out", "out", "--any-model"]) == 0
     assert torch.equal(
         load_vector(old / "out" / VECTOR_FILE)[0], load_vector(PIRATE + "/" + VECTOR_FILE)[0]
     )
-    assert "left out" not in capsys.readouterr().out  # its evaluation is on the card
+    assert "eval.json left out" in capsys.readouterr().out  # by a version whose brackets were wrong
     kept = json.loads((old / PIRATE / "eval.json").read_text())["likelihood"]
-    assert ev.main(["--run", PIRATE, *QUICK, "--restart"]) == 0
+    assert ev.main(["--run", PIRATE, *QUICK]) == 0
+    assert "brackets were too narrow" in capsys.readouterr().err  # why it is done anew
     anew = json.loads((old / PIRATE / "eval.json").read_text())["likelihood"]
     for condition, row in kept.items():
         assert anew[condition]["nll"] == pytest.approx(row["nll"], abs=2e-3)
+    assert json.loads((old / PIRATE / "eval.old.json").read_text())["likelihood"] == kept
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "load_model", None)  # the new one is kept
+        assert ev.main(["--run", PIRATE, *QUICK]) == 0
     assert ev.main(["--run", "runs", "--report-only"]) == 0
     assert (old / PIRATE / VECTOR_FILE).read_bytes() == before
 
@@ -79,10 +81,11 @@ def test_option_that_an_old_run_lacks_has_its_default(old, monkeypatch, capsys):
             record["args"].pop(key, None), record["config"].pop(key, None)
 
     edit(old / PIRATE / "run.json", forget)
-    edit(old / PIRATE / "eval.json", lambda result: result["config"].pop("temperature"))
     assert ts.main(command(old / PIRATE)) == 0 and "done already" in capsys.readouterr().out
     assert ts.main([*command(old / PIRATE), "--warmup-ratio", "0.5"]) == 2
     assert "warmup_ratio: 0.1 there, 0.5 here" in capsys.readouterr().out
+    assert ev.main(["--run", PIRATE, *QUICK]) == 0
+    edit(old / PIRATE / "eval.json", lambda result: result["config"].pop("temperature"))
     with monkeypatch.context() as patch:
         patch.setattr(ev, "load_model", None)
         assert ev.main(["--run", PIRATE, *QUICK]) == 0
