@@ -8,6 +8,7 @@ A layer is always the 0-based decoder block whose OUTPUT gets the vector; each f
 is translated here. Pickles are read as tensors only: code in them is refused, not run.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -46,17 +47,16 @@ def files_of(name, vector, metadata):
     Raises ValueError for a layer that the format cannot hold, ImportError naming the install."""
     layer = metadata["layer"]
     if name == "safetensors":  # our own, as a run leaves it
-        return {VECTOR_FILE: vector_bytes(vector, metadata)}
-    if name == "gguf":
-        return {GGUF_FILE: gguf_bytes(vector, layer, metadata["model_type"])}
-    if name == "pt":  # a bare tensor: steering-vectors, EasyEdit2, plain torch
-        return {f"layer_{layer}.pt": torch_bytes(vector)}
-    assert name == "chatspace", f"format {name} has no files_of"
-    # Its TransformerSteerModel.from_pretrained takes these three keys and no others.
-    config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
-    text = json.dumps(config, indent=2) + "\n"
-    tensors = torch_bytes({"steering_vector": vector})
-    return {CHATSPACE_FILE: tensors, CHATSPACE_CONFIG: text.encode()}
+        contents = [vector_bytes(vector, metadata)]
+    elif name == "gguf":
+        contents = [gguf_bytes(vector, layer, metadata["model_type"])]
+    elif name == "pt":  # a bare tensor: steering-vectors, EasyEdit2, plain torch
+        contents = [torch_bytes(vector)]
+    else:  # chatspace, whose TransformerSteerModel.from_pretrained takes these three keys alone
+        config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
+        config = json.dumps(config, indent=2) + "\n"
+        contents = [torch_bytes({"steering_vector": vector}), config.encode()]
+    return dict(zip(file_names(layer)[name], contents, strict=True))
 
 
 def gguf_bytes(vector, layer, model_type):
@@ -65,10 +65,9 @@ def gguf_bytes(vector, layer, model_type):
     ValueError for layer 0. The keys are those that its cvector-generator and repeng write."""
     if layer < 1:
         raise ValueError(f"layer {layer}: --format gguf can hold layers 1 and above, others any")
-    gguf = import_gguf()
     with tempfile.TemporaryDirectory() as folder:  # the library writes files only
         path = Path(folder, GGUF_FILE)
-        writer = gguf.GGUFWriter(path, GGUF_ARCHITECTURE)
+        writer = import_gguf().GGUFWriter(path, GGUF_ARCHITECTURE)
         writer.add_string(f"{GGUF_ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{GGUF_ARCHITECTURE}.layer_count", 1)  # tensors in the file
         writer.add_tensor(f"direction.{layer}", vector.numpy())
@@ -110,25 +109,23 @@ def read_vector(path, layers, width, layer=None):
     path = Path(path)
     if path.is_dir():
         path = vector_file_in(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
     if path.suffix not in READERS or not path.is_file():
-        raise ValueError(f"{path}: not a vector file (allowed: {', '.join(READERS)}, or a folder)")
+        what = "not a vector file" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {what} (allowed: {', '.join(READERS)}, or a folder)")
     try:
         found = READERS[path.suffix](path, layers)
     except ValueError as error:
         known = str(path.parent) in str(error)
         raise ValueError(f"{error}" if known else f"{path}: {error}") from error
-    found.layer = choose_layer(path, found, layer)
-    row = found.rows[found.layer if found.layer in found.rows else None]
-    wrong = None
-    if not 0 <= found.layer < layers:
-        wrong = f"layer {found.layer}, where the model has 0..{layers - 1}"
+    k = found.layer = choose_layer(path, found, layer)
+    row, wrong = found.rows[k if k in found.rows else None], None
+    if not 0 <= k < layers:
+        wrong = f"layer {k}, where the model has 0..{layers - 1}"
     elif list(row.shape) != [width] or not row.is_floating_point():
-        wrong = f"{row.dtype} of shape {list(row.shape)} at layer {found.layer}, where the model "
-        wrong += f"needs {width} floating-point numbers"
+        here = f"{row.dtype} of shape {list(row.shape)} at layer {k}"
+        wrong = f"{here}, where the model needs {width} floating-point numbers"
     elif not row.isfinite().all():
-        wrong = f"NaN or infinity in layer {found.layer}"
+        wrong = f"NaN or infinity in layer {k}"
     if wrong:
         raise ValueError(f"{path} ({found.kind}): {wrong}")
     found.vector = row.detach().to(torch.float32, copy=True)
@@ -167,16 +164,13 @@ def check_same_model(path, trained_on, model, any_model):
 def choose_layer(path, found, asked):
     """The layer asked for, else the only one; ValueError where that is not in the file."""
     known = sorted(found.rows.keys() - {None})
-    there = "no layer in it"
-    if known:
-        there = f"layer {known[0]}" if len(known) == 1 else f"layers {known[0]}..{known[-1]}"
-    if asked is None:
-        if len(known) != 1:
-            raise ValueError(f"{path} ({found.kind}) has {there}: say which one with --layer")
-        return known[0]
-    if known and asked not in known:
-        raise ValueError(f"--layer {asked}: {path} ({found.kind}) has {there}")
-    return asked
+    layer = known[0] if asked is None and len(known) == 1 else asked
+    if layer is None or (known and layer not in known):
+        many = f"layers {known[0]}..{known[-1]}" if known else "no layer in it"
+        has = f"{path} ({found.kind}) has {f'layer {known[0]}' if len(known) == 1 else many}"
+        told = f"--layer {asked}: {has}"
+        raise ValueError(f"{has}: say which one with --layer" if asked is None else told)
+    return layer
 
 
 def vector_file_in(folder):
@@ -193,16 +187,14 @@ def vector_file_in(folder):
 def read_safetensors_file(path, layers):
     """Our own file."""
     vector, metadata = load_vector(path)
-    known = metadata.get("layer", "")
+    known, scale = metadata.get("layer", ""), math.nan
     rows = {int(known) if re.fullmatch("[0-9]{1,6}", known) else None: vector}
-    about = {key: metadata.get(key, "") for key in ("model", "model_type")}
-    try:
-        about["scale"] = float(metadata.get("scale", 1))
-    except ValueError as error:
-        raise ValueError(f"scale {metadata['scale']!r:.40} is not a number") from error
-    if not math.isfinite(about["scale"]):
+    with contextlib.suppress(ValueError):
+        scale = float(metadata.get("scale", 1))
+    if not math.isfinite(scale):
         raise ValueError(f"scale {metadata['scale']!r:.40} is not a finite number")
-    return Found("steering vector", rows, **about, metadata=metadata)
+    about = {key: metadata.get(key, "") for key in ("model", "model_type")}
+    return Found("steering vector", rows, **about, scale=scale, metadata=metadata)
 
 
 def read_gguf_file(path, layers):
@@ -253,10 +245,8 @@ def read_pickle_file(path, layers):
     if isinstance(value, dict) and "vector" in value:
         tensor = tensor_of(value["vector"])
         if tensor.dim() != 2 or len(tensor) != layers:
-            shape = list(tensor.shape)
-            raise ValueError(
-                f'"vector" of shape {shape}, where [{layers}, n] belongs, row by layer'
-            )
+            there = f'"vector" of shape {list(tensor.shape)}'
+            raise ValueError(f"{there}, where [{layers}, n] belongs, row by layer")
         return Found("assistant-axis", dict(enumerate(tensor)))
     tensor = tensor_of(value)
     if tensor.dim() == 1:
@@ -267,10 +257,11 @@ def read_pickle_file(path, layers):
         return Found("one row a layer", dict(enumerate(tensor)))
     if tensor.dim() == 2 and len(tensor) == layers + 1:
         return Found("persona-vectors", dict(enumerate(tensor[1:-1])))
-    raise ValueError(
-        f"a tensor of shape {list(tensor.shape)}; the model has {layers} layers, so [n], "
-        f"[{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
+    belongs = (
+        f"[n], [{layers}, n] (one row a layer) or [{layers + 1}, n] (embeddings first) belongs"
     )
+    shape = list(tensor.shape)
+    raise ValueError(f"a tensor of shape {shape}; the model has {layers} layers, so {belongs}")
 
 
 def tensor_of(value):
@@ -287,10 +278,8 @@ def tensor_of(value):
 def chatspace_config(path):
     """(layer or None, model or "") as the steering_config.json beside the file says."""
     config = path.with_name(CHATSPACE_CONFIG)
-    if not config.exists():
-        return None, ""
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         layer, model = values.get("target_layer"), values.get("model_name") or ""
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{config}: not readable ({error})") from error

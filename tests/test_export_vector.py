@@ -508,7 +508,9 @@ def test_incomplete_records_are_one_line(a_run, tmp_path, capsys, file, key):
     (folder / file).write_text(json.dumps({**record, key: [1]}))
     assert export(folder, "--format", "pt", "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    why = "no readable run.json" if key == "args" else "run.json or eval.json is not as this version"
+    why = (
+        "no readable run.json" if key == "args" else "run.json or eval.json is not as this version"
+    )
     assert f"{folder}: {why}" in error
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
