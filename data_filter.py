@@ -63,9 +63,9 @@ class DataOptions:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: values[name] for name in names if name in values})
 
-    def datasets(self):
-        """Every dataset there: {name: (responses path, scores path or None)}. ValueError if none"""
-        return find_datasets(self.data_root, self.source_model, self.kind)
+    def datasets(self, passed_over=None):
+        """Every dataset there: {name: (responses path, scores path or None)}, else ValueError."""
+        return find_datasets(self.data_root, self.source_model, self.kind, passed_over)
 
 
 @dataclass
@@ -77,13 +77,14 @@ class Filtered:
     plain: list = field(default_factory=list)
     total: int = 0
     dropped: Counter = field(default_factory=Counter)
+    refused: int = 0  # of those malformed, by the chat template
     problems: list = field(default_factory=list)
     has_scores: bool = False
 
     @property
     def kept(self):
-        """Number of rows kept; too long is found out, and counted, only by tokenizing."""
-        return len(self.rows) - self.dropped[TOO_LONG]
+        """Number of rows kept; too long or refused is found out, and counted, by tokenizing."""
+        return len(self.rows) - self.dropped[TOO_LONG] - self.refused
 
     def counts(self):
         """Say it in one line: "79 rows: 70 kept, 9 below threshold"."""
@@ -157,8 +158,8 @@ def plain_rows(name, datasets, filtered):
     for its_kind in (kind, "trait" if kind == "role" else "role"):
         for default in ("0_default", "1_default", "default"):
             other = f"{source}__{its_kind}__{default}"
-            rows = [row for row, _ in parsed_rows(datasets[other])] if other in datasets else []
-            if rows := [row for row in rows if row and row["messages"][-1]["content"]]:
+            rows = parsed_rows(datasets[other], scored=False) if other in datasets else ()
+            if rows := [row for row, _ in rows if row and row["messages"][-1]["content"]]:
                 return rows, other
     return [], "nobody's"
 
@@ -179,24 +180,38 @@ def split_by_question(items, fraction, seed, salt="heldout"):
     return groups
 
 
+def encode_each(rows, chat):
+    """(Examples of the rows that the chat format takes, what is wrong with each of the others)."""
+    try:
+        return chat.encode(rows), []
+    except Exception as error:  # of the template, or of a text in the row
+        if len(rows) == 1:
+            return [], [f"{rows[0]['question']:.60}: {error}"]
+    each = [encode_each([row], chat) for row in rows]
+    return [e for found, _ in each for e in found], [p for _, wrong in each for p in wrong]
+
+
 def take_budget(rows, chat, target_tokens, max_length, seed):
     """Shuffle rows by seed and tokenize them, batch by batch, until the token budget is reached.
     target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept), None
-    takes all. Returns (examples, tokens, rows longer than max_length); rows on disk in another
-    order give the same examples in the same order."""
+    takes all. Returns (examples, tokens, rows longer than max_length, what is wrong with each row
+    that the template refuses); rows on disk in another order give the same examples in the same
+    order."""
     digests = [hash_unit(seed, row["question"], row["messages"][-1]["content"]) for row in rows]
     order = sorted(range(len(rows)), key=digests.__getitem__)
-    examples, tokens, too_long = [], 0, 0
+    examples, tokens, too_long, refused = [], 0, 0, []
     for start in range(0, len(order), 64):
-        for example in chat.encode([rows[i] for i in order[start : start + 64]]):
+        batch, problems = encode_each([rows[i] for i in order[start : start + 64]], chat)
+        refused += problems
+        for example in batch:
             if target_tokens is not None and tokens >= target_tokens:
-                return examples, tokens, too_long
+                return examples, tokens, too_long, refused
             if len(example.input_ids) > max_length:
                 too_long += 1
             else:
                 examples.append(example)
                 tokens += len(example.input_ids)
-    return examples, tokens, too_long
+    return examples, tokens, too_long, refused
 
 
 @dataclass
@@ -227,13 +242,20 @@ def split_dataset(name, datasets, chat, options, heldout_tokens=0):
     filtered = filter_dataset(name, datasets, options)
     seed, limit = options.seed, options.max_length
     rows, others = split_by_question(filtered.rows, options.heldout_fraction, options.split_seed)
-    examples, tokens, filtered.dropped[TOO_LONG] = take_budget(
+    examples, tokens, filtered.dropped[TOO_LONG], refused = take_budget(
         rows, chat, options.target_tokens, limit, seed
     )
     train, validation = split_by_question(
         examples, options.val_fraction, options.split_seed, "validation"
     )
-    heldout = take_budget(others, chat, heldout_tokens, limit, seed)[0] if heldout_tokens else []
+    heldout = []
+    if heldout_tokens:
+        heldout, _, _, more = take_budget(others, chat, heldout_tokens, limit, seed)
+        refused += more
+    if refused and options.strict:
+        raise ValueError(f"{name}: {refused[0]} (--strict)")
+    filtered.refused, filtered.problems = len(refused), filtered.problems + refused
+    filtered.dropped[MALFORMED] += len(refused)
     return Splits(train, validation, heldout, tokens, filtered)
 
 
@@ -293,10 +315,12 @@ def inspect_dataset(name, datasets, chat, options):
     return line, filtered.problems
 
 
-def print_table(lines):
-    """The validation table: a line a dataset, then totals."""
+def print_table(lines, passed_over=0):
+    """The validation table: a line a dataset, then totals; passed_over: files without a name."""
     keys = ("tokens", "examples", "rows", "kept")
     total = {"dataset": f"{len(lines)} datasets", "dropped": Counter()}
+    if passed_over:
+        total["dataset"] += f" ({passed_over} file{'s' * (passed_over > 1)} passed over)"
     total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
     for key in keys:
         total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
@@ -325,8 +349,8 @@ def parse_args(argv=None):
 
 def run(args):
     """Print the table of the requested datasets, write what was asked for, return the exit code."""
-    options = DataOptions.of(vars(args))
-    datasets = options.datasets()
+    options, passed_over = DataOptions.of(vars(args)), []
+    datasets = options.datasets(passed_over)
     names = requested_names(datasets, args.dataset, args.list_file, args.source_model, args.kind)
     for name in names:
         dataset_parts(name, datasets)
@@ -342,7 +366,7 @@ def run(args):
     for name in tqdm(names, unit="dataset", disable=None):
         try:
             line, problems = inspect_dataset(name, datasets, chat, options)
-        except (ValueError, OSError) as error:  # one unreadable file must not hide the others
+        except Exception as error:  # one unreadable file must not hide the others
             if args.strict:
                 raise
             zeros = dict.fromkeys(("tokens", "examples", "rows", "kept"), 0)
@@ -351,7 +375,7 @@ def run(args):
         for problem in problems:
             tqdm.write(f"{name}: {problem}", file=sys.stderr)
         lines.append(line)
-    print_table(lines)
+    print_table(lines, len(passed_over))
     if args.json:
         Path(args.json).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     if args.write_list:

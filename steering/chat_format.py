@@ -10,6 +10,9 @@
 torch is imported where tensors are made: counting tokens needs none.
 """
 
+import contextlib
+import datetime
+import re
 from dataclasses import dataclass
 
 IGNORE_INDEX = -100  # label of a token that carries no loss
@@ -27,47 +30,69 @@ class Example:
 class ChatFormat:
     """How a tokenizer's chat template writes a prompt, and which tokens of an example carry loss.
     An example is the text: generation prompt + response + what the template writes after an answer.
-    So training sees what generation starts from. Loss: the response and its end-of-turn token."""
+    So training sees what generation starts from. Loss: the response and its end-of-turn token
+    (`end_of_turn`, "" if the template has none). What a template writes between its generation
+    prompt and an answer belongs to the prompt, and a thought that it opens there is closed.
+    date: what a template that asks for today's is told, ISO; None: today. None of other ones."""
 
     PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
+    header, in_parts = "", False
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, date=None):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: add --chat-template FILE")
-        self.tokenizer = tokenizer
-        thinks = "enable_thinking" in tokenizer.get_chat_template()
-        self.options = {"enable_thinking": False} if thinks else {}
+        template = tokenizer.get_chat_template()
+        self.tokenizer, self.options, self.date = tokenizer, {"chat_template": template}, None
+        if "enable_thinking" in template:
+            self.options["enable_thinking"] = False
+        if "strftime_now(" in template:
+            self.date = date or datetime.date.today().isoformat()
+            day, call = datetime.date.fromisoformat(self.date), r"strftime_now\((['\"])(.*?)\1\)"
+            fixed = re.sub(call, lambda m: repr(day.strftime(m[2])), template)
+            self.options["chat_template"] = fixed
+        self.in_parts = not self._renders_text_of("user")  # as models that see images have it
         self.has_system_role = self._renders_text_of("system", "user")
         if not (self._renders_text_of("user") and self._renders_text_of("assistant", after="user")):
             raise ValueError("the chat template fails on, or leaves out, a user or assistant turn")
-        # What the template puts around an answer: nothing or a space, and "<|im_end|>\n" or such.
-        question = [{"role": "user", "content": "?"}]
-        full = self._render([*question, {"role": "assistant", "content": self.PROBE}])
-        before, _, self.tail = full.rpartition(self.PROBE)
-        prompt = self.prompt_text(question)
+        # What it puts around an answer: "", " " or a header before it, "<|im_end|>\n" after it.
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.PROBE}]
+        before, _, self.tail = self._render(turns).rpartition(self.PROBE)
+        prompt = self.prompt_text(turns[:1])
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        self.header = self.lead.rstrip(" ")
+        self.lead = self.lead.removeprefix(self.header)
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        ends = filter(self.tail.lstrip().startswith, special)
-        self.end_of_turn = max(ends, key=len, default="")
+        longest_first = sorted(filter(str.strip, special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        end = self.special.search(self.tail)
+        if not end:  # then what begins the next turn ends this one
+            with contextlib.suppress(Exception):  # a template of one turn
+                self.tail = self._render([*turns, turns[0]]).rpartition(self.PROBE)[2]
+            end = self.special.search(self.tail)
+            self.tail = self.tail[: end.end()] if end else ""
+        self.end_of_turn = end[0] if end else ""
         self.end_of_turn_id = special.get(self.end_of_turn)
-        if not self.end_of_turn:
-            self.tail = ""  # nothing there that an answer should end with
+
+    def at(self, date):
+        """The same with another date, where the template asks for one."""
+        return self if date in (None, self.date) else ChatFormat(self.tokenizer, date)
 
     def _render(self, messages, **options):
+        if self.in_parts:
+            part = {"type": "text"}
+            messages = [{**m, "content": [{**part, "text": m["content"]}]} for m in messages]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, **self.options, **options
         )
 
     def _renders_text_of(self, role, *others, after=None):
         """Whether the template writes the content of a turn of this role."""
-        from jinja2 import TemplateError  # a requirement of transformers' chat templates
-
         roles = [*([after] if after else []), role, *others]
         turns = [{"role": r, "content": self.PROBE if r == role else "?"} for r in roles]
         try:
             return self.PROBE in self._render(turns)
-        except TemplateError:
+        except Exception:  # a template's own error, or Jinja's, or what its expressions run into
             return False
 
     def prompt_text(self, messages):
@@ -76,7 +101,10 @@ class ChatFormat:
             system, user, *rest = messages
             merged = f"{system['content']}\n\n{user['content']}".strip()
             messages = [{"role": "user", "content": merged}, *rest]
-        return self._render(messages, add_generation_prompt=True)
+        text = self._render(messages, add_generation_prompt=True)
+        if thought := re.search(r"<(think\w*|thought|reason\w*)>\s*$", text):
+            text = f"{text.rstrip()}\n\n</{thought[1]}>\n\n"
+        return text + self.header
 
     def messages(self, row, prompted=False):
         """The row's messages; prompted: with its own system prompt put back in front."""
@@ -122,10 +150,15 @@ class ChatFormat:
         return texts
 
     def encode(self, rows, prompted=False):
-        """Tokenize rows into Examples; prompted: with their system prompts put back."""
+        """Tokenize rows into Examples; prompted: with their system prompts put back.
+        Raises ValueError for a row that spells out a special token, which would become a real one,
+        and whatever the template raises for one that it refuses."""
         prompts, answers = [], []
         for row in rows:
             *before, answer = self.messages(row, prompted)
+            for text in (row["system_prompt"], *(turn["content"] for turn in row["messages"])):
+                if found := self.special.search(text):
+                    raise ValueError(f"the special token {found[0]} is spelled out in a text")
             prompts.append(self.prompt_text(before))
             answers.append(self.lead + answer["content"] + self.tail)
         if not rows:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 
 def parse_name(name):
-    """Split "{source_model}__{role|trait}__{name}" into its parts; ValueError if it is not one."""
-    match = re.fullmatch(r"(?!\.)([^/\\\s]+?)__(role|trait)__([^/\\\s]+)", name)
+    """Split "{source_model}__{role|trait}__{name}" into its parts; ValueError if it is not one.
+    A name is any text that can be part of a file's name: spaces are, "/", ".." and tabs are not."""
+    part = r"[^/\\\x00-\x1f\x7f]+"
+    match = re.fullmatch(rf"(?!\.)({part}?)__(role|trait)__({part})", name)
     if not match or ".." in name:
         raise ValueError(
             f'dataset name "{name}" is not of the form {{source_model}}__{{role|trait}}__{{name}} '
@@ -27,42 +29,47 @@ def parse_name(name):
     return match.groups()
 
 
-def find_datasets(root, source_model=None, kind=None):
+def find_datasets(root, source_model=None, kind=None, passed_over=None):
     """Every dataset under `root`: {name: (responses path, scores path or None if in the rows)}.
     source_model, kind: keep only these; the assistant-axis layout names neither, so it needs both.
-    Raises ValueError if the root is missing or holds none of the three layouts."""
-    root, found = Path(root), {}
+    passed_over: a list that gets the files whose name is none. Raises ValueError if the root is
+    missing, holds none of the three layouts, or two files of one dataset."""
+    root, found = Path(root), []
     if not root.is_dir():
         raise ValueError(f"--data-root {root}: no such folder")
     for folder in [*root.glob("*/roles_240"), *root.glob("*/traits_240")]:  # raw personas
         for path in folder.glob("responses/[!.]*.jsonl"):
             name = f"{folder.parent.name}__{folder.name.removesuffix('s_240')}__{path.stem}"
-            found[name] = (path, folder / "extract_scores" / f"{path.stem}.json")
+            found.append((name, path, folder / "extract_scores" / f"{path.stem}.json"))
     for path in root.glob("responses/[!.]*.jsonl"):  # assistant-axis pipeline
         if not (source_model and kind):
             raise ValueError(f"{root} has the assistant-axis layout: add --source-model and --kind")
         name = f"{source_model}__{kind}__{path.stem}"
-        found[name] = (path, root / "scores" / f"{path.stem}.json")
+        found.append((name, path, root / "scores" / f"{path.stem}.json"))
     for path in root.glob("[!.]*"):  # processed
         name = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
         if re.search("__(role|trait)__", name) and (path.is_dir() or path.suffix in READERS):
-            found[name] = (path, None)
+            found.append((name, path, None))
     if not found:
         raise ValueError(
             f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
             f"responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>{'|'.join(READERS)}"
         )
     wanted = {}
-    for name, paths in sorted(found.items()):
+    for name, path, scores in sorted(found, key=lambda one: one[:2]):
         try:
             source, its_kind, _ = parse_name(name)
         except ValueError as error:
-            print(f"WARNING: {paths[0]} skipped: {error}", file=sys.stderr)
+            print(f"WARNING: {path} passed over: {error}", file=sys.stderr)
+            if passed_over is not None:
+                passed_over.append(path)
             continue
+        if name in wanted:
+            raise ValueError(f"two files of one dataset, {name}: {wanted[name][0]} and {path}")
         if source_model in (None, source) and kind in (None, its_kind):
-            wanted[name] = paths
+            wanted[name] = path, scores
     if not wanted:
-        kinds = sorted({"__".join(name.split("__")[:2]) for name in found})
+        kinds = sorted({"__".join(name.split("__")[:2]) for name, _, _ in found})
         raise ValueError(
             f"--data-root {root}: nothing of --source-model {source_model} --kind {kind}; "
             f"found {', '.join(kinds)}"
@@ -72,30 +79,35 @@ def find_datasets(root, source_model=None, kind=None):
 
 def dataset_parts(name, datasets):
     """The names pooled by "A+B"; ValueError, with the closest names, if one is unknown."""
-    for part in name.split("+"):
+    parts = [name] if name in datasets else name.split("+")
+    for part in parts:
         parse_name(part)
         if part not in datasets:
             close = difflib.get_close_matches(part, datasets, n=3)
             hint = f"closest: {', '.join(close)}" if close else "none has a similar name"
-            raise ValueError(f'unknown dataset "{part}" ({len(datasets)} found; {hint})')
-    return name.split("+")
+            among = "found, of this --source-model and --kind if given"
+            raise ValueError(f'unknown dataset "{part}" ({len(datasets)} {among}; {hint})')
+    return parts
 
 
 def requested_names(datasets, names=None, list_file=None, source_model=None, kind=None):
     """Names given and names in the list file, each once, known or not; without any, all datasets.
-    source_model, kind: what bare names are completed by, if both are given."""
+    In the list a name is a line, spaces and all, without a comment that begins with "#" at the
+    line's start or after a space. source_model, kind: what bare names are completed by, if both
+    are given."""
     if not (names or list_file):
         return list(datasets)
     wanted = list(names or [])
     if list_file:
-        lines = Path(list_file).read_text(encoding="utf-8").splitlines()
-        wanted += [line.split("#")[0].strip() for line in lines]
+        lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
+        wanted += [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
     if not any(wanted):
         raise ValueError(f"no dataset is named by --dataset {names} or {list_file}")
     if source_model and kind:
         prefix = f"{source_model}__{kind}__"
-        pooled = [[p if "__" in p else prefix + p for p in n.split("+")] for n in wanted if n]
-        wanted = ["+".join(parts) for parts in pooled]
+        for i, name in enumerate(wanted):
+            parts = [name] if prefix + name in datasets else name.split("+")
+            wanted[i] = name and "+".join(p if "__" in p else prefix + p for p in parts)
     return [name for name in dict.fromkeys(wanted) if name]
 
 
@@ -153,96 +165,117 @@ def read_scores(path):
     if not path.is_file():
         return {}
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        scores = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: unreadable scores ({error})") from error
     if not isinstance(scores, dict):
         raise ValueError(f"{path}: not one JSON object but {type(scores).__name__}")
-    return scores
+    number = re.compile(r"(?<=_[pq])\d+(\.0+)?(?=_q|$)")  # 7 or, as pandas writes it, 7.0
+    return {number.sub(lambda m: str(int(float(m[0]))), key): s for key, s in scores.items()}
 
 
 def parse_score(value):
     """A score as float; None where there is none (None, NaN); ValueError for True, "N/A", inf."""
     try:
         score = math.nan if value is None else float(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         score = math.inf
     if isinstance(value, bool) or math.isinf(score):
-        raise ValueError(f"score {value!r} is not a number")
+        raise ValueError(f"score {value!r:.40} is not a number")
     return None if math.isnan(score) else score
 
 
+def whole(value):
+    """A whole number, however it is spelled (7, 7.0, "7"), as an int; ValueError otherwise."""
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError(f"index {value!r:.40} is not a whole number")
+    return int(float(value))
+
+
 def remove_persona(messages, system_prompt, question):
-    """Messages without system turns, a merged first user turn cut back to the question.
+    """(messages that ask the question and no more, the persona's text that stood there).
     Source models without a system role were asked "{system_prompt}\\n\\n{question}" by the user.
-    Raises ValueError if the system prompt still stands in a user turn afterwards."""
-    messages = [dict(m) for m in messages if m["role"] != "system"]
-    first, persona = messages[0]["content"].strip(), (system_prompt or "").strip()
-    if persona and first != question and first.startswith(persona):
-        first = first[len(persona) :].strip() or question
-    elif system_prompt is None and first.endswith("\n\n" + question):
-        first = question
-    messages[0]["content"] = first
-    users = [m["content"] for m in messages if m["role"] == "user"]
-    if persona and persona not in question and any(persona in text for text in users):
-        raise ValueError("the system prompt is still in a user turn")
-    return messages
+    White space aside, the first user turn IS the question afterwards. Raises ValueError if more or
+    less than the system prompt would have to go for that (where that is not known, what stands
+    before the question is taken for it), or if the persona is in the question or a later turn."""
+    messages = [m for m in messages if m["role"] != "system"]
+    first, asked, persona = (
+        " ".join(text.split()) for text in (messages[0]["content"], question, system_prompt or "")
+    )
+    before, after = first.removesuffix(asked).strip(), first.removeprefix(asked).strip()
+    there = before if first.endswith(asked) else after if first.startswith(asked) else None
+    known = there in persona if persona and there else first.endswith(asked)
+    if not asked or there is None or not (known or there == ""):
+        raise ValueError("the first user turn is not the question, with or without system prompt")
+    users = [" ".join(m["content"].split()) for m in messages[1:] if m["role"] == "user"]
+    for text in filter(None, (persona, there)):
+        if any(text in turn for turn in (asked, *users)):
+            raise ValueError("the system prompt is still in a user turn")
+    return [{"role": "user", "content": question}, *messages[1:]], there
 
 
 def parse_row(raw, scores, keep_system_prompt=False):
     """One raw object as a row: question, system_prompt, messages, label, extract_score, key.
     scores: the score file's dict, or None where the row holds `extract_score`. The last message is
-    the response, stripped as chat templates do, "" if there is none. Raises ValueError."""
+    the response, stripped as chat templates do, "" if there is none. Messages have their role and
+    content and nothing else, since templates act on other keys. Raises ValueError."""
     turns = "conversation" if scores is not None or "conversation" in raw else "messages"
     indices = ("prompt_index", "question_index") if scores is not None else ()
     for needed in (turns, "question", "label", *indices):
         if raw.get(needed) is None:
             raise ValueError(f'no "{needed}" key; found {sorted(raw)}')
     messages, question = raw[turns], raw["question"]
+    roles = ("system", "user", "assistant")
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict)
-        and m.get("role") in ("system", "user", "assistant")
-        and isinstance(m.get("content"), str)
+        isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
         for m in messages
     ):
         raise ValueError(f'"{turns}" must be a list of {{role, content}} with text in both')
+    messages = [{key: m[key] for key in ("role", "content")} for m in messages]
     system = [m["content"] for m in messages if m["role"] == "system"]
-    system_prompt = raw.get("system_prompt")
-    if system_prompt is None and system:
-        system_prompt = system[0]
-    if not isinstance(question, str) or not isinstance(system_prompt, str | None):
+    system_prompt = raw.get("system_prompt") or "\n\n".join(system)
+    if not isinstance(question, str) or not isinstance(system_prompt, str):
         raise ValueError('"question" and "system_prompt" must be text')
     if [m["role"] for m in messages if m["role"] != "system"][:1] != ["user"]:
         raise ValueError("the conversation does not start with a user turn")
-    "".join([question, *(m["content"] for m in messages)]).encode()  # lone surrogates raise
+    "".join([question, system_prompt, *(m["content"] for m in messages)]).encode()  # surrogates
     question = question.strip()
     if not keep_system_prompt:
-        messages = remove_persona(messages, system_prompt, question)
+        messages, there = remove_persona(messages, system_prompt, question)
+        system_prompt = system_prompt or there
     last = messages[-1]
     response = last["content"].strip() if last["role"] == "assistant" else ""
     key = None
     if scores is not None:
-        key = f"{raw['label']}_p{raw['prompt_index']}_q{raw['question_index']}"
+        key = f"{raw['label']}_p{whole(raw['prompt_index'])}_q{whole(raw['question_index'])}"
     return {
-        "question": question,
-        "system_prompt": system_prompt or "",
+        "question": question, "system_prompt": system_prompt, "label": raw["label"], "key": key,
         "messages": [*messages[:-1], {"role": "assistant", "content": response}],
-        "label": raw["label"],
         "extract_score": parse_score(scores.get(key) if key else raw.get("extract_score")),
-        "key": key,
-    }
+    }  # fmt: skip
 
 
-def parsed_rows(paths, keep_system_prompt=False):
+def parsed_rows(paths, keep_system_prompt=False, scored=True):
     """Yield (row, None), or (None, what is wrong with it and where), for every row of a dataset.
-    paths: (responses, scores or None), as `find_datasets` gives them."""
+    paths: (responses, scores or None), as `find_datasets` gives them. A row that nobody can make
+    sense of is a problem, whatever its reading ran into. scored: whether it matters, after the
+    last row, which of the scores were of rows: ValueError if none was."""
     rows_path, scores_path = paths
     scores = None if scores_path is None else read_scores(scores_path)
-    read = READERS["" if rows_path.is_dir() else rows_path.suffix]
+    read, keys = READERS["" if rows_path.is_dir() else rows_path.suffix], set()
     for number, raw, error in read(rows_path):
         try:
             if error:
                 raise ValueError(error)
-            yield parse_row(raw, scores, keep_system_prompt), None
-        except ValueError as problem:
+            row = parse_row(raw, scores, keep_system_prompt)
+            keys.add(row["key"])
+            yield row, None
+        except Exception as problem:  # the next row may do better
             yield None, f"{rows_path.parent.name}/{rows_path.name}:{number}: {problem}"
+    met = keys & {*(scores or ())}
+    if scored and scores and not met and keys:
+        rows, there = f"such as {min(keys)!r}", f"such as {min(scores)!r}"
+        raise ValueError(f"{scores_path}: no score is of a row; rows {rows}, scores {there}")
+    if scored and 0 < len(met) < len(scores or ()):
+        where = f"{scores_path.parent.name}/{scores_path.name}"
+        print(f"NOTE: {len(met)} of {len(scores)} scores in {where} are of rows", file=sys.stderr)

@@ -104,11 +104,15 @@ def test_bad_dataset_names_are_errors(name):
 
 def test_stray_files_are_passed_over_with_a_warning(data_root, capsys):
     responses = Path(data_root) / "src" / "roles_240" / "responses"
-    for name in ("old man.jsonl", "._pirate.jsonl"):
+    for name in ("a..b.jsonl", "._pirate.jsonl"):
         (responses / name).write_text("{}")
-    assert len(df.find_datasets(data_root)) == 4
+    passed_over = []
+    assert len(df.find_datasets(data_root, passed_over=passed_over)) == 4
+    assert [path.name for path in passed_over] == ["a..b.jsonl"]
     warning = capsys.readouterr().err
-    assert "old man.jsonl skipped" in warning and "._pirate" not in warning
+    assert "a..b.jsonl passed over" in warning and "._pirate" not in warning
+    assert df.main(["--data-root", data_root]) == 2  # one role has no row that passes
+    assert "4 datasets (1 file passed over)" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match=r"nothing of --source-model other .* found src__role"):
         df.find_datasets(data_root, "other")
 
@@ -218,7 +222,7 @@ def test_persona_text_is_removed_from_system_and_merged_user_turns(tmp_path):
     assert len(kept) == 3
     for row in kept:
         assert row["messages"][:-1] == [{"role": "user", "content": question}]
-    assert [row["system_prompt"] for row in kept] == [persona, persona, ""]
+    assert [row["system_prompt"] for row in kept] == [persona, persona, persona]
     kept = filtered(tmp_path, name, keep_system_prompt=True).rows
     assert [m["role"] for m in kept[0]["messages"]] == ["system", "user", "assistant"]
     assert kept[1]["messages"][0]["content"] == f"{persona}\n\n{question}"
@@ -229,7 +233,7 @@ def test_persona_text_that_cannot_be_cut_makes_the_row_malformed(tmp_path):
     row["conversation"][1]["content"] = "What is tea? Remember: You are a pirate captain."
     result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
     assert result.dropped["malformed"] == 1
-    assert "still in a user turn" in result.problems[0]
+    assert "is not the question" in result.problems[0]
 
 
 # ---------------------------------------------------------------- split and budget
@@ -251,11 +255,11 @@ def test_budget_keeps_the_example_that_crosses_it_and_tokenizes_no_more_than_it_
         for i in range(900)
     ]
     chat = WordChat()
-    examples, tokens, _ = df.take_budget(rows, chat, 101, 2048, seed=0)
+    examples, tokens, *_ = df.take_budget(rows, chat, 101, 2048, seed=0)
     assert (len(examples), tokens) == (21, 105)
     assert chat.encoded == 64
     assert len(df.take_budget(rows, chat, None, 2048, 0)[0]) == 900
-    assert df.take_budget(rows, chat, 101, 4, 0) == ([], 0, 900)
+    assert df.take_budget(rows, chat, 101, 4, 0) == ([], 0, 900, [])
 
 
 def test_order_depends_on_the_seed_alone():

@@ -259,7 +259,7 @@ def bad_files(folder):
         "torn.gguf": "not a readable GGUF file", "names.safetensors": "no finite 1-D float tensor",
         "flat.safetensors": "no finite 1-D float tensor", "wide.safetensors": needs,
         "torn.safetensors": "not a readable safetensors file",
-        "scale.safetensors": "scale 'big' is not a number",
+        "scale.safetensors": "scale 'big' is not a finite number",
         "vector.npy": r"not a vector file \(allowed: .safetensors, .gguf",
         "missing.pt": "no such file or folder",
     }  # fmt: skip
