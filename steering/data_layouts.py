@@ -92,22 +92,22 @@ def dataset_parts(name, datasets):
 
 def requested_names(datasets, names=None, list_file=None, source_model=None, kind=None):
     """Names given and names in the list file, each once, known or not; without any, all datasets.
-    In the list a name is a line, spaces and all, without a comment that begins with "#" at the
-    line's start or after a space. source_model, kind: what bare names are completed by, if both
-    are given."""
+    In the list a name is a line, spaces and all; what follows a "#" at a line's start or after a
+    space is a comment, unless the whole line is a name. source_model, kind: what bare names are
+    completed by, if both are given."""
     if not (names or list_file):
         return list(datasets)
-    wanted = list(names or [])
-    if list_file:
-        lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
-        wanted += [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+    prefix = f"{source_model}__{kind}__" if source_model and kind else ""
+    lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines() if list_file else []
+    wanted = []
+    for line in [*(names or []), *lines]:
+        whole = line.strip()
+        known = whole in datasets or prefix + whole in datasets
+        name = whole if known else re.sub(r"(^|\s)#.*", "", whole).strip()
+        parts = [name] if known else name.split("+")
+        wanted.append(name and "+".join(p if "__" in p else prefix + p for p in parts))
     if not any(wanted):
         raise ValueError(f"no dataset is named by --dataset {names} or {list_file}")
-    if source_model and kind:
-        prefix = f"{source_model}__{kind}__"
-        for i, name in enumerate(wanted):
-            parts = [name] if prefix + name in datasets else name.split("+")
-            wanted[i] = name and "+".join(p if "__" in p else prefix + p for p in parts)
     return [name for name in dict.fromkeys(wanted) if name]
 
 

@@ -236,6 +236,135 @@ def test_persona_text_that_cannot_be_cut_makes_the_row_malformed(tmp_path):
     assert "is not the question" in result.problems[0]
 
 
+@pytest.mark.parametrize(
+    "user, changes",
+    [
+        ("You are a pirate captain. Speak up. What is tea?", {}),  # a newline became a space
+        ("You are a pirate captain.\r\n\r\nSpeak up.\r\n\r\nWhat is tea?", {}),
+        ("You are a pirate captain.\nSpeak up.\nWhat is tea?", {"system_prompt": None}),
+        ("You are a pirate captain.\n\nWhat is tea?", {"system_prompt": ""}),
+        ("What is tea?\n\nYou are a pirate captain.\nSpeak up.", {}),  # after the question
+        ("You are a pirate captain.\n\nWhat is tea?", {}),  # the prompt is longer than that
+        ("  What is\ttea? ", {}),
+    ],
+)
+def test_first_user_turn_is_the_question_however_the_persona_was_merged(tmp_path, user, changes):
+    row = raw_row("What is tea?", "Arr!", system="You are a pirate captain.\nSpeak up.")
+    row |= changes
+    row["conversation"] = [{"role": "user", "content": user}, row["conversation"][-1]]
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
+    assert [m["content"] for m in result.rows[0]["messages"]] == ["What is tea?", "Arr!"]
+    assert result.rows[0]["system_prompt"].startswith("You are a pirate captain.")
+
+
+@pytest.mark.parametrize(
+    "user, question",
+    [
+        ("Here is a text about tea. What is tea?", "What is tea?"),  # not the system prompt
+        ("What is tea? Answer in French.", "What is tea?"),
+        ("What is coffee?", "What is tea?"),
+        ("You are a pirate captain. What is tea?", "You are a pirate captain. What is tea?"),
+        ("What is tea?", ""),
+    ],
+)
+def test_row_whose_first_user_turn_cannot_become_the_question_is_malformed(
+    tmp_path, user, question
+):
+    row = raw_row(question, "Arr!", system="You are a pirate captain.")
+    row["conversation"][1]["content"] = user
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
+    assert result.dropped == {"malformed": 1} and not result.rows
+
+
+def test_persona_in_a_later_user_turn_makes_the_row_malformed(tmp_path):
+    row = raw_row("What is tea?", "Arr!", system="You are a pirate captain.")
+    more = [{"role": "user", "content": "Go on.\nYou are a pirate\ncaptain."}]
+    row["conversation"] += [*more, {"role": "assistant", "content": "Aye."}]
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
+    assert result.dropped == {"malformed": 1}
+
+
+# ---------------------------------------------------------------- hostile rows and files
+
+
+def test_whole_numbers_are_one_key_however_they_are_spelled(tmp_path):
+    rows = [raw_row(f"Q{i}?", f"a{i}", index=i) for i in range(4)]
+    for row, index in zip(rows, (0.0, "1", 2, "3.0"), strict=True):
+        row |= {"question_index": index, "prompt_index": 0.0}
+    scores = {"pos_p0_q0": 3, "pos_p0.0_q1.0": 3, "pos_p0_q2.0": 3, "pos_p0_q03": 3}
+    assert len(filtered(tmp_path, write_raw(tmp_path, "pirate", rows, scores)).rows) == 4
+    for wrong in (1.5, True, "first", float("inf")):
+        rows = [raw_row(index=0), raw_row("Q1?", "b", index=1) | {"question_index": wrong}]
+        result = filtered(tmp_path, write_raw(tmp_path, "pirate", rows, {"pos_p0_q0": 3}))
+        assert result.dropped == {"malformed": 1} and result.kept == 1
+
+
+def test_scores_of_no_row_are_an_error_and_of_some_are_counted(tmp_path, capsys):
+    rows, scores = persona_rows(4)
+    other = {f"{key}_v2": score for key, score in scores.items()}
+    name = write_raw(tmp_path, "pirate", rows, other)
+    with pytest.raises(ValueError, match=r"no score is of a row; rows such as 'pos_p0_q0'"):
+        filtered(tmp_path, name)
+    assert df.main(["--data-root", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().out
+    filtered(tmp_path, write_raw(tmp_path, "pirate", rows, scores | other))
+    assert "NOTE: 4 of 8 scores in extract_scores/pirate.json" in capsys.readouterr().err
+
+
+def test_a_row_that_breaks_its_reader_is_malformed_and_nothing_else(tmp_path):
+    rows, scores = persona_rows(3)
+    name = write_raw(tmp_path, "pirate", rows, None)
+    path = tmp_path / "src" / "roles_240" / "extract_scores" / "pirate.json"
+    path.write_text('{"pos_p0_q0": 3, "pos_p0_q1": 1' + "0" * 400 + ', "pos_p0_q2": 3}')
+    result = filtered(tmp_path, name)
+    assert result.kept == 2 and result.dropped == {"malformed": 1}
+    rows[0]["conversation"] = [["user", "x"]]
+    rows[1]["question"] = {"text": "?"}
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", rows, scores))
+    assert result.kept == 1 and result.dropped == {"malformed": 2}
+
+
+def test_only_role_and_content_reach_the_template(tmp_path):
+    row = raw_row()
+    for extra in ({"tool_calls": []}, {"tool_calls": None, "name": "x"}):
+        row["conversation"] = [m | extra for m in row["conversation"]]
+        kept = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3})).rows
+        assert [sorted(message) for message in kept[0]["messages"]] == [["content", "role"]] * 2
+
+
+def test_names_with_spaces_go_through_table_list_and_training_names(tmp_path, capsys):
+    rows, scores = persona_rows(3)
+    for name in ("travel agent", "c++ coder #1", "pirate"):
+        write_raw(tmp_path, name, rows, scores)
+    datasets = df.find_datasets(tmp_path)
+    assert "src__role__travel agent" in datasets
+    listing = tmp_path / "roles.txt"
+    listing.write_text("\ufefftravel agent\n# all\n c++ coder #1 \npirate+travel agent # two\n")
+    names = dl.requested_names(datasets, None, listing, "src", "role")
+    first, second = "src__role__travel agent", "src__role__c++ coder #1"
+    assert names == [first, second, f"src__role__pirate+{first}"]
+    assert dl.dataset_parts(second, datasets) == [second]
+    assert df.main(["--data-root", str(tmp_path)]) == 0
+    assert "src__role__travel agent" in capsys.readouterr().out
+
+
+def test_byte_order_marks_are_read_away(tmp_path):
+    rows, scores = persona_rows(3)
+    name = write_raw(tmp_path, "pirate", rows, scores)
+    folder = tmp_path / "src" / "roles_240"
+    for path in (folder / "responses" / "pirate.jsonl", folder / "extract_scores" / "pirate.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    result = filtered(tmp_path, name)
+    assert result.kept == 3 and not result.problems
+
+
+def test_two_files_of_one_dataset_are_an_error_that_names_both(tmp_path):
+    for suffix in ("jsonl", "parquet"):
+        (tmp_path / f"src__role__pirate.{suffix}").write_text("")
+    with pytest.raises(ValueError, match=r"pirate\.jsonl and .*pirate\.parquet"):
+        df.find_datasets(tmp_path)
+
+
 # ---------------------------------------------------------------- split and budget
 
 
