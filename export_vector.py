@@ -63,7 +63,7 @@ def from_run(folder, args):
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its header names no model and layer ({metadata})") from error
     model = metadata["model"] = args.model or trained_on
-    check_same_model(path, trained_on, model, args.any_model)
+    check_same_model(path, {**metadata, "model": trained_on}, model, args.any_model)
     known_local = not args.model and metadata.get("model_is_local") == "True"
     metadata["model_is_local"] = known_local or Path(model).exists()
     if "model_type" not in metadata:  # as in older runs

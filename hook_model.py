@@ -17,9 +17,9 @@ import math
 import torch
 from torch import nn
 
-from steering.loading import DTYPES, check_layer, load_weights, model_shape
+from steering.loading import DTYPES, check_layer, is_same_model, load_weights, model_shape
 from steering.loading import load_chat as load_chat  # for users: the model's chat template
-from steering.vector_file import base_name, load_vector, save_vector
+from steering.vector_file import load_vector, save_vector
 
 LAYER_PATHS = (  # where architectures keep their decoder layers, the first that exists is taken
     "model.language_model.layers",  # Gemma 3 and others with an image tower
@@ -55,11 +55,15 @@ class ResidualHook(nn.Module):
         return hidden_states + vector.to(hidden_states.device, hidden_states.dtype)
 
     def hook(self, module, inputs, output):
-        """Forward hook of a decoder layer; its output is a tensor, in older versions a tuple."""
+        """Forward hook of a decoder layer; its output is a tensor, in older versions a tuple.
+        Raises ValueError unless that is (B, T, hidden_size): what one vector means to an
+        architecture with several residual streams, nobody knows."""
         self.in_tuple = isinstance(output, tuple)
-        if self.in_tuple:
-            return (self(output[0]), *output[1:])
-        return self(output)
+        states = output[0] if self.in_tuple else output
+        if states.dim() != 3 or states.shape[-1] != len(self.vector):
+            kind, wanted = type(module).__name__, f"(B, T, {len(self.vector)})"
+            raise ValueError(f"{kind} gives states {tuple(states.shape)}, not {wanted}")
+        return (self(states), *output[1:]) if self.in_tuple else self(states)
 
     @contextlib.contextmanager
     def scaled(self, scale):
@@ -147,15 +151,14 @@ class SteerModel(nn.Module):
 
     def load_vector(self, path, scale=1.0, add=False, any_model=False):
         """Use the vector of a file. ValueError if its model, width or layer is not this one's.
-        add: on top of the vector that is there, so that several act at once. Models are compared by
-        the last part of their name, so a local copy of a hub model passes; any_model: skip that,
-        for a fine-tune or a renamed copy. Returns the file's metadata."""
+        add: on top of the vector that is there, so that several act at once. any_model: whatever
+        model it was trained on, such as this one's base. Returns the file's metadata."""
         vector, metadata = load_vector(path)
         layer, model = metadata.get("layer"), metadata.get("model", "unknown")
-        if not any_model and base_name(model) != base_name(self.name):
+        if not any_model and not is_same_model(metadata, self.name):
             raise ValueError(
-                f"{path} was trained on model {model}, this is {self.name} "
-                "(any_model=True if they are the same model under two names)"
+                f"{path} was trained on model {model}, this is {self.name}, or its files changed "
+                "(any_model=True, on the command line --model, if they are the same model)"
             )
         if layer != str(self.layer):
             raise ValueError(

@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 import data_filter
 from hook_model import ResidualHook, load_model
-from steering import run_folder, run_state
+from steering import loading, run_folder, run_state, vector_file
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, requested_names
 from steering.fast_path import FastPath, checkpoint_layers, compile_layers, example_sums
-from steering.loading import DTYPES, check_layer, load_chat, model_shape, pick_device, pick_dtype
-from steering.vector_file import FORMAT_VERSION, VECTOR_FILE, load_vector, vector_digest, write_json
+from steering.vector_file import VECTOR_FILE
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
 # Options that do not change the vector: not in the config that decides "done" and "may resume".
@@ -167,8 +166,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
                 continue
 
             # Update; nothing has touched the vector yet if this raises.
-            step_loss, limit = step_loss.item(), args.max_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+            step_loss = step_loss.item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()  # not clipped
             if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
                 raise RuntimeError(
                     f"step {state['step'] + 1}: loss {step_loss}, gradient norm {grad_norm}. "
@@ -229,17 +228,19 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
 # ------------------------------------------------------------------ one dataset
 
 
-def result_config(name, args, datasets):
-    """Everything but the code that determines the vector, as a JSON-able dict."""
+def result_config(name, args, datasets, digest):
+    """Everything but the code that determines the vector, as a JSON-able dict.
+    digest: `loading.model_digest` of the model."""
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
-    template = Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None
-    dtype = pick_dtype(args.dtype, pick_device(args.device))
+    template = Path(args.chat_template).read_text("utf-8-sig") if args.chat_template else None
+    dtype = loading.pick_dtype(args.dtype, loading.pick_device(args.device))
     data = data_digest(name, datasets)
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
+    config |= {"model_digest": digest, "format_version": vector_file.FORMAT_VERSION}
     if args.init_vector:  # what it holds counts, not where it lies
-        config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
-    config |= {"auto_lr": AUTO_LR} if args.lr == "auto" else {}
-    return config | {"format_version": FORMAT_VERSION}
+        start, _ = vector_file.load_vector(args.init_vector)
+        config["init_vector"] = vector_file.vector_digest(start)
+    return config | ({"auto_lr": AUTO_LR} if args.lr == "auto" else {})
 
 
 def folder_of(name, args):
@@ -247,15 +248,19 @@ def folder_of(name, args):
     return run_folder.run_path(args.output_dir, args.model, args.layer, name, args.run_name)
 
 
-def train_dataset(name, datasets, chat, get_model, args, laps, stop):
+def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
     """Train one dataset in its run folder; returns the exit code. ValueError: bad input."""
-    folder = folder_of(name, args)
-    config, defaults = result_config(name, args, datasets), option_defaults()
+    folder, defaults = folder_of(name, args), option_defaults()
     if not args.restart and run_state.is_done(folder, config, defaults):
         if changed := run_state.changed_since(folder):
             log.warning(f"WARNING: {name} is done, but by other code: {', '.join(changed)}")
         log.info(f"{name}: done already, {folder}")
         return 0
+    if run_folder.is_locked(folder):
+        log.info(f"{name}: skipped, another process works in {folder}")
+        return 0
+    if not args.restart:  # a run goes on with the date that its prompts began with
+        chat = chat.at(vector_file.read_json(folder / "run.json").get("date"))
     splits = data_filter.split_dataset(name, datasets, chat, data_filter.DataOptions.of(vars(args)))
     filtered = splits.filtered
     for problem in filtered.problems[:10]:
@@ -266,22 +271,20 @@ def train_dataset(name, datasets, chat, get_model, args, laps, stop):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     laps.lap("tokenize")
     with run_folder.lock_folder(folder) as held:
-        if not held:
-            log.info(f"{name}: skipped, another process works in {folder}")
-            return 0
+        if not held or (not args.restart and run_state.is_done(folder, config, defaults)):
+            return 0  # another process was faster, while this one read the data
         if args.restart:
             run_folder.set_aside(folder)
-        elif run_state.is_done(folder, config, defaults):
-            return 0  # finished by another process, while this one read the data
         state = run_state.start_state(folder, config, defaults, args.accept_code_change)
         record = {
             "dataset": name, "status": "running", "config_hash": run_state.config_hash(config),
             "config": config, "code": state["code"], "code_changes": state["code_changes"],
             "args": vars(args), "counts": splits.counts(), **run_folder.environment(),
+            "date": chat.date, "end_of_turn": chat.end_of_turn,
         }  # fmt: skip
         if not splits.train:
             log.info(f"{name}: skipped, no examples: no scores ({filtered.counts()})")
-            write_json(folder / "run.json", record | {"status": "skipped"})
+            vector_file.write_json(folder / "run.json", record | {"status": "skipped"})
             return 0
         with run_folder.log_file(folder / "train.log"):
             try:
@@ -290,7 +293,7 @@ def train_dataset(name, datasets, chat, get_model, args, laps, stop):
                 log.exception(f"FAILED   {name}: {error} (traceback in {folder / 'train.log'})")
                 failed = {"status": "failed", "error": str(error)}
                 with contextlib.suppress(OSError, ValueError):  # the disk may be full
-                    write_json(folder / "run.json", record | failed)
+                    vector_file.write_json(folder / "run.json", record | failed)
                 return 1
             finally:
                 stop.in_loop = False
@@ -301,11 +304,12 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     model, started = get_model(), time.time()  # no model, no run.json
     train_set, val_set = splits.train, splits.validation
     laps.lap("load")
-    write_json(folder / "run.json", record)
+    vector_file.write_json(folder / "run.json", record)
     header = {key: record[key] for key in ("dataset", "config_hash")}
     header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
+    header |= {"model_digest": record["config"]["model_digest"]}
     if args.init_vector:
-        start = load_vector(args.init_vector)[1]
+        start = vector_file.load_vector(args.init_vector)[1]
         header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
     log.info(f"dataset  {record['dataset']}: {record['counts']['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
@@ -314,20 +318,19 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     log.info(f"{'budget  ' if enough else 'WARNING: under budget, on what there is:'} {budget}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
-    frozen = sum(parameter.numel() for parameter in model.model.parameters())
-    trained = sum(parameter.numel() for parameter in model.steering.parameters())
+    count = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.steering)]
+    where = f"{record['config']['dtype']} on {model.input_device}, {len(model.layers)} layers"
     log.info(
-        f"model    {args.model}: {record['config']['dtype']} on {model.input_device}, "
-        f"{len(model.layers)} layers, {frozen:,} parameters frozen, {trained:,} trained"
+        f"model    {args.model}: {where}, parameters: {count[0]:,} frozen, {count[1]:,} trained"
     )
     stop.in_loop = True
     final = train(model, train_set, val_set, folder, state, args, laps, stop)
     record["startup"] = dict(laps)
     if final is None:
-        write_json(folder / "run.json", record | {"status": "stopped"})
+        vector_file.write_json(folder / "run.json", record | {"status": "stopped"})
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
-    write_json(folder / "run.json", record)
+    vector_file.write_json(folder / "run.json", record)
     header |= {"steps": final["steps"], "label_tokens": final["label_tokens"]}
     model.save_vector(folder / VECTOR_FILE, **header)
     best = f"best val {final['best_val']:.4f} at step {final['best_step']}, " if val_set else ""
@@ -344,14 +347,19 @@ def run(args, laps, stop):
     named = args.dataset, args.list_file, args.source_model, args.kind
     names = requested_names(datasets, *named)
     if not args.print_status:  # which starts without transformers
-        num_layers, hidden_size = model_shape(args.model, args.trust_remote_code)
-        check_layer(args.layer, num_layers, args.model)
+        num_layers, hidden_size = loading.model_shape(args.model, args.trust_remote_code)
+        loading.check_layer(args.layer, num_layers, args.model)
+    digest = loading.model_digest(args.model)
+    config_of = functools.partial(result_config, args=args, datasets=datasets, digest=digest)
     if args.print_todo or args.print_status:
-        config_of = functools.partial(result_config, args=args, datasets=datasets)
         folders = {name: folder_of(name, args) for name in names}
         run_state.print_progress(folders, config_of, option_defaults(), args.print_todo)
         return 0
-    chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
+    chat = loading.load_chat(args.model, args.chat_template, args.trust_remote_code)
+    if not chat.end_of_turn:
+        log.warning(
+            "WARNING: no special token ends a turn of the chat template: no stop is trained"
+        )
     if args.include_missing_scores:
         log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
     loaded = []
@@ -380,10 +388,14 @@ def run(args, laps, stop):
     codes = []
     for name in names:
         try:
-            codes.append(train_dataset(name, datasets, chat, get_model, args, laps, stop))
+            run = name, config_of(name), datasets, chat, get_model
+            codes.append(train_dataset(*run, args, laps, stop))
         except (ValueError, OSError) as error:
             log.error(f"error: {error}")
             codes.append(2)
+        except Exception as error:  # of whatever is in the data: the next dataset may do better
+            log.exception(f"FAILED   {name}: {error!r}")
+            codes.append(1)
         if stop.exit_code:
             return stop.exit_code
         laps.lap("over")
@@ -400,7 +412,12 @@ def make_parser():
     data_filter.add_data_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-32B", help="HF id, local folder or .gguf file")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 where it is native")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", *loading.DTYPES),
+        help="auto: bf16 where it is native",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -418,7 +435,6 @@ def make_parser():
     add("--gradient-accumulation", type=int, default=1, help="factor on --batch-size")
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: off")
     add("--val-fraction", type=float, help="share of the training questions to validate on")
     add("--val-every", type=int, help="steps between validations; None: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
@@ -458,7 +474,7 @@ def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
     counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
     counts += " val_every save_every keep_checkpoints"
-    bounds = {**data_filter.DATA_BOUNDS, "size": "max_grad_norm init_scale"}
+    bounds = {**data_filter.DATA_BOUNDS, "size": "init_scale"}
     bounds["count"] += f" {counts}"
     bounds["share"] += " val_fraction warmup_ratio"
     return parse(make_parser(), argv, bounds, check_arguments)

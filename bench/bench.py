@@ -183,7 +183,7 @@ def run_trl(args, folder):
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LR,
         lr_scheduler_type="constant",
-        max_grad_norm=options.max_grad_norm,
+        max_grad_norm=0.0,
         weight_decay=0.0,
         logging_steps=1,
         save_strategy="no",

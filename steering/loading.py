@@ -10,6 +10,7 @@ imported where it is used, since that takes seconds that reading files does not 
 
 import contextlib
 import ctypes
+import hashlib
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from steering.chat_format import ChatFormat
+from steering.vector_file import base_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -83,6 +85,42 @@ def read_config(name, trust_remote_code=False):
         raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
 
 
+def model_digest(name):
+    """What stands for a model's files: "files-<hash>" of a local one, "commit-<id>" of the hub's.
+    None if it is not here yet. Hashed are config, tokenizer, template and code; of each file of
+    weights its size and 64 samples of 4 KiB, since all of 65 GB would take minutes: a change to a
+    few of the weights may pass."""
+    path, digest = Path(name), hashlib.sha256()
+    if not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        with contextlib.suppress(ValueError):  # no name of a repository
+            found = try_to_load_from_cache(name, "config.json")
+            return f"commit-{Path(found).parent.name[:16]}" if isinstance(found, str) else None
+        return None
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix in (".safetensors", ".bin", ".gguf"):
+            size = file.stat().st_size
+            digest.update(str(size).encode())
+            with open(file, "rb") as handle:
+                for i in range(64):
+                    handle.seek(size * i // 64)
+                    digest.update(handle.read(4096))
+        elif re.fullmatch(r"config\.json|.*token.*|vocab.*|merges.*|.*\.(jinja|py)", file.name):
+            digest.update(file.name.encode() + file.read_bytes())
+    return f"files-{digest.hexdigest()[:16]}"
+
+
+def is_same_model(header, name):
+    """Whether the header of a vector file is of this model.
+    By their files, if those of both were local, since "a/final" and "b/final" are two models;
+    otherwise by the last part of their names, so that a local copy of a hub's model passes."""
+    theirs, ours = header.get("model_digest", ""), model_digest(name) or ""
+    if theirs.startswith("files") and ours.startswith("files"):
+        return theirs == ours
+    return base_name(header.get("model", "unknown")) == base_name(name)
+
+
 def shape_of(config):
     """(number of layers, hidden_size) of a config, of its text part if there are several."""
     text = config.get_text_config()
@@ -115,24 +153,24 @@ def load_tokenizer(name, chat_template=None, trust_remote_code=False):
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--model {name}: {where}its tokenizer does not load: {reason}") from error
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
     return tokenizer
 
 
-def load_chat(name, chat_template=None, trust_remote_code=False, template=None):
+def load_chat(name, chat_template=None, trust_remote_code=False, template=None, date=None):
     """The ChatFormat of a model; chat_template: a file to use in place of its own template.
-    template: the text of such a file, as a run keeps it."""
+    template: the text of such a file, and date: as a run keeps them."""
     tokenizer = load_tokenizer(name, chat_template, trust_remote_code)
     if template:
         tokenizer.chat_template = template
-    return ChatFormat(tokenizer)
+    return ChatFormat(tokenizer, date)
 
 
 def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
     dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
     ValueError if the model or the device is not there."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     device, gguf = pick_device(device), name.endswith(".gguf")
@@ -145,10 +183,14 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
 
             options["quantization_config"] = GgufConfig(dequantize=True)
     logging.disable_progress_bar()
+    options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **gguf_arguments(name), trust_remote_code=trust_remote_code, **options
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(**options)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            model = AutoModelForImageTextToText.from_pretrained(**options)  # used without images
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
     if gguf:  # it is a plain model now

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from steering.vector_file import VECTOR_FILE, write_atomically
+from steering.vector_file import VECTOR_FILE, sweep_partial, write_atomically
 
 log = logging.getLogger("train_steering")
 
@@ -113,7 +113,8 @@ def all_runs(paths):
 @contextlib.contextmanager
 def lock_folder(folder):
     """Hold <folder>/lock, made if need be; yields False if another process holds it.
-    The lock dies with its process. Raises ValueError if the folder cannot be written."""
+    The lock dies with its process. Raises ValueError if the folder cannot be written, or its file
+    system has no locks."""
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +122,20 @@ def lock_folder(folder):
     except OSError as error:
         raise ValueError(f"folder {folder} cannot be written ({error.strerror})") from error
     with handle:
+        held = False
+        for _ in range(5):  # `is_locked` of another process holds it for a moment
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError as error:
+                way_out = "name a folder of another file system with --output-dir"
+                raise ValueError(f"{folder}: no lock to be had ({error}); {way_out}") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino
-        except BlockingIOError:
-            held = False
-        try:
+            if held:
+                sweep_partial(folder)
             yield held
         finally:
             if held:

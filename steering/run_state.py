@@ -37,10 +37,11 @@ def config_hash(config):
 
 
 def differences(config, old, defaults):
-    """Keys in which a config differs from an older one; what that lacks had its default.
-    Keys of options that are no more do not count: the code that had them is other code."""
+    """Keys in which a config differs from an older one; an option that lacks had its default.
+    What else it lacks nobody recorded then, and options that are no more do not count: the code
+    that had them is other code."""
     before = {**defaults, **old}
-    return sorted(key for key in config if config[key] != before.get(key))
+    return sorted(key for key in config if key in before and config[key] != before[key])
 
 
 @functools.cache
@@ -178,13 +179,15 @@ def write_imported_run(folder, dataset, data, vector, header, args):
     model and layer. Raises ValueError if the folder holds anything else."""
     config = {"data": data, "template": None, "vector": vector_digest(vector), "name": dataset}
     config |= {key: args[key] for key in ("model", "layer")}
+    config["model_digest"] = header.get("model_digest")
     record = {
         "dataset": dataset, "status": "imported", "config": config, "args": args,
         "config_hash": config_hash(config), "counts": {},
         "final": {"vector_norm": vector.norm().item()}, **environment(),
     }  # fmt: skip
     there = read_json(folder / "run.json")
-    if there.get("config") != config and (there or (folder / VECTOR_FILE).exists()):
+    known = {"model_digest": config["model_digest"], **there.get("config", {})}
+    if known != config and (there or (folder / VECTOR_FILE).exists()):
         raise ValueError(f"{folder} holds another run or vector: name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)

@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-VECTOR_FILE, FORMAT_VERSION = "steering_vector.safetensors", "1"
+VECTOR_FILE, FORMAT_VERSION, PARTIAL = "steering_vector.safetensors", "1", ".partial-"
 
 
 def vector_bytes(vector, metadata):
@@ -43,7 +45,7 @@ def load_vector(path):
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: name the vector file in it")
     if Path(path).suffix in (".pt", ".pth", ".bin", ".gguf"):
-        raise ValueError(f"{path} is of another tool: export_vector.py --from makes it one of ours")
+        raise ValueError(f"{path} is another tool's: export_vector.py --from makes one of ours")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -69,17 +71,33 @@ def base_name(model):
 
 
 def write_atomically(path, data):
-    """Write bytes so that `path` holds either its old or its new content, whatever happens."""
-    partial = Path(path).with_name(".partial")  # one name, so that a kill leaves at most one
+    """Write bytes so that `path` holds either its old or its new content, whatever happens.
+    Each writer has a file of its own until then; `sweep_partial` removes those of killed ones."""
+    path = Path(path)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}")
     try:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # the name too is to outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sweep_partial(folder):
+    """Remove what writers left in the folder that were killed, an hour ago or more."""
+    for path in Path(folder).glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def write_json(path, value):

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from steering.loading import check_layer, read_config, shape_of
-from steering.vector_file import VECTOR_FILE, base_name, load_vector, vector_bytes
+from steering.loading import check_layer, is_same_model, model_digest, read_config, shape_of
+from steering.vector_file import VECTOR_FILE, load_vector, vector_bytes
 
 GGUF_FILE, GGUF_ARCHITECTURE = "steering_vector.gguf", "controlvector"
 CHATSPACE_FILE, CHATSPACE_CONFIG = "steering_vector.pt", "steering_config.json"
@@ -142,23 +142,23 @@ def import_vector(path, model, layer=None, any_model=False, trust_remote_code=Fa
     if layer is not None:
         check_layer(layer, layers, model)
     found = read_vector(path, layers, width, layer)
-    check_same_model(path, found.model or model, model, any_model)
+    check_same_model(path, {"model": found.model or model, **found.metadata}, model, any_model)
     if found.model_type not in ("", config.model_type):  # tools name some architectures differently
         print(f"WARNING: {path} is for a {found.model_type!r:.40}, not a {config.model_type!r}")
     print(f"read     {path}: {found.kind}, layer {found.layer}, norm {found.vector.norm():.4g}")
     origin = found.metadata or {"imported_from": f"{Path(path).name} ({found.kind})"}
     found.metadata = {
         **origin, "model": model, "model_type": config.model_type, "layer": found.layer,
-        "model_is_local": Path(model).exists(),
+        "model_is_local": Path(model).exists(), "model_digest": model_digest(model),
     }  # fmt: skip
     return found
 
 
-def check_same_model(path, trained_on, model, any_model):
-    """ValueError if the names are of two models, unless told that they are one."""
-    if not any_model and base_name(trained_on) != base_name(model):
-        way_out = "--any-model if they are the same model under two names"
-        raise ValueError(f"{path} is for model {trained_on}, not {model} ({way_out})")
+def check_same_model(path, header, model, any_model):
+    """ValueError if the header is of another model, unless told that they are one."""
+    if not any_model and not is_same_model(header, model):
+        way_out = "--any-model if they are the same model, by another name or with other files"
+        raise ValueError(f"{path} is for model {header['model']}, not {model} ({way_out})")
 
 
 def choose_layer(path, found, asked):

@@ -70,7 +70,7 @@ class NeverStop:
 
 def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="llama"):
     """Run the training loop alone on a tiny model; returns (model, final numbers, folder)."""
-    args = ts.parse_args(["--dataset", "x", "--lr", "0.05", "--max-grad-norm", "0", *flags])
+    args = ts.parse_args(["--dataset", "x", "--lr", "0.05", *flags])
     model = hm.SteerModel(tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
@@ -256,7 +256,7 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     assert log.count("| loss ") == 6
     for fact in (
         "32 trained",
-        "parameters frozen",
+        "frozen",
         "20 kept",
         "median residual norm",
         "steps    6",
@@ -516,9 +516,9 @@ def errors_of(capfd, arguments):
 
 def test_bad_flags_are_reported_all_at_once(capfd):
     flags = {"--batch-size": "0", "--lr": "fast", "--warmup-ratio": "1", "--save-every": "-1"}
-    flags |= {"--max-grad-norm": "nan", "--run-name": "../x", "--target-tokens": "0"}
+    flags |= {"--init-scale": "nan", "--run-name": "../x", "--target-tokens": "0"}
     error = errors_of(capfd, [part for pair in flags.items() for part in pair])
-    for flag in ("batch-size 0", "lr fast", "warmup-ratio 1", "save-every -1", "max-grad-norm nan"):
+    for flag in ("batch-size 0", "lr fast", "warmup-ratio 1", "save-every -1", "init-scale nan"):
         assert f"--{flag}" in error
     assert '--run-name "../x"' in error and "--target-tokens 0" in error and "--dataset" in error
 
