@@ -148,19 +148,25 @@ def filter_dataset(name, datasets, options):
     return result
 
 
+def plain_datasets(name, datasets):
+    """Default datasets of a dataset's source model, those of its kind first: names, maybe none."""
+    source, kind, _ = parse_name(dataset_parts(name, datasets)[0])
+    kinds = kind, "trait" if kind == "role" else "role"
+    defaults = "0_default", "1_default", "default"
+    all_names = [f"{source}__{its_kind}__{default}" for its_kind in kinds for default in defaults]
+    return [other for other in all_names if other in datasets]
+
+
 def plain_rows(name, datasets, filtered):
     """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
-    A trait's own neg rows; otherwise a default dataset (0_default, 1_default, default) of the same
-    source model, whatever its labels and scores. Lines that do not parse are left out."""
+    A trait's own neg rows; otherwise the first default dataset that has a response, whatever its
+    labels and scores. Lines that do not parse are left out."""
     if filtered.plain:
         return filtered.plain, "neg rows of the dataset"
-    source, kind, _ = parse_name(dataset_parts(name, datasets)[0])
-    for its_kind in (kind, "trait" if kind == "role" else "role"):
-        for default in ("0_default", "1_default", "default"):
-            other = f"{source}__{its_kind}__{default}"
-            rows = parsed_rows(datasets[other], scored=False) if other in datasets else ()
-            if rows := [row for row, _ in rows if row and row["messages"][-1]["content"]]:
-                return rows, other
+    for other in plain_datasets(name, datasets):
+        rows = parsed_rows(datasets[other], scored=False)
+        if rows := [row for row, _ in rows if row and row["messages"][-1]["content"]]:
+            return rows, other
     return [], "nobody's"
 
 

@@ -18,13 +18,21 @@ import os
 import re
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_filter import DataOptions, plain_rows, split_by_question, split_dataset, take_budget
+from data_filter import (
+    DataOptions,
+    plain_datasets,
+    plain_rows,
+    split_by_question,
+    split_dataset,
+    take_budget,
+)
 from evaluation import measures, report
 from evaluation.judge import Judge, JudgeError, rubric_for
 from evaluation.stats import compare_losses, recovered_fraction
@@ -33,10 +41,10 @@ from steering import run_state
 from steering.chat_format import label_count
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, parse_name
-from steering.loading import DTYPES
+from steering.loading import DTYPES, model_digest
 from steering.run_folder import all_runs, find_runs, run_path
 from steering.run_state import read_run, write_imported_run
-from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
+from steering.vector_file import VECTOR_FILE, base_name, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
 
 RANDOM_VECTORS = 3
@@ -81,7 +89,12 @@ def load_data(run, chat, heldout_tokens):
         take_budget(group, chat, budget, options.max_length, options.seed)[0]
         for group, budget in zip(groups, budgets, strict=True)
     ]
-    return measures.EvalData(splits.train, splits.validation, splits.heldout, *plain, source)
+    asked = [example for example in splits.heldout if example.row["system_prompt"]]
+    heldout = asked or splits.heldout
+    if left_out := len(splits.heldout) - len(heldout):
+        measures.announce(f"{left_out} held-out rows without a system prompt are left out")
+    train, validation = splits.train, splits.validation
+    return measures.EvalData(train, validation, heldout, *plain, source, left_out)
 
 
 class Shelf:
@@ -92,10 +105,11 @@ class Shelf:
 
     def chat(self, run):
         """The ChatFormat of a run: its template as it was, whatever became of the file."""
-        key = run.args["model"], run.record["config"].get("template")
+        config, date = run.record["config"], run.record.get("date")
+        key = run.args["model"], config.get("template"), date
         if key not in self._chats:
             trust = run.args.get("trust_remote_code", False)
-            self._chats[key] = load_chat(key[0], None, trust, template=key[1])
+            self._chats[key] = load_chat(key[0], None, trust, *key[1:])
         return self._chats[key]
 
     def model(self, run):
@@ -174,9 +188,10 @@ def likelihood(model, chat, data, vector, difference, args):
         vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
     losses = measures.heldout_losses(model, chat, data.heldout, vectors, args.micro_batch_tokens)
     tokens, questions = list(map(label_count, data.heldout)), measures.questions_of(data.heldout)
+    counts = {"rows": len(tokens), "tokens": sum(tokens)}
     chosen_on = "validation questions" if data.validation else "training questions"
     return {
-        "heldout": {"rows": len(tokens), "questions": len({*questions}), "tokens": sum(tokens)},
+        "heldout": {**counts, "questions": len({*questions}), "left_out": data.left_out},
         "likelihood": compare_losses(losses, tokens, questions),
         "recovered": recovered_fraction(losses, tokens, questions),
         "coefficients": {"chosen_on": chosen_on, **chosen},
@@ -186,17 +201,30 @@ def likelihood(model, chat, data, vector, difference, args):
 def evaluation_config(args, run):
     """What decides the numbers: options, the run's own settings, the data and the vector."""
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
-    config["data"] = data_digest(run.dataset, DataOptions.of(run.args).datasets())
+    datasets = DataOptions.of(run.args).datasets()
+    plain = [data_digest(name, datasets) for name in plain_datasets(run.dataset, datasets)]
+    config |= {"data": data_digest(run.dataset, datasets), "plain": plain}
     config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
+    config["model_digest"] = model_digest(run.args["model"])
     return config | {"format_version": report.FORMAT_VERSION}
+
+
+def suffix_of(config, run):
+    """What the names of an evaluation's files end in: "" if the model is the run's own."""
+    digest, trained_on = config["model_digest"], run.record["args"].get("model", "")
+    known = run.record["config"].get("model_digest")  # not in older runs
+    same = known == digest if known else base_name(trained_on) == base_name(run.args["model"])
+    return "" if same else f"-{run_path('', run.args['model'], 0, '').parts[0]}"
 
 
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
-    started, run, path = time.time(), read_run(folder, changes_of(args)), folder / "eval.json"
+    started, run = time.time(), read_run(folder, changes_of(args))
     sources = run_state.source_hashes("eval_steering.py", SHOWING)
     config = evaluation_config(args, run)
+    suffix = suffix_of(config, run)
+    path = folder / f"eval{suffix}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     result = read_json(path)
@@ -206,7 +234,7 @@ def evaluate_folder(folder, args, shelf):
         if "format_version" in other:
             why = f"{report.WHY_NEW_FORMAT}; {why}"
         if old:
-            measures.announce(f"anew ({why}); the last evaluation is kept as eval.old.json")
+            measures.announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
@@ -216,7 +244,7 @@ def evaluate_folder(folder, args, shelf):
         result["flags"] = report.find_flags(result, run.record)
         result["seconds"] = round(time.time() - started, 1)
         if old:  # only now that there is another
-            os.replace(path, folder / "eval.old.json")
+            os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may fail
     elif changed := run_state.changed_sources(result.get("code", {}), sources):
         text = f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew"
@@ -228,9 +256,10 @@ def evaluate_folder(folder, args, shelf):
         judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
         replies = folder / "judgements.jsonl"
         code = judge.add_scores(result, replies, args.judge_workers)
-    files = report.write_evaluation(folder, result)
-    shown = [report.tables_text(result), *map(report.answers_text, result["samples"][:1])]
-    print("\n\n".join(shown))
+    files = report.write_evaluation(folder, result, suffix)
+    print(report.tables_text(result))
+    for sample in result["samples"][:1]:
+        print("", report.answers_text(sample, quote=str), sep="\n")
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
     return code
 
@@ -278,7 +307,8 @@ def specificity(folders, args, shelf, path):
 
 
 def write_report(folders, args, shelf):
-    """Write the report of several runs, evaluated or not, and print where it is."""
+    """Write the report of several runs, evaluated or not, and print where it is.
+    folders: those that are evaluated, whose vectors are tried on each other."""
     runs, shared = all_runs(args.run), os.path.commonpath(map(os.path.abspath, args.run))
     if not runs:
         raise ValueError(f"{shared}: no run.json in there")
@@ -288,8 +318,11 @@ def write_report(folders, args, shelf):
         matrices = read_json(out / "specificity.json").get("matrices", [])
         report.print_table([report.report_row(run) for run in runs])
     else:
-        done = [folder for folder in folders if (folder / "eval.json").exists()]
-        matrices = specificity(done, args, shelf, out / "specificity.json")
+        matrices = []
+        try:
+            matrices = specificity(folders, args, shelf, out / "specificity.json")
+        except Exception:  # the report without it is better than none
+            traceback.print_exc()
     files = report.write_report(out, runs, matrices)
     print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
 
@@ -373,7 +406,7 @@ def changes_of(args):
 
 def run(args):
     """Evaluate every run; returns the worst exit code."""
-    shelf, codes = Shelf(), []
+    shelf, codes, evaluated = Shelf(), [], []
     if args.report_only:
         write_report([], args, shelf)
         return 0
@@ -384,11 +417,13 @@ def run(args):
                 print_answers(folder, args, shelf)
             else:
                 codes.append(evaluate_folder(folder, args, shelf))
-        except (ValueError, OSError, JudgeError) as error:  # the next run may do better
-            print(f"error: {error}", file=sys.stderr)
-            codes.append(1 if isinstance(error, JudgeError) else 2)
+                evaluated.append(folder)
+        except Exception as error:  # the next run may do better
+            known = isinstance(error, ValueError | OSError | JudgeError)
+            print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
+            codes.append(2 if isinstance(error, ValueError | OSError) else 1)
     if args.run and folders != [Path(args.run[0])] and args.prompt is None:
-        write_report(folders, args, shelf)
+        write_report(evaluated, args, shelf)
     return max(codes, default=0)
 
 

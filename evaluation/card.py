@@ -43,16 +43,10 @@ def card(source, vector, scale, formats, names):
     }
     fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer}
     loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
-    facts = "\n".join(f"| {name} | {plain(words)} |" for name, words in facts.items())
+    facts = "\n".join(f"| {name} | {report.plain(words)} |" for name, words in facts.items())
     parts = {"facts": facts, "evaluation": evaluation(source.result)}
-    parts |= {"front": front, "title": plain(title), "snippets": "\n\n".join(loading)}
+    parts |= {"front": front, "title": report.plain(title), "snippets": "\n\n".join(loading)}
     return Template(template).substitute(parts)
-
-
-def plain(text):
-    """Text for a line of Markdown, whatever a foreign file had to say."""
-    text = " ".join(str(text).split())
-    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 def origin(source):

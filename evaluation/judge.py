@@ -45,7 +45,7 @@ def rubric_for(dataset, folder=None):
         return rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))
     path = Path(folder, f"{name}.json")
     try:
-        template = json.loads(path.read_text(encoding="utf-8"))["eval_prompt"]
+        template = json.loads(path.read_text(encoding="utf-8-sig"))["eval_prompt"]
         filled = template.format(question="QUESTION-1", answer="ANSWER-2")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f'--rubric-dir: {path} has no usable "eval_prompt" ({error!r})') from error

@@ -5,6 +5,8 @@ and the other conditions are made here and nowhere else. max_tokens: padded toke
 """
 
 import functools
+import hashlib
+import json
 import math
 import sys
 import time
@@ -34,7 +36,8 @@ def announce(what):
 class EvalData:
     """Examples of a dataset by what they are for; no question is in two of the three parts.
     train, validation, heldout: rows of the persona; plain_train, plain_heldout: of the same model
-    without it, plain_source saying whose."""
+    without it, plain_source saying whose. left_out: held-out rows that had no system prompt, so
+    that every condition, prompted too, is of the same rows; all of them are in if none has one."""
 
     train: list
     validation: list
@@ -42,6 +45,7 @@ class EvalData:
     plain_train: list
     plain_heldout: list
     plain_source: str
+    left_out: int = 0
 
     def check(self):
         """AssertionError if a question that is reported on was seen, or chosen by."""
@@ -161,21 +165,37 @@ class Sampling:
     batch_size: int = 8
 
 
+def seeded_noise(conversations, sampling):
+    """A logits processor under which the greedy choice is a sample at the temperature.
+    Gumbel noise of a generator for each row, which its messages and the seed decide: an answer does
+    not depend on the batch that it is written in."""
+    generators = []
+    for turns in conversations:
+        digest = hashlib.sha256(json.dumps([sampling.seed, turns]).encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+
+    def processor(input_ids, scores):  # scores: (B, V)
+        rows = [torch.empty(scores.shape[1]).exponential_(generator=g) for g in generators]
+        return scores.float() / sampling.temperature - torch.stack(rows).log().to(scores.device)
+
+    return processor
+
+
 @torch.no_grad()
 def generate_answers(model, chat, conversations, sampling):
-    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt."""
+    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
+    Sampled from the model's whole distribution at the temperature, 0: greedily."""
     stop_ids = model.model.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
     stop_ids = sorted(stop_ids - {None})
-    options = {"do_sample": True, "temperature": sampling.temperature, "repetition_penalty": 1.0}
-    if not sampling.temperature:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
-    options["max_new_tokens"] = sampling.max_new_tokens
-    torch.manual_seed(sampling.seed)
+    options |= {"repetition_penalty": 1.0, "max_new_tokens": sampling.max_new_tokens}
     answers = []
     for start in range(0, len(conversations), sampling.batch_size):
         batch = conversations[start : start + sampling.batch_size]
+        if sampling.temperature:
+            options["logits_processor"] = [seeded_noise(batch, sampling)]
         inputs = chat.inputs(batch, model.input_device)
         answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
     return answers

@@ -1,6 +1,8 @@
 """Evaluations as text: tables, samples.md, flags; the report of many runs. No model is loaded."""
 
+import contextlib
 import csv
+import html
 import io
 import math
 from pathlib import Path
@@ -108,21 +110,33 @@ def tables_text(result):
     return "\n\n".join([likelihood_text(result), *answers, flags])
 
 
-def answers_text(sample, heading="##"):
+def plain(text):
+    """Text for a line of Markdown, whatever it has to say."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+
+
+def quoted(text):
+    """Text as a Markdown quotation, in which no HTML is."""
+    return "\n".join(f"> {line}" for line in html.escape(text, quote=False).split("\n"))
+
+
+def answers_text(sample, heading="##", quote=quoted):
     """One question and its answers as Markdown."""
-    parts = [f"{heading} {sample['question']}", f"persona prompt: *{sample['system_prompt']}*"]
-    parts += [f"**{condition}**\n\n{text}" for condition, text in sample["answers"].items()]
+    parts = [f"{heading} {plain(sample['question'])}", "persona prompt:"]
+    parts += [quote(sample["system_prompt"])]
+    parts += [f"**{name}**\n\n{quote(text)}" for name, text in sample["answers"].items()]
     return "\n\n".join(parts)
 
 
-def write_evaluation(folder, result):
-    """Write eval.json, samples.md and eval.png into a run folder; returns the files' names."""
-    write_json(folder / "eval.json", result)
-    parts = [f"# {result['dataset']}", f"```\n{tables_text(result)}\n```"]
+def write_evaluation(folder, result, suffix=""):
+    """Write eval.json, samples.md and eval.png into a run folder; returns the files' names.
+    suffix: of the names, before the dot."""
+    files = [f"eval{suffix}.json", f"samples{suffix}.md"]
+    write_json(folder / files[0], result)
+    parts = [f"# {plain(result['dataset'])}", f"```\n{tables_text(result)}\n```"]
     text = "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
-    write_atomically(folder / "samples.md", text.encode())
-    pictures = plot_run(folder / "eval.png", result, folder / "metrics.jsonl")
-    return ["eval.json", "samples.md", *pictures]
+    write_atomically(folder / files[1], text.encode())
+    return files + plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")
 
 
 def find_flags(result, record):
@@ -213,23 +227,24 @@ def write_report(folder, runs, matrices=()):
     table = [[*cells[0]], ["---"] * len(cells[0]), *(row.values() for row in cells)]
     lines = [f"# {len(rows)} runs, by recovered fraction\n"]
     lines += [*(f"| {' | '.join(row)} |" for row in table), REPORT_NOTE]
-    groups = {}  # vectors of one model and layer can be compared
+    groups, pictures = {}, []  # vectors of one model and layer can be compared
     for row in rows:
-        if (Path(row["run"]) / VECTOR_FILE).exists():
-            groups.setdefault((row["model"], row["layer"]), []).append(row)
-    pictures = []
+        with contextlib.suppress(ValueError):  # none there, or not a vector
+            vector = load_vector(Path(row["run"], VECTOR_FILE))[0]
+            groups.setdefault((row["model"], row["layer"], len(vector)), []).append((row, vector))
     for place, group in groups.items():
         if len(group) > 1:
             suffix = f"-{len(pictures)}" if pictures else ""
-            said, drawn = compare_vectors(folder, place, group, matrices, suffix)
+            said, drawn = compare_vectors(
+                folder, place[:2], *zip(*group, strict=True), matrices, suffix
+            )
             lines, pictures = lines + said, pictures + drawn
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
     return ["report.csv", "report.md", *pictures]
 
 
-def compare_vectors(folder, place, group, matrices, suffix):
-    """(Markdown lines, names of heat maps) of the runs of one (model, layer)."""
-    vectors = [load_vector(Path(row["run"], VECTOR_FILE))[0] for row in group]
+def compare_vectors(folder, place, group, vectors, matrices, suffix):
+    """(Markdown lines, names of heat maps) of the report's rows of one (model, layer)."""
     vectors = np.stack([(vector / vector.norm()).numpy() for vector in vectors])
     cosine = vectors @ vectors.T
     off = cosine[~np.eye(len(group), dtype=bool)]
@@ -257,7 +272,7 @@ def report_cells(row, added=()):
 
     undefined = row["recovered"] is None and row["steered"] is not None
     return {
-        "dataset": f"`{row['dataset']}`",
+        "dataset": f"`{plain(row['dataset'])}`",
         **{key: number(row[key]) for key in ("vanilla", "prompted", "steered")},
         "mean diff": number(row["mean_difference"]),
         **{key: number(row.get(key)) for key in added},

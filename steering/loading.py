@@ -87,9 +87,9 @@ def read_config(name, trust_remote_code=False):
 
 def model_digest(name):
     """What stands for a model's files: "files-<hash>" of a local one, "commit-<id>" of the hub's.
-    None if it is not here yet. Hashed are config, tokenizer, template and code; of each file of
-    weights its size and 64 samples of 4 KiB, since all of 65 GB would take minutes: a change to a
-    few of the weights may pass."""
+    None if it is not here yet. Hashed are config, tokenizer, template, code and weights; of a file
+    of weights above 512 MiB its size and 128 samples of 64 KiB, since all of 65 GB would take
+    minutes: there a change to a few of the weights may pass."""
     path, digest = Path(name), hashlib.sha256()
     if not path.exists():
         from huggingface_hub import try_to_load_from_cache
@@ -103,9 +103,11 @@ def model_digest(name):
             size = file.stat().st_size
             digest.update(str(size).encode())
             with open(file, "rb") as handle:
-                for i in range(64):
-                    handle.seek(size * i // 64)
-                    digest.update(handle.read(4096))
+                if size <= 2**29:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+                for i in range(128 if size > 2**29 else 0):
+                    handle.seek(size * i // 128)
+                    digest.update(handle.read(2**16))
         elif re.fullmatch(r"config\.json|.*token.*|vocab.*|merges.*|.*\.(jinja|py)", file.name):
             digest.update(file.name.encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:16]}"

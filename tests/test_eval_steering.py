@@ -9,11 +9,13 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from conftest import ROOT, persona_rows, raw_row, write_raw
 from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
@@ -555,17 +557,17 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
     path = finished / "judgements.jsonl"
     path.unlink(missing_ok=True)
     arguments = ["--run", str(finished), *QUICK, "--judge-model", "j", "--judge-workers", "1"]
-    with serve(lambda prompt, count: "2" if count <= 4 else 400) as endpoint:
+    with serve(lambda prompt, count: "2" if count <= 2 else 400) as endpoint:
         assert ev.main([*arguments, "--judge", endpoint.url]) == 1
     said = capsys.readouterr()
     result = json.loads((finished / "eval.json").read_text())
     answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
-    assert len(path.read_text().splitlines()) == 4 and "HTTP 400" in said.err
-    assert result["judge"]["failed"] == len(answers) - 4
+    assert len(path.read_text().splitlines()) == 2 and "HTTP 400" in said.err
+    assert result["judge"]["failed"] == len(answers) - 2 > 0
     monkeypatch.setattr(ev, "load_model", None)  # the answers are those that were there
     with serve(lambda *_: "3") as endpoint:
         assert ev.main([*arguments, "--judge", endpoint.url]) == 0
-        assert len(endpoint.seen) == len(answers) - 4
+        assert len(endpoint.seen) == len(answers) - 2
     result = json.loads((finished / "eval.json").read_text())
     assert result["judge"]["failed"] == 0
     judged = [row["judge"] for row in result["answers"].values()]
@@ -668,3 +670,105 @@ def test_lexicon_counts_whole_words_only():
     ]
     samples = [{"answers": {"steered x1": text}} for text in texts]
     assert count(samples, pattern) == {"steered x1": 2}
+
+
+# ---------------------------------------------------------------- what an evaluation depends on
+
+
+def evaluate(folder, *arguments):
+    """Its eval.json after an evaluation that has to go well."""
+    assert ev.main(["--run", str(folder), *QUICK, *arguments]) == 0
+    return json.loads((folder / "eval.json").read_text())
+
+
+def test_sampled_answers_do_not_depend_on_the_batch_but_on_the_seed(steered, smol_chat):
+    turns = [[{"role": "user", "content": f"{q}?"}] for q in ("Who are you", "Tea", "What is 2+2")]
+
+    def answers(batch_size, seed=0, conversations=turns):
+        sampling = me.Sampling(8, 1.0, seed, batch_size)
+        return me.generate_answers(steered, smol_chat, conversations, sampling)
+
+    together = answers(3)
+    assert together == answers(1) == answers(2)
+    assert together[::-1] == answers(2, conversations=turns[::-1])
+    assert together != answers(3, seed=1) and len(set(together)) == 3
+
+
+def test_seeded_noise_samples_from_the_distribution():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
+    process = me.seeded_noise([[]], me.Sampling(temperature=0.5))
+    picks = torch.stack([process(None, scores).argmax() for _ in range(4000)])
+    got = picks.bincount(minlength=4) / len(picks)
+    assert torch.allclose(got, (scores[0] / 0.5).softmax(-1), atol=0.03)
+
+
+def test_evaluation_is_done_anew_where_plain_rows_or_model_files_changed(finished, capsys):
+    before = evaluate(finished)
+    root = Path(json.loads((finished / "run.json").read_text())["args"]["data_root"])
+    path = root / "src" / "roles_240" / "responses" / "0_default.jsonl"
+    rows = path.read_text()
+    try:
+        path.write_text(rows.replace("It is", "They are"))
+        after = evaluate(finished)
+        assert "anew (plain)" in capsys.readouterr().err
+    finally:
+        path.write_text(rows)
+    assert after["config"]["plain"] != before["config"]["plain"]
+    assert evaluate(finished)["config"] == before["config"]
+
+
+def test_evaluation_of_another_model_is_kept_apart(finished, tiny_folder, tmp_path, capsys):
+    before = evaluate(finished)
+    other = tmp_path / "other" / "tiny-llama"  # the same name, other weights
+    shutil.copytree(tiny_folder, other)
+    model = hf.AutoModelForCausalLM.from_pretrained(other)
+    torch.manual_seed(5)
+    torch.nn.init.normal_(model.model.layers[2].mlp.down_proj.weight)
+    model.save_pretrained(other)
+    for flags in ([], ["--restart"]):
+        assert evaluate(finished, "--model", str(other), *flags) == before
+        (path,) = finished.glob("eval-tiny-llama-??????.json")
+        assert json.loads(path.read_text())["likelihood"] != before["likelihood"]
+        assert list(finished.glob("samples-tiny-llama-*.md"))
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_folder, moved)
+    assert evaluate(finished, "--model", str(moved)) == before  # the run's own, elsewhere
+    assert len(list(finished.glob("eval-*-??????.json"))) == 1
+
+
+def test_rows_without_a_system_prompt_are_left_out_of_every_condition(finished, tmp_path, capsys):
+    rows, scores = persona_rows(60)
+    for row in rows[::7]:
+        row |= {"system_prompt": "", "conversation": row["conversation"][1:]}
+    write_raw(tmp_path, "pirate", rows, scores)
+    result = evaluate(finished, "--data-root", str(tmp_path), "--restart")
+    left_out = result["heldout"]["left_out"]
+    assert left_out > 0 and f"{left_out} held-out rows without" in capsys.readouterr().err
+    assert "prompted" in result["likelihood"] and "prompted" in result["answers"]
+    assert all(sample["system_prompt"] for sample in result["samples"])
+
+
+def test_a_run_that_breaks_ends_neither_the_others_nor_the_report(trained, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "runs", runs)
+    first, second = sorted(path.parent for path in runs.rglob(VECTOR_FILE))
+    (first / VECTOR_FILE).write_bytes(b"torn")
+    record = json.loads((second / "run.json").read_text())
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "run.json").write_text(json.dumps(record | {"config": [1]}))
+    shutil.copy(second / VECTOR_FILE, tmp_path / "gone")
+    names = [str(runs), str(tmp_path / "gone")]
+    assert ev.main(["--run", *names, *QUICK, "--report-dir", str(tmp_path / "report")]) in (1, 2)
+    assert "report of 3 runs" in capsys.readouterr().out
+    assert (second / "eval.json").exists()
+
+
+def test_answers_cannot_write_the_markdown_around_them():
+    sample = {
+        "question": "<b>Q</b>\n# x?",
+        "system_prompt": "# P",
+        "answers": {"vanilla": "# A\n<i>"},
+    }
+    text = eval_report.answers_text(sample)
+    assert "<b>" not in text and "<i>" not in text and "\n# " not in text
+    assert "> # A\n> &lt;i&gt;" in text

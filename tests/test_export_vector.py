@@ -520,7 +520,7 @@ def test_words_of_a_foreign_file_cannot_write_the_card(tiny_folder, tmp_path):
     save_vector(tmp_path / "v.safetensors", VECTOR, header)
     assert convert(tmp_path / "v.safetensors", tiny_folder, tmp_path / "out") == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "# Steering vector: x &lt;script>a&lt;/script> # hi \\| there\n" in text
+    assert "# Steering vector: x &lt;script&gt;a&lt;/script&gt; # hi \\| there\n" in text
     assert "<script>" not in text and "\n# hi" not in text
 
 
