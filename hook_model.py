@@ -28,6 +28,7 @@ LAYER_PATHS = (  # where architectures keep their decoder layers, the first that
     "transformer.h",  # GPT-2
     "gpt_neox.layers",  # GPT-NeoX
     "model.decoder.layers",  # OPT
+    "transformer.blocks",  # MPT
 )
 
 

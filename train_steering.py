@@ -28,7 +28,13 @@ from steering import loading, run_folder, run_state, vector_file
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, requested_names
-from steering.fast_path import FastPath, checkpoint_layers, compile_layers, example_sums
+from steering.fast_path import (
+    FastPath,
+    checkpoint_layers,
+    compile_layers,
+    example_sums,
+    is_out_of_memory,
+)
 from steering.vector_file import VECTOR_FILE
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
@@ -154,13 +160,12 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
                     loss = losses(rows).sum() / label_tokens
                     loss.backward()
                     step_loss += loss.detach()
-            except torch.OutOfMemoryError:  # the same step again, in smaller pieces
-                if all(len(rows) == 1 for rows in micro_batches(batch, max_tokens)):
+            except Exception as error:  # out of memory: the same step again, in smaller pieces
+                single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
+                if single or not is_out_of_memory(error):
                     raise
                 max_tokens //= 2
-                log.warning(
-                    f"WARNING: out of memory, --micro-batch-tokens is {max_tokens} from now"
-                )
+                log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
                 optimizer.zero_grad()
                 loss = None  # and with it what its graph holds
                 continue

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from evaluation.stats import TEXT_METRICS, auroc, fit_probe, mean_interval
-from steering.chat_format import IGNORE_INDEX, collate, label_count, micro_batches
-from steering.fast_path import FastPath, example_sums
+from steering.chat_format import IGNORE_INDEX, collate, label_count
+from steering.fast_path import FastPath, example_sums, in_batches
 
 COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
@@ -242,13 +242,16 @@ def response_means(model, examples, max_tokens):
     if not all(map(label_count, examples)):
         raise ValueError("an example has no label token: nothing to take the mean of")
     fast, means = FastPath(model), {}
+
+    def average(batch):
+        ids, labels = collate(batch)
+        states = fast.layer_output(ids.to(model.input_device)).float()  # (B, T, n)
+        carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
+        return ((states * carries).sum(1) / carries.sum(1)).cpu()
+
     with model.steering_off():
-        for batch in micro_batches(examples, max_tokens):
-            ids, labels = collate(batch)
-            states = fast.layer_output(ids.to(model.input_device)).float()  # (B, T, n)
-            carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
-            averages = (states * carries).sum(1) / carries.sum(1)
-            means |= {id(e): mean.cpu() for e, mean in zip(batch, averages, strict=True)}
+        for batch, averages in in_batches(average, examples, max_tokens):
+            means |= {id(e): mean for e, mean in zip(batch, averages, strict=True)}
     rows = [means[id(example)] for example in examples]
     return torch.stack(rows) if rows else torch.empty(0, model.hidden_size)
 

@@ -52,27 +52,52 @@ class FastPath:
         elif tokens:
             log.info(f"{about} on {place}: layers 0..{self.layer} run once")
             pin = place.type == "cpu" and torch.cuda.is_available()  # fast to copy from
+
+            def states_of(batch):
+                return self.layer_output(collate(batch)[0].to(model.input_device))
+
             with model.steering_off():
-                for batch in micro_batches(examples, max_tokens):
-                    ids = collate(batch)[0].to(model.input_device, non_blocking=True)
-                    for example, states in zip(batch, self.layer_output(ids), strict=True):
+                for batch, rows in in_batches(states_of, examples, max_tokens):
+                    for example, states in zip(batch, rows, strict=True):
                         kept = states[: len(example.input_ids)].to(place, copy=True)
                         self.cache[id(example)] = example, kept.pin_memory() if pin else kept
 
-    @torch.no_grad()
+    def _either(self, compute):
+        """What compute() gives on the fast path; on the plain one if that fails, and from then on.
+        An out-of-memory says nothing about a path: fewer rows at once are the way out."""
+        if self.fast is not False:
+            try:
+                return compute()
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._give_up(error)
+        return compute()
+
+    def _give_up(self, why):
+        """Take plain forwards from now on, and say so."""
+        self.fast, self.cache, kind = False, {}, type(self.model.model).__name__
+        reason = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why
+        reason = " ".join(reason.split())
+        log.warning(f"WARNING: no fast path for {kind} ({reason:.200}): plain forwards")
+
     def layer_output(self, input_ids):
         """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
         Layers above are passed through, so it costs a forward of layers 0..k only."""
+        return self._either(lambda: self._layer_output(input_ids))
+
+    @torch.no_grad()
+    def _layer_output(self, input_ids):
         model, caught = self.model, []
 
         def catch(module, inputs, output):
             caught.append(output[0] if isinstance(output, tuple) else output)
 
-        above = dict.fromkeys(model.layers[model.layer + 1 :], self._pass_through)
+        above = model.layers[model.layer + 1 :] if self.fast is not False else ()
         # A hook registered after the steering hook runs after it.
         handle = model.layers[model.layer].register_forward_hook(catch)
         try:
-            with replaced_forwards(above):
+            with replaced_forwards(dict.fromkeys(above, self._pass_through)):
                 model.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
             handle.remove()
@@ -107,13 +132,16 @@ class FastPath:
         exist for label tokens only, HEAD_TOKENS at a time. Raises ValueError without a label token.
         """
         self._check_fast_path(examples)
-        return HeadLoss.apply(*self._before_head(examples), token_loss)
+        return self._either(lambda: HeadLoss.apply(*self._before_head(examples), token_loss))
 
     @torch.no_grad()
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
         Raises ValueError without a label token."""
         self._check_fast_path(examples)
+        return self._either(lambda: self._divergences(examples))
+
+    def _divergences(self, examples):
         steered, _, logits_of = self._before_head(examples)
         with self.model.steering_off():
             plain, _, _ = self._before_head(examples)
@@ -127,33 +155,35 @@ class FastPath:
     def _check_fast_path(self, examples):
         """Set `fast` to whether the fast path computes what the plain forward does, on an example.
         It does unless an architecture passes more between its layers than the residual stream."""
-        if self.fast is not None and self.layer == self.model.layer:
-            return
         if self.layer != self.model.layer:
-            self.layer, self.cache = self.model.layer, {}
-        example, error, self.fast = min(examples, key=label_count), math.inf, False
-        steering = self.model.steering
+            self.layer, self.cache, self.fast = self.model.layer, {}, None
+        if self.fast is not None:
+            return
+        example, steering = min(examples, key=label_count), self.model.steering
         kept, noise = steering.vector.clone(), torch.Generator().manual_seed(0)
+
+        def log_probs():
+            states, targets, logits_of = self._before_head([example])
+            parts = [logits_of(part).float().log_softmax(-1) for part in states.split(HEAD_TOKENS)]
+            return torch.cat(parts).gather(-1, targets[:, None])[:, 0]
+
         with steering.scaled(1):  # with a vector that shows: the present one may be zero or off
             size = self.median_residual_norm([example]) / math.sqrt(len(kept))
             try:
                 steering.vector.copy_(0.3 * size * torch.randn(len(kept), generator=noise))
-                plain = self._target_log_probs(example)
-                self.fast = True
-                with contextlib.suppress(RuntimeError, IndexError, AttributeError, TypeError):
-                    error = (self._target_log_probs(example) - plain).abs().mean().item()
-            finally:  # training goes on after an out-of-memory here
+                quick = self._either(log_probs)
+                if self.fast is None:
+                    self.fast = False
+                    plain = log_probs()
+                    self.fast = True
+                    off = (quick - plain).abs().mean().item()
+                    if not off <= (1e-4 if self.model.model.dtype == torch.float32 else 0.02):
+                        self._give_up(f"off by {off:.2g}")
+            except Exception:  # out of memory: to be checked again
+                self.fast = None
+                raise
+            finally:
                 steering.vector.copy_(kept)
-        if not error <= (1e-4 if self.model.model.dtype == torch.float32 else 0.02):
-            self.fast = False
-            kind = type(self.model.model).__name__
-            log.warning(f"WARNING: no fast path for {kind} (off by {error:.2g}): plain forwards")
-
-    def _target_log_probs(self, example):
-        """Log-probability of every label token of one example: (N,)."""
-        states, targets, logits_of = self._before_head([example])
-        parts = [logits_of(part).float().log_softmax(-1) for part in states.split(HEAD_TOKENS)]
-        return torch.cat(parts).gather(-1, targets[:, None])[:, 0]
 
     def _before_head(self, examples):
         """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
@@ -163,7 +193,7 @@ class FastPath:
         if not len(at):
             raise ValueError("no label token: nothing to compute a loss on")
         model = self.model.model
-        if self.fast:
+        if self.fast is not False:
             head, caught = model.get_output_embeddings(), []
 
             def catch(hidden_states):
@@ -238,10 +268,31 @@ class HeadLoss(torch.autograd.Function):
 def example_sums(per_token, examples, max_tokens):
     """Sum over each example of per_token(batch of examples), which is (N,) for N label tokens."""
     sums = {}
-    for batch in micro_batches(examples, max_tokens):
-        parts = per_token(batch).split([label_count(example) for example in batch])
+    for batch, values in in_batches(per_token, examples, max_tokens):
+        parts = values.split([label_count(example) for example in batch])
         sums |= {id(e): part.sum() for e, part in zip(batch, parts, strict=True)}
     return torch.stack([sums[id(example)] for example in examples]).tolist()
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out, of a GPU or of the host."""
+    text = "not enough memory" in str(error)  # torch's allocator of host memory
+    return text or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def in_batches(function, examples, max_tokens):
+    """Yield (micro-batch, function of it); one that memory does not hold is halved."""
+    todo = micro_batches(examples, max_tokens)[::-1]
+    while todo:
+        batch = todo.pop()
+        try:
+            result = function(batch)
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            todo += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            continue
+        yield batch, result
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, tiny
+from conftest import CONFIGS, SMALL, tiny
 from safetensors.torch import save_file
 
 import hook_model as hm
@@ -553,17 +553,111 @@ def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(v
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
 
 
-def test_out_of_memory_in_the_check_leaves_the_vector_as_it_was(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: not enough memory")],
+)
+def test_out_of_memory_in_the_check_leaves_vector_and_fast_path_as_they_were(monkeypatch, error):
     model, rows = steered("llama", value=0.0), rows_of(9)
+    fast, real = fp.FastPath(model), fp.FastPath._before_head
+    for fails_at in (1, 2):  # the fast one, the plain one
+        calls = []
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        def full(self, examples, calls=calls, fails_at=fails_at):
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise error
+            return real(self, examples)
 
-    fast = fp.FastPath(model)
-    monkeypatch.setattr(fast, "_target_log_probs", full)
+        with monkeypatch.context() as patch:
+            patch.setattr(fp.FastPath, "_before_head", full)
+            with pytest.raises(type(error)):
+                losses_of(fast, rows)
+        assert not model.steering.vector.any() and fast.fast is None
+    losses_of(fast, rows)
+    assert fast.fast
+
+
+@pytest.mark.parametrize("breaks", ["cache", "pass-through", "later"])
+def test_whatever_breaks_on_the_fast_path_means_plain_forwards_and_right_numbers(breaks, caplog):
+    model, rows = steered("llama"), rows_of(9, 14, 11)
+    expected = plain_loss(model, rows)
+    gradient = gradient_of(model, expected)
+    fast, real = fp.FastPath(model), fp.FastPath._pass_through
+
+    def broken(self, hidden_states, *args, **kwargs):
+        if breaks == "pass-through" or hidden_states.shape[0] > 1:
+            raise KeyError("a layer wants what another one left")
+        return real(self, hidden_states, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if breaks != "later":
+            patch.setattr(fp.FastPath, "_pass_through", broken)
+        fast.cache_prefix(rows)
+        if breaks == "later":
+            losses_of(fast, rows[:1])
+            assert fast.fast
+            patch.setattr(fp.FastPath, "_pass_through", broken)
+        loss = losses_of(fast, rows).sum()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.allclose(gradient_of(model, loss), gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(fast.layer_output(IDS), fp.FastPath(model).layer_output(IDS))
+    assert not fast.fast and caplog.text.count("no fast path for LlamaForCausalLM") >= 1
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved():
+    rows, sizes = rows_of(9, 9, 9, 9, 9, 9), []
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [example.input_ids for example in batch]
+
+    done = list(fp.in_batches(work, rows, 1000))
+    assert [id(e) for batch, _ in done for e in batch] == [id(e) for e in rows]
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
     with pytest.raises(torch.OutOfMemoryError):
-        losses_of(fast, rows)
-    assert not model.steering.vector.any()
+        list(fp.in_batches(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("x")), rows, 99))
+
+
+def test_layer_whose_output_is_not_one_residual_stream_is_refused():
+    model = steered("llama")
+    model.layers[1].register_forward_hook(lambda *_: None)
+    model.layers[1].forward = lambda hidden, *_, **__: hidden.expand(4, *hidden.shape)  # Gemma 3n
+    with pytest.raises(
+        ValueError, match=r"LlamaDecoderLayer gives states \(4, .*, not \(B, T, 32\)"
+    ):
+        model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral3"])
+def test_models_of_images_and_text_load_by_their_text_part(name, tmp_path):
+    text = {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if name == "mistral3":
+        vision = transformers.PixtralVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+        config = transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(**text, head_dim=8), vision_config=vision
+        )
+    else:
+        rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+        config = transformers.Qwen2_5_VLConfig(text_config={**text, "rope_scaling": rope})
+        config.vision_config.depth, config.vision_config.hidden_size = 1, 16
+        config.vision_config.num_heads, config.vision_config.out_hidden_size = 2, 32
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    model = hm.load_model(tmp_path, 1, "fp32", "cpu")
+    assert len(model.layers) == 4 and model.hidden_size == 32
+    model.set_vector(torch.ones(32))
+    rows = rows_of(9, 14)
+    fast = fp.FastPath(model)
+    fast.cache_prefix(rows)
+    assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+    out = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == IDS.shape[1] + 3
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
