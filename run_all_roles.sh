@@ -9,13 +9,15 @@
 #   tmux new -s roles 'bash run_all_roles.sh roles.txt --model Qwen/Qwen3-32B'     # detach: C-b d
 #   sbatch --array=0-15 --gpus=1 run_all_roles.sh roles.txt --model Qwen/Qwen3-32B
 #
-# roles.txt: one full dataset name a line; "#" starts a comment, blank lines are skipped. Write one
-# with: python data_filter.py --data-root DATA --model ID --write-list roles.txt
-# Run it again to go on: what is done is not done again, and several of these loops (panes, users,
-# nodes on one file system) may share a list. A role that fails is tried once more at the end (four
-# times more if its process was killed), then written to LOG_DIR/failed.txt. SIGTERM and SIGUSR1 are
-# passed on: each role in work saves a checkpoint, and the loop exits with 75. A Slurm job that gets
-# SIGUSR1 (near its time limit) requeues itself; its array task takes every n-th role of the list.
+# roles.txt: one full dataset name a line, spaces and all; a line that starts with "#", and what
+# follows " #" in another, is a comment. Write one with:
+#   python data_filter.py --data-root DATA --model ID --write-list roles.txt
+# Run it again to go on: what is done is not done again. Workers, tasks of an array, other panes,
+# users and nodes on one file system share a list by the locks of the run folders. A role that fails
+# is tried once more at the end, then named in LOG_DIR/failed.txt; one in which a process dies five
+# times in a row counts as failed. SIGTERM, SIGUSR1 and Ctrl-C are passed on: each role in work saves
+# a checkpoint, and the loop exits when all have ended. A Slurm job that gets SIGUSR1 (near its time
+# limit) requeues itself.
 # Exit codes: 0 all done, 1 some failed, 2 bad usage, 75 or 130 (Ctrl-C) stopped.
 #
 # Environment (relative paths start at this script's folder):
@@ -23,7 +25,6 @@
 #   OUTPUT_DIR      root of the run folders                  (runs)
 #   LOG_DIR         a log per worker, and failed.txt         (logs)
 #   GPUS            a worker for each, such as 0,1,2,3       (all visible; one on the CPU if none)
-#   ROLES_PER_LOAD  roles trained by one load of the model   (16)
 #   ONLY            patterns of names to take, such as "*__trait__* *pirate*"      (all)
 #   LIMIT           at most this many names, from the top of the list              (all)
 #   DRY_RUN         1: only say what is done and what would be trained
@@ -50,7 +51,6 @@ cd "$here"
 DATA_ROOT=${DATA_ROOT:-data}
 OUTPUT_DIR=${OUTPUT_DIR:-runs}
 LOG_DIR=${LOG_DIR:-logs}
-ROLES_PER_LOAD=${ROLES_PER_LOAD:-16}
 TRAIN=${TRAIN:-train_steering.py}
 default_python=python3
 [[ -x .venv/bin/python ]] && default_python=.venv/bin/python
@@ -64,7 +64,7 @@ if [[ $command == status ]]; then
 fi
 for option in "$@"; do
     case $option in
-        --restart | --print-* | --dataset | --list-file)
+        --restart* | --print-* | --dataset* | --list-file*)
             echo "error: $option is for train_steering.py alone; this loop goes on with what is there" >&2
             exit 2
             ;;
@@ -75,10 +75,13 @@ printf '%s\0' "${options[@]}" --list-file "$list" >"$LOG_DIR/sweep"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-touch "$work/tries" "$work/failed"
 
-todo() { # names of a file that are neither done nor in another process's hands
-    "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$1" --print-todo </dev/null
+todo() { # names of a file that are neither done nor in another process's hands, into $work/todo
+    local code=0
+    "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$1" --print-todo </dev/null \
+        >"$work/todo" 2>"$work/errors" || code=$?
+    cat -- "$work/errors" >&2
+    [[ $code -eq 0 ]] || { echo "error: what is left to do cannot be told (exit code $code)" >&2; exit 2; }
 }
 
 # ---------------------------------------------------------------- which names
@@ -93,27 +96,20 @@ wanted() { # whether ONLY takes the name
 }
 
 set -f # ONLY's patterns are for names, not files
-index=0
+count=0
 while IFS= read -r line || [[ -n $line ]]; do
     line=${line%$'\r'} # Windows line ends
-    line=${line%%#*}
-    read -r role _ <<<"$line" || true
-    if [[ -z ${role:-} ]] || ! wanted "$role"; then continue; fi
-    [[ -z ${LIMIT:-} || $index -lt $LIMIT ]] || break
-    first=${SLURM_ARRAY_TASK_MIN:-0} count=${SLURM_ARRAY_TASK_COUNT:-1}
-    if ((index % count == (${SLURM_ARRAY_TASK_ID:-0} - first) / ${SLURM_ARRAY_TASK_STEP:-1})); then
-        printf '%s\n' "$role"
-    fi
-    index=$((index + 1))
+    name=${line#$'\xEF\xBB\xBF'} # a byte order mark
+    read -r name <<<"${name%%[[:space:]]#*}"
+    if [[ -z $name || $name == '#'* ]] || ! wanted "$name"; then continue; fi
+    [[ -z ${LIMIT:-} || $count -lt $LIMIT ]] || break
+    count=$((count + 1))
+    printf '%s\n' "$line"
 done <"$list" >"$work/names"
 set +f
 [[ -s $work/names ]] || { echo "error: $list names no dataset to train" >&2; exit 2; }
 total=$(wc -l <"$work/names")
-
-code=0
-todo "$work/names" >"$work/todo" 2>"$work/errors" || code=$?
-cat -- "$work/errors" >&2
-[[ $code -eq 0 ]] || exit 2 # bad options: no use in starting workers
+todo "$work/names" # bad options: no use in starting workers
 left=$(wc -l <"$work/todo")
 echo "$total datasets: $((total - left)) done or in work elsewhere, $left to train"
 if [[ ${DRY_RUN:-0} == 1 ]]; then
@@ -129,90 +125,61 @@ if [[ -z ${GPUS:-} ]]; then
 fi
 IFS=, read -r -a gpus <<<"${GPUS:-cpu}"
 
-take() { # move the next names of the queue to stdout: a fair share, at most ROLES_PER_LOAD
-    local waiting share
-    exec 9>"$work/lock"
-    flock 9
-    waiting=$(wc -l <"$work/queue")
-    share=$(((waiting + ${#gpus[@]} - 1) / ${#gpus[@]}))
-    share=$((share < ROLES_PER_LOAD ? share : ROLES_PER_LOAD))
-    head -n "$share" "$work/queue"
-    sed -i "1,${share}d" "$work/queue"
-    exec 9>&-
-}
-
-give_back() { # put a name at the end of the queue
-    exec 9>"$work/lock"
-    flock 9
-    echo "$1" >>"$work/queue"
-    exec 9>&-
-}
-
-worker() { # worker NUMBER GPU: train what the queue holds; 75 or 130 if a signal stopped it
-    local number=$1 gpu=$2 log code name stopped='' child='' names undone tries
-    log="$LOG_DIR/${HOSTNAME:-host}${SLURM_ARRAY_TASK_ID:+-task$SLURM_ARRAY_TASK_ID}-$gpu.$number.log"
-    trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM
-    [[ $gpu == cpu ]] || export CUDA_VISIBLE_DEVICES=$gpu
-    while [[ -z $stopped ]]; do
-        mapfile -t names < <(take)
-        [[ ${#names[@]} -gt 0 ]] || return 0
-        echo "$(date +%H:%M:%S) $gpu: ${#names[@]} datasets from ${names[0]} on -> $log"
-        "$PYTHON" "$TRAIN" "${options[@]}" --dataset "${names[@]}" </dev/null >>"$log" 2>&1 &
-        child=$! code=0
-        wait "$child" || code=$?
-        while kill -0 "$child" 2>/dev/null; do
-            code=0
-            wait "$child" || code=$? # the first wait ended with the signal, not with the child
-        done
-        child=''
-        if [[ $code -eq 75 || $code -eq 130 || -n $stopped ]]; then
-            return "${stopped:-$code}"
-        fi
-        # What is not done has failed; of a process that was killed, only the one it was at, and
-        # that may be tried more often: it goes on after its last checkpoint.
-        tries=$((code < 128 ? 2 : 5))
-        printf '%s\n' "${names[@]}" >"$work/chunk-$number"
-        mapfile -t undone < <(todo "$work/chunk-$number" 2>/dev/null)
-        for name in "${undone[@]}"; do
-            if [[ $code -lt 128 || $name == "${undone[0]}" ]]; then
-                echo "$name" >>"$work/tries"
-                if [[ $(grep -cxF -- "$name" "$work/tries") -ge $tries ]]; then
-                    echo "$name" >>"$work/failed"
-                    echo "$(date '+%F %T') $name, exit code $code, $log" >>"$LOG_DIR/failed.txt"
-                    echo "$(date +%H:%M:%S) $gpu: FAILED: $name ($log)"
-                    continue
-                fi
-            fi
-            give_back "$name"
-        done
+wait_for() { # wait_for PID: its exit code, however many signals come in meanwhile
+    local code=0
+    wait "$1" || code=$?
+    while kill -0 "$1" 2>/dev/null; do
+        code=0
+        wait "$1" || code=$?
     done
-    return "${stopped:-0}"
+    return "$code"
+}
+
+worker() { # worker NUMBER GPU: train what nobody else trains; 75 if a signal stopped it
+    local number=$1 gpu=$2 log code stopped='' child='' started deaths=0
+    log="$LOG_DIR/${HOSTNAME:-host}${SLURM_ARRAY_TASK_ID:+-task$SLURM_ARRAY_TASK_ID}-$gpu.$number.log"
+    trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM INT
+    [[ $gpu == cpu ]] && gpu=
+    export CUDA_VISIBLE_DEVICES=$gpu
+    echo "$(date +%H:%M:%S) ${gpu:-cpu}: $(wc -l <"$work/queue") datasets -> $log"
+    while [[ -z $stopped ]]; do
+        started=$SECONDS
+        "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$work/queue" </dev/null >>"$log" 2>&1 &
+        child=$! code=0
+        [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null # it came before there was a child
+        wait_for "$child" || code=$?
+        child=''
+        [[ -z $stopped ]] || return "$stopped"
+        [[ $code -gt 128 ]] || return "$code"
+        # The process was killed: another one goes on, unless it does not even come to a role.
+        echo "$(date +%H:%M:%S) ${gpu:-cpu}: killed, exit code $code ($log)"
+        deaths=$((SECONDS - started < 60 ? deaths + 1 : 0))
+        [[ $deaths -lt 20 ]] || return "$code"
+    done
+    return "$stopped"
 }
 
 stopped='' usr1='' workers=()
 pass_on() { for pid in "${workers[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done; }
 trap 'stopped=75; pass_on' TERM
 trap 'stopped=75; usr1=1; pass_on' USR1
-trap 'stopped=130' INT # the terminal has sent it to the trainings too
+trap 'stopped=130; pass_on' INT # a background child of a script ignores the terminal's
 
-for _ in 1 2 3 4 5; do # more than once only if a worker itself was killed
-    grep -vxF -f "$work/failed" -- "$work/todo" >"$work/queue" || true
+for _ in 1 2; do # what failed is tried once more
+    cp -- "$work/todo" "$work/queue"
     [[ -s $work/queue && -z $stopped ]] || break
     workers=()
     for number in "${!gpus[@]}"; do
         worker "$number" "${gpus[$number]}" &
         workers+=($!)
+        [[ -z $stopped ]] || pass_on
     done
     for pid in "${workers[@]}"; do
         code=0
-        wait "$pid" || code=$?
-        while kill -0 "$pid" 2>/dev/null; do
-            code=0
-            wait "$pid" || code=$?
-        done
-        [[ $code -eq 75 || $code -eq 130 ]] && stopped=${stopped:-$code}
+        wait_for "$pid" || code=$?
+        [[ $code -ne 75 && $code -ne 130 ]] || stopped=${stopped:-$code}
     done
-    todo "$work/names" >"$work/todo" 2>/dev/null
+    todo "$work/names"
 done
 
 # ---------------------------------------------------------------- what came out
@@ -235,6 +202,7 @@ fi
 left=$(wc -l <"$work/todo")
 echo "$((total - left)) of $total done or in work elsewhere"
 if [[ $left -gt 0 ]]; then
+    sed "s/^/$(date '+%F %T') /" "$work/todo" >>"$LOG_DIR/failed.txt"
     sed 's/^/failed: /' "$work/todo" >&2
     exit 1
 fi

@@ -26,7 +26,7 @@ import data_filter
 from hook_model import ResidualHook, load_model
 from steering import loading, run_folder, run_state, vector_file
 from steering.chat_format import label_count, micro_batches
-from steering.command_line import exit_code, new_parser, parse
+from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import data_digest, requested_names
 from steering.fast_path import (
     FastPath,
@@ -261,17 +261,20 @@ def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
             log.warning(f"WARNING: {name} is done, but by other code: {', '.join(changed)}")
         log.info(f"{name}: done already, {folder}")
         return 0
-    if run_folder.is_locked(folder):
-        log.info(f"{name}: skipped, another process works in {folder}")
+    if run_folder.is_locked(folder) or run_state.failed_meanwhile(folder):
+        log.info(
+            f"{name}: skipped, another process works in {folder}, or has failed there just now"
+        )
         return 0
     if not args.restart:  # a run goes on with the date that its prompts began with
         chat = chat.at(vector_file.read_json(folder / "run.json").get("date"))
     splits = data_filter.split_dataset(name, datasets, chat, data_filter.DataOptions.of(vars(args)))
     filtered = splits.filtered
-    for problem in filtered.problems[:10]:
+    more = [f"... and {len(filtered.problems) - 10} more broken lines"] * (
+        len(filtered.problems) > 10
+    )
+    for problem in [*filtered.problems[:10], *more]:
         log.warning(f"WARNING: {problem}")
-    if len(filtered.problems) > 10:
-        log.warning(f"WARNING: ... and {len(filtered.problems) - 10} more broken lines")
     if not filtered.is_baseline and not sum(map(label_count, splits.train)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     laps.lap("tokenize")
@@ -281,12 +284,8 @@ def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
         if args.restart:
             run_folder.set_aside(folder)
         state = run_state.start_state(folder, config, defaults, args.accept_code_change)
-        record = {
-            "dataset": name, "status": "running", "config_hash": run_state.config_hash(config),
-            "config": config, "code": state["code"], "code_changes": state["code_changes"],
-            "args": vars(args), "counts": splits.counts(), **run_folder.environment(),
-            "date": chat.date, "end_of_turn": chat.end_of_turn,
-        }  # fmt: skip
+        record = run_state.new_record(folder, name, config, state, vars(args))
+        record |= {"counts": splits.counts(), "date": chat.date, "end_of_turn": chat.end_of_turn}
         if not splits.train:
             log.info(f"{name}: skipped, no examples: no scores ({filtered.counts()})")
             vector_file.write_json(folder / "run.json", record | {"status": "skipped"})
@@ -306,21 +305,16 @@ def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
 
 def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     """Train and write run.json (`record`), then the vector, which exists only if all went well."""
+    if record["attempts"] > run_state.ATTEMPTS:
+        raise RuntimeError(f"its process died {run_state.ATTEMPTS} times in a row")
     model, started = get_model(), time.time()  # no model, no run.json
     train_set, val_set = splits.train, splits.validation
     laps.lap("load")
     vector_file.write_json(folder / "run.json", record)
-    header = {key: record[key] for key in ("dataset", "config_hash")}
-    header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
-    header |= {"model_digest": record["config"]["model_digest"]}
-    if args.init_vector:
-        start = vector_file.load_vector(args.init_vector)[1]
-        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
     log.info(f"dataset  {record['dataset']}: {record['counts']['summary']}")
     log.info(f"examples {len(train_set)} to train on, {len(val_set)} to validate on (by question)")
-    budget = f"{splits.tokens:,} tokens of --target-tokens {args.target_tokens:,}"
-    enough = splits.tokens >= args.target_tokens
-    log.info(f"{'budget  ' if enough else 'WARNING: under budget, on what there is:'} {budget}")
+    under = splits.tokens < args.target_tokens and "WARNING: under budget, on what there is:"
+    log.info(f"{under or 'budget  '} {splits.tokens:,} of --target-tokens {args.target_tokens:,}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
     count = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.steering)]
@@ -336,7 +330,13 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
     vector_file.write_json(folder / "run.json", record)
-    header |= {"steps": final["steps"], "label_tokens": final["label_tokens"]}
+    header = {key: record[key] for key in ("dataset", "config_hash")}
+    header |= {key: final[key] for key in ("steps", "label_tokens")}
+    header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
+    header |= {"model_digest": record["config"]["model_digest"]}
+    if args.init_vector:
+        start = vector_file.load_vector(args.init_vector)[1]
+        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
     model.save_vector(folder / VECTOR_FILE, **header)
     best = f"best val {final['best_val']:.4f} at step {final['best_step']}, " if val_set else ""
     log.info(f"done     {best}|v| {final['vector_norm']:.2f}: {folder / VECTOR_FILE}")
@@ -432,7 +432,7 @@ def make_parser():
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
     text = f"peak learning rate; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
-    add("--lr", type=learning_rate, default="auto", help=text)
+    add("--lr", type=number_or_word, default="auto", help=text)
     kinds = ("constant", "linear", "cosine")
     add("--lr-scheduler", default="cosine", choices=kinds, help="its shape after warm-up")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
@@ -466,13 +466,6 @@ def make_parser():
 def option_defaults():
     """{option: default}: what run.json means that was written before an option existed."""
     return vars(make_parser().parse_args([]))
-
-
-def learning_rate(text):
-    """--lr as a number, if it is one."""
-    with contextlib.suppress(ValueError):
-        return float(text)
-    return text
 
 
 def parse_args(argv=None):

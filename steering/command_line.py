@@ -1,6 +1,7 @@
 """What the command lines of the scripts share."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -13,7 +14,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def new_parser(doc):
     """A parser described by a script's docstring."""
-    return argparse.ArgumentParser(description=doc.strip(), formatter_class=HelpFormatter)
+    kind = HelpFormatter
+    return argparse.ArgumentParser(
+        description=doc.strip(), formatter_class=kind, allow_abbrev=False
+    )
+
+
+def number_or_word(text):
+    """A number, if the text is one; otherwise the text."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
 
 
 BOUNDS = {  # kind of number: (whether a value is one, what to say otherwise)

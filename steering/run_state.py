@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from steering.vector_file import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent  # of this project
+ATTEMPTS = 5  # processes that may die in a run, one after the other, at the same step
+STARTED = time.time()  # of this process, almost
 log = logging.getLogger("train_steering")
 
 
@@ -144,6 +147,27 @@ def start_state(folder, config, defaults, accept_code_change=False):
             log.warning(f"WARNING: going on with other code: {', '.join(changed)}")
         return {**state, **start, "code_changes": sorted({*state["code_changes"], *changed})}
     return start
+
+
+def new_record(folder, dataset, config, state, args):
+    """run.json of a run that begins or goes on, as a dict. attempts: how many processes in a row,
+    this one included, began where this one does: those before died without a word."""
+    before, step = read_json(folder / "run.json"), state.get("step", 0)
+    died = before.get("status") == "running" and before.get("from_step") == step
+    return {
+        "dataset": dataset, "status": "running", "config_hash": config_hash(config),
+        "config": config, "code": state["code"], "code_changes": state["code_changes"],
+        "args": args, **environment(), "from_step": step,
+        "attempts": before.get("attempts", 0) + 1 if died else 1,
+    }  # fmt: skip
+
+
+def failed_meanwhile(folder):
+    """Whether another process has failed in the folder since this one began."""
+    path = folder / "run.json"
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime > STARTED and read_json(path).get("status") == "failed"
+    return False
 
 
 @dataclass

@@ -50,7 +50,7 @@ def kill_in_the_middle(command, folder, moment, writing):
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
-    metrics, partial = folder / "metrics.jsonl", folder / ".partial"
+    metrics = folder / "metrics.jsonl"
 
     def steps():
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ def kill_in_the_middle(command, folder, moment, writing):
     before = steps()
     while process.poll() is None and steps() < before + moment:
         time.sleep(0.002)
-    while writing and process.poll() is None and not partial.exists():
+    while writing and process.poll() is None and not list(folder.glob(".partial*")):
         pass
     process.kill()
     return process.wait() == -signal.SIGKILL
@@ -143,7 +143,7 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
         start = quiet.index("--layer")
         options = ["--model", tiny_folder, *quiet[start : quiet.index("--dataset")]]
         command = ["bash", "run_all_roles.sh", str(listing), *options]
-        variables = {**os.environ, **variables, **one, "ROLES_PER_LOAD": "2"}
+        variables = {**os.environ, **variables, **one}
         log = open(tmp_path / "sweep.log", "a")  # noqa: SIM115 (for its child)
         return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
 
@@ -194,7 +194,7 @@ def test_rerun_over_five_hundred_finished_names_does_nothing(tiny_folder, tmp_pa
     options += ["--init-scale", "0.1", "--val-fraction", "0"]
     variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu"}
     variables |= {"OUTPUT_DIR": str(tmp_path / "runs"), "DATA_ROOT": str(tmp_path / "data")}
-    variables = {**os.environ, **variables, "ROLES_PER_LOAD": "500"}
+    variables = {**os.environ, **variables}
     command = ["bash", "run_all_roles.sh", str(listing), *options]
     first = run(command, env=variables)
     assert first.returncode == 0 and len(vector_files(tmp_path / "runs")) == 500, first.stderr

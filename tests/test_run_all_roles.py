@@ -53,24 +53,36 @@ def test_failing_role_is_reported_and_the_others_still_run(data_root, tiny_folde
 
 
 STUB = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 state = pathlib.Path(os.environ["STATE"])
 arguments = sys.argv[1:]
+lines = pathlib.Path(arguments[arguments.index("--list-file") + 1]).read_text().splitlines()
+names = [line.strip() for line in lines]
 if "--print-todo" in arguments:
-    names = pathlib.Path(arguments[arguments.index("--list-file") + 1]).read_text().split()
+    if (state / "broken").exists():
+        sys.exit("error: the stub is broken")
     print("".join(name + "\\n" for name in names if not (state / name).exists()), end="")
     sys.exit()
-names = arguments[arguments.index("--dataset") + 1 :]
 with open(state / "calls", "a") as calls:
-    calls.write(" ".join(names) + "\\n")
+    calls.write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset") + "|" + "|".join(names) + "\\n")
 code = 0
 for name in names:
-    if name == "killer":
+    try:
+        lock = os.open(state / f"{name}.lock", os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        continue
+    if name == "killer" and not (state / "killer.died").exists():
+        (state / "killer.died").touch()
+        (state / "killer.lock").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "stop":
         sys.exit(75)
+    if name == "slow":
+        (state / "slow.pid").write_text(str(os.getpid()))
+        time.sleep(60)
     if name == "bad":
         code = 1
+        (state / "bad.lock").unlink()
     else:
         with open(state / name, "a") as file:
             file.write("x")
@@ -86,29 +98,31 @@ def stub_loop(tmp_path, names, **environment):
     listing.write_bytes("\r\n".join(names).encode())
     variables = {"TRAIN": str(tmp_path / "stub.py"), "STATE": str(tmp_path / "state")}
     result = loop(listing, tmp_path, **variables, **environment)
-    files = [path for path in (tmp_path / "state").iterdir() if path.name != "calls"]
+    files = [path for path in (tmp_path / "state").iterdir() if not path.suffix]
     calls = tmp_path / "state" / "calls"
     calls = calls.read_text().splitlines() if calls.exists() else []
-    return result, {path.name: len(path.read_text()) for path in files}, calls
+    return result, {p.name: len(p.read_text()) for p in files if p.name != "calls"}, calls
 
 
 def test_workers_share_the_list_and_each_role_is_trained_once(tmp_path):
-    names = [f"r{i}" for i in range(25)]
-    result, done, calls = stub_loop(tmp_path, names, GPUS="cpu,cpu,cpu", ROLES_PER_LOAD="4")
+    names = [f"travel agent {i}" for i in range(25)]
+    result, done, calls = stub_loop(tmp_path, names, GPUS="cpu,cpu,cpu")
     assert result.returncode == 0, result.stderr
     assert done == dict.fromkeys(names, 1)
-    assert max(len(call.split()) for call in calls) == 4
+    assert len(calls) == 3 and {call.split("|")[0] for call in calls} == {""}  # no GPU is visible
     assert "25 of 25 done" in result.stdout
+    _, _, calls = stub_loop(tmp_path, ["one more"], GPUS="3")
+    assert calls[-1] == "3|one more"
 
 
-def test_killed_training_gives_its_roles_back(tmp_path):
+def test_killed_training_goes_on_and_failed_roles_are_tried_once_more(tmp_path):
     names = ["a", "killer", "b", "c", "bad", "d"]
-    result, done, calls = stub_loop(tmp_path, names, ROLES_PER_LOAD="6")
-    assert result.returncode == 1 and done == dict.fromkeys("abcd", 1)
-    tried = " ".join(calls).split()
-    assert tried.count("killer") == 5
-    failed = (tmp_path / "logs" / "failed.txt").read_text()
-    assert failed.count("killer, exit code 137") == failed.count("bad, exit code 1") == 1
+    result, done, calls = stub_loop(tmp_path, names)
+    assert result.returncode == 1 and done == dict.fromkeys(["a", "killer", "b", "c", "d"], 1)
+    assert len(calls) == 3 and calls[-1] == "|bad"  # killed; the rest; what failed, once more
+    assert "killed, exit code 137" in result.stdout
+    failed = (tmp_path / "logs" / "failed.txt").read_text().splitlines()
+    assert len(failed) == 1 and failed[0].endswith(" bad")
 
 
 def test_names_can_be_chosen_and_looked_at_first(tmp_path):
@@ -121,25 +135,62 @@ def test_names_can_be_chosen_and_looked_at_first(tmp_path):
     assert set(done) == {"m__role__a", "m__trait__e"}
 
 
-def test_slurm_array_tasks_shard_the_list(tmp_path):
-    names = [f"r{i}" for i in range(10)]
-    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "3"}
-    seen = []
-    for task in "012":
-        _, done, _ = stub_loop(tmp_path, names, SLURM_ARRAY_TASK_ID=task, **array)
-        seen.append(len(done))
-    assert done == dict.fromkeys(names, 1) and seen == [4, 7, 10]
+def test_tasks_of_an_array_share_the_whole_list_whatever_their_numbers(tmp_path):
+    names = [f"r{i}" for i in range(5)]
+    for task in ("7", "3"):  # --array=1,3,7
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "1"}
+        result, done, _ = stub_loop(tmp_path, names, SLURM_ARRAY_TASK_COUNT="3", **array)
+        assert result.returncode == 0 and done == dict.fromkeys(names, 1)
+    assert [path.name for path in (tmp_path / "logs").glob("*-task7-cpu.0.log")]
 
 
 def test_stopped_role_stops_the_loop_and_usage_errors_exit_2(tmp_path):
-    result, done, _ = stub_loop(tmp_path, ["a", "stop", "c"], ROLES_PER_LOAD="1")
+    result, done, _ = stub_loop(tmp_path, ["a", "stop", "c"])
     assert result.returncode == 75 and set(done) == {"a"}
     assert loop(tmp_path / "none.txt", tmp_path).returncode == 2
     assert stub_loop(tmp_path, ["# nothing"])[0].returncode == 2
-    refused = loop(tmp_path / "list with spaces.txt", tmp_path, "--restart")
-    assert refused.returncode == 2 and "--restart" in refused.stderr
+    (tmp_path / "list with spaces.txt").write_text("m__role__a")
+    for option in ("--restart", "--dataset=x", "--list-file=x", "--print-todo"):
+        refused = loop(tmp_path / "list with spaces.txt", tmp_path, option)
+        assert refused.returncode == 2 and "is for train_steering.py alone" in refused.stderr
+    abbreviated = loop(tmp_path / "list with spaces.txt", tmp_path, "--rest")
+    assert abbreviated.returncode == 2 and "unrecognized arguments: --rest" in abbreviated.stderr
     assert loop("--help", tmp_path).returncode == loop("status", tmp_path / "new").returncode == 2
     assert SCRIPT.stat().st_mode & stat.S_IXUSR
+
+
+def test_a_script_that_cannot_tell_what_is_left_ends_the_loop_with_a_word(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "broken").touch()
+    result, _, calls = stub_loop(tmp_path, ["a"])
+    assert result.returncode == 2 and not calls
+    assert "the stub is broken" in result.stderr and "what is left to do" in result.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_signals_end_a_training_that_does_not_listen_yet(tmp_path, number, code):
+    """Such as one that still imports torch: the loop ends after it, not before."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "list.txt").write_text("slow\nafter\n")
+    variables = {"TRAIN": str(tmp_path / "stub.py"), "STATE": str(tmp_path / "state")}
+    variables |= {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu,cpu"}
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), str(tmp_path / "list.txt")],
+        env={**os.environ, **variables, "OUTPUT_DIR": str(tmp_path / "runs")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    pid = tmp_path / "state" / "slow.pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # as a terminal does
+    assert process.wait(20) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("whole_group", [True, False])

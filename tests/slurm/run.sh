@@ -41,7 +41,7 @@ while [[ -n $(squeue --noheader --jobs "$job" 2>/dev/null) ]]; do
 done
 
 echo
-"$PYTHON" eval_report.py "$WORK/runs"
+"$PYTHON" eval_steering.py --run "$WORK/runs" --report-only
 bad=0
 for role in "${roles[@]}"; do
     vectors=$(find "$WORK/runs" -path "*/$role/steering_vector.safetensors" | wc -l)
