@@ -123,7 +123,7 @@ def lock_folder(folder):
         raise ValueError(f"folder {folder} cannot be written ({error.strerror})") from error
     with handle:
         held = False
-        for _ in range(5):  # `is_locked` of another process holds it for a moment
+        for _ in range(20):  # `is_locked` of another process holds it for a moment
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino

@@ -1,6 +1,9 @@
 """train_steering.py: arithmetic of the loop, what a run leaves behind, resume, bad input."""
 
+import concurrent.futures
 import contextlib
+import datetime
+import errno
 import itertools
 import json
 import os
@@ -8,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import Example, collate
 from steering.fast_path import FastPath
-from steering.vector_file import VECTOR_FILE
+from steering.vector_file import VECTOR_FILE, write_atomically
 
 QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
 QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]
@@ -68,10 +72,10 @@ class NeverStop:
     exit_code = None
 
 
-def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="llama"):
+def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="llama", model=None):
     """Run the training loop alone on a tiny model; returns (model, final numbers, folder)."""
     args = ts.parse_args(["--dataset", "x", "--lr", "0.05", *flags])
-    model = hm.SteerModel(tiny(architecture), 1)
+    model = hm.SteerModel(model or tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     state = rs.start_state(folder, {"name": "x"}, {})
@@ -534,6 +538,185 @@ def test_malformed_model_folder_is_one_line(data_root, tiny_folder, tmp_path, ca
     assert not list(tmp_path.glob("runs/*/*/*/lock"))
 
 
+# ---------------------------------------------------------------- units, files, processes
+
+
+def test_a_residual_stream_a_hundred_times_shorter_gives_the_same_vector_in_its_unit(tmp_path):
+    """So no step depends on a unit: not the learning rate, not a bound on the gradient."""
+    vectors, rows = [], examples([8, 12, 9, 11, 10, 7])
+    for factor in (1.0, 0.01):
+        model = tiny("llama", rms_norm_eps=1e-12)
+        with torch.no_grad():
+            scaled = [layer.mlp.down_proj.weight for layer in model.model.layers]
+            scaled += [layer.self_attn.o_proj.weight for layer in model.model.layers]
+            for weight in (model.model.embed_tokens.weight, *scaled):
+                weight *= factor
+            model.lm_head.weight.copy_(tiny("llama").lm_head.weight)
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        steer, final, _ = fit(folder, rows, "--lr", "auto", "--max-steps", "12", model=model)
+        assert steer.steering.vector.norm() > 0
+        vectors.append(steer.steering.vector.detach() / factor)
+        assert final["ratio"] > 0.05
+    assert torch.allclose(*vectors, rtol=1e-2, atol=1e-3 * vectors[0].abs().max())
+
+
+def test_weights_replaced_at_the_same_path_are_another_run(
+    data_root, tiny_folder, tmp_path, capsys
+):
+    model = tmp_path / "a" / "final"
+    shutil.copytree(tiny_folder, model)
+    arguments = command(data_root, str(model), tmp_path / "runs")
+    assert ts.main(arguments) == 0
+    vector = the_folder(tmp_path / "runs") / VECTOR_FILE
+    capsys.readouterr()
+    other = tiny("llama", vocab_size=json.loads((model / "config.json").read_text())["vocab_size"])
+    other.model.layers[0].mlp.up_proj.weight.data *= 1.01
+    other.save_pretrained(model)
+    assert ts.main(arguments) == 2 and "model_digest: files-" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="or its files changed"):
+        hm.load_model(model, 1).load_vector(vector)
+    hm.load_model(model, 1).load_vector(vector, any_model=True)
+    copy = tmp_path / "copy"  # the same files by another name
+    shutil.copytree(tiny_folder, copy)
+    hm.load_model(copy, 1).load_vector(vector)
+
+
+def test_run_resumed_on_another_day_keeps_its_date(data_root, tiny_folder, tmp_path, monkeypatch):
+    template = tmp_path / "dated.jinja"
+    text = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.content }}"
+    template.write_text(text + "<|im_end|>{% endfor %}")
+    arguments = command(data_root, tiny_folder, tmp_path / "runs", "--chat-template", str(template))
+    kept = []
+
+    class Day(datetime.date):
+        today_is = "2026-01-31"
+
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(cls.today_is)
+
+    monkeypatch.setattr("steering.chat_format.datetime.date", Day)
+    with monkeypatch.context() as patch:
+        patch.setattr(rf, "StopRequest", lambda: StopAfter(3))
+        assert ts.main(arguments) == 75
+    Day.today_is = "2026-02-01"
+    real = FastPath.cache_prefix
+    monkeypatch.setattr(
+        FastPath, "cache_prefix", lambda fast, rows, *a: kept.extend(rows) or real(fast, rows, *a)
+    )
+    assert ts.main(arguments) == 0
+    record = json.loads((the_folder(tmp_path / "runs") / "run.json").read_text())
+    assert record["date"] == "2026-01-31" and record["end_of_turn"] == "<|im_end|>"
+    chat = ts.loading.load_chat(tiny_folder, str(template))
+    assert "01 Feb" in chat.tokenizer.decode(chat.encode([kept[0].row])[0].input_ids)
+    assert "31 Jan" in chat.tokenizer.decode(kept[0].input_ids)
+
+
+def test_a_template_without_end_of_turn_is_warned_of(data_root, tiny_folder, tmp_path, capsys):
+    template = tmp_path / "bare.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    arguments = command(data_root, tiny_folder, tmp_path / "runs", "--chat-template", str(template))
+    assert ts.main(arguments) == 0
+    assert "WARNING: no special token ends a turn" in capsys.readouterr().out
+    record = json.loads((the_folder(tmp_path / "runs") / "run.json").read_text())
+    assert record["end_of_turn"] == ""
+
+
+def test_whatever_a_dataset_runs_into_the_next_one_is_trained(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    real = ts.data_filter.split_dataset
+
+    def breaks(name, *rest):
+        if name.endswith("pirate"):
+            raise KeyError("nobody thought of this")
+        return real(name, *rest)
+
+    monkeypatch.setattr(ts.data_filter, "split_dataset", breaks)
+    both = ["src__role__pirate", "src__role__sailor"]
+    assert ts.main([*command(data_root, tiny_folder, tmp_path / "runs"), "--dataset", *both]) == 1
+    assert "FAILED   src__role__pirate: KeyError" in capsys.readouterr().out
+    assert read_vector(tmp_path / "runs", dataset="src__role__sailor").any()
+
+
+def test_run_in_which_processes_die_is_given_up_unless_it_gets_further(
+    data_root, tiny_folder, tmp_path, capsys
+):
+    arguments = command(data_root, tiny_folder, tmp_path / "runs")
+    assert ts.main(arguments) == 0
+    folder = the_folder(tmp_path / "runs")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / VECTOR_FILE).unlink()
+    last = max(folder.glob("checkpoint-*"))
+
+    def died(attempts, step):
+        changes = {"status": "running", "attempts": attempts, "from_step": step}
+        (folder / "run.json").write_text(json.dumps(record | changes))
+
+    died(rs.ATTEMPTS, 6)
+    assert last.name == "checkpoint-00006.pt" and ts.main(arguments) == 1
+    assert "its process died 5 times in a row" in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    assert ts.main(arguments) == 0  # failed meanwhile, in this very process: passed over
+    assert "has failed there just now" in capsys.readouterr().out
+    died(rs.ATTEMPTS, 4)  # further than where they died
+    assert ts.main(arguments) == 0 and (folder / VECTOR_FILE).exists()
+    assert json.loads((folder / "run.json").read_text())["attempts"] == 1
+
+
+def test_looking_at_a_lock_refuses_no_trainer(tmp_path):
+    done = threading.Event()
+
+    def look():
+        while not done.is_set():
+            rf.is_locked(tmp_path)
+            time.sleep(0.001)
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for thread in lookers:
+        thread.start()
+    try:
+        for _ in range(200):
+            with rf.lock_folder(tmp_path) as held:
+                assert held
+    finally:
+        done.set()
+    for thread in lookers:
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_one_line(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys, number
+):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(rf.fcntl, "flock", flock)
+    assert ts.main(command(data_root, tiny_folder, tmp_path / "runs")) == 2
+    said = capsys.readouterr().out
+    assert "no lock to be had" in said and "--output-dir" in said and "Traceback" not in said
+
+
+def test_writers_of_one_file_do_not_tear_it_and_leftovers_are_swept(tmp_path):
+    path, texts = tmp_path / "report.csv", [bytes([65 + i]) * 300_000 for i in range(4)]
+
+    def write(data):
+        for _ in range(15):
+            write_atomically(path, data)
+            assert path.read_bytes() in texts
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, texts))
+    assert [p.name for p in tmp_path.iterdir()] == ["report.csv"]
+    for name, age in ((".partial-1-1", 7200), (".partial-2-2", 0)):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, times=(time.time() - age,) * 2)
+    with rf.lock_folder(tmp_path):
+        assert not (tmp_path / ".partial-1-1").exists() and (tmp_path / ".partial-2-2").exists()
+
+
 # ---------------------------------------------------------------- the real model
 
 
@@ -564,7 +747,8 @@ def test_out_of_memory_halves_the_micro_batch_and_does_the_step_again(
 
     monkeypatch.setattr(FastPath, "losses", losses)
     halved, _, folder = fit(tmp_path / "b", rows, *flags)
-    assert "--micro-batch-tokens is 32 from now" in caplog.text and "is 16 from" in caplog.text
+    for tokens in (32, 16):
+        assert f"out of memory, now --micro-batch-tokens {tokens}\n" in caplog.text
     assert torch.allclose(halved.steering.vector, whole.steering.vector, atol=1e-5)
     assert steps_in(folder) == [1, 2, 3, 4]
     monkeypatch.setattr(FastPath, "losses", lambda *_, **__: losses(None, [1, 2], None))
