@@ -186,17 +186,6 @@ def split_by_question(items, fraction, seed, salt="heldout"):
     return groups
 
 
-def encode_each(rows, chat):
-    """(Examples of the rows that the chat format takes, what is wrong with each of the others)."""
-    try:
-        return chat.encode(rows), []
-    except Exception as error:  # of the template, or of a text in the row
-        if len(rows) == 1:
-            return [], [f"{rows[0]['question']:.60}: {error}"]
-    each = [encode_each([row], chat) for row in rows]
-    return [e for found, _ in each for e in found], [p for _, wrong in each for p in wrong]
-
-
 def take_budget(rows, chat, target_tokens, max_length, seed):
     """Shuffle rows by seed and tokenize them, batch by batch, until the token budget is reached.
     target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept), None
@@ -207,7 +196,7 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
     order = sorted(range(len(rows)), key=digests.__getitem__)
     examples, tokens, too_long, refused = [], 0, 0, []
     for start in range(0, len(order), 64):
-        batch, problems = encode_each([rows[i] for i in order[start : start + 64]], chat)
+        batch, problems = chat.encode_each([rows[i] for i in order[start : start + 64]])
         refused += problems
         for example in batch:
             if target_tokens is not None and tokens >= target_tokens:

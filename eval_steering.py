@@ -40,7 +40,7 @@ from hook_model import load_chat, load_model
 from steering import run_state
 from steering.chat_format import label_count
 from steering.command_line import exit_code, new_parser, parse
-from steering.data_layouts import data_digest, parse_name
+from steering.data_layouts import data_digest, parse_name, pooled_names
 from steering.loading import DTYPES, model_digest
 from steering.run_folder import all_runs, find_runs, run_path
 from steering.run_state import read_run, write_imported_run
@@ -252,7 +252,7 @@ def evaluate_folder(folder, args, shelf):
     code = 0
     if args.judge:
         rubric = rubric_for(run.dataset, args.rubric_dir)
-        kind = parse_name(run.dataset.split("+")[0])[1]
+        kind = parse_name(pooled_names(run.dataset)[0])[1]
         judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
         replies = folder / "judgements.jsonl"
         code = judge.add_scores(result, replies, args.judge_workers)

@@ -44,7 +44,7 @@ NOT_IN_CONFIG = """
     gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
     accept_code_change print_todo print_status output_dir run_name trust_remote_code
 """
-log = logging.getLogger("train_steering")
+log = logging.getLogger("steering")
 
 
 def token_loss(logits, targets):

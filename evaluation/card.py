@@ -12,7 +12,7 @@ from string import Template
 
 from evaluation import report
 from evaluation.judge import SCALES
-from steering.data_layouts import parse_name
+from steering.data_layouts import parse_name, pooled_names
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -59,7 +59,7 @@ def origin(source):
     if not record["final"].get("steps"):
         return facts | {"training": "none here"}
     args, counts, final, name = record["args"], record["counts"], record["final"], record["dataset"]
-    kinds = sorted({parse_name(part)[1] for part in name.split("+")})
+    kinds = sorted({parse_name(part)[1] for part in pooled_names(name)})
     bounds = [f"{args[f'{kind}_min_score']:g} of {SCALES[kind][1]} ({kind}s)" for kind in kinds]
     facts["data"] = f"`{name}`: {counts['summary']}"
     facts["scores"] = f"rows are kept that a judge gave at least {', '.join(bounds)}"

@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 from tqdm import tqdm
 
 from evaluation.stats import mean_interval
-from steering.data_layouts import parse_name
+from steering.data_layouts import parse_name, pooled_names
 
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment, the first that is set
@@ -39,7 +39,7 @@ def rubric_for(dataset, folder=None):
     """The rubric of a dataset, a template with {question} and {answer}.
     folder: has <name>.json files with an "eval_prompt", as role and trait files of the field do.
     Raises ValueError if the file is missing or its template is not one."""
-    _, kind, name = parse_name(dataset.split("+")[0])
+    _, kind, name = parse_name(pooled_names(dataset)[0])
     if folder is None:
         rubric = (RUBRICS / f"{kind}.txt").read_text(encoding="utf-8").strip()
         return rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))

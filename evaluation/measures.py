@@ -61,13 +61,14 @@ def questions_of(examples):
 
 
 def answer_examples(chat, rows, texts):
-    """Examples of texts as answers to the rows' questions, without persona; empty ones left out."""
+    """Examples of texts as answers to the rows' questions, without persona.
+    Left out are empty ones, and such as spell out a special token."""
     kept = []
     for row, text in zip(rows, texts, strict=True):
         if text:
             turns = [*row["messages"][:-1], {"role": "assistant", "content": text}]
             kept.append({**row, "messages": turns})
-    return chat.encode(kept)
+    return chat.encode_each(kept)[0]
 
 
 def without_end(examples, chat):

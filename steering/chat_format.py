@@ -177,6 +177,16 @@ class ChatFormat:
             examples.append(Example(row, ids, labels + [IGNORE_INDEX] * (len(ids) - stop)))
         return examples
 
+    def encode_each(self, rows):
+        """(Examples of the rows that can be encoded, what is wrong with each of the others)."""
+        try:
+            return self.encode(rows), []
+        except Exception as error:  # of the template, or of a text in the row
+            if len(rows) == 1:
+                return [], [f"{rows[0]['question']:.60}: {error}"]
+        each = [self.encode_each([row]) for row in rows]
+        return [e for found, _ in each for e in found], [p for _, wrong in each for p in wrong]
+
     def tokenize(self, texts):
         """Token ids of chat-formatted texts, whose special tokens the template has written."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -29,6 +29,11 @@ def parse_name(name):
     return match.groups()
 
 
+def pooled_names(name):
+    """The names in "A+B", each with its own "__role__" or "__trait__"; a "+" may be in a name."""
+    return re.split(r"\+(?=[^+]*__(?:role|trait)__)", name)
+
+
 def find_datasets(root, source_model=None, kind=None, passed_over=None):
     """Every dataset under `root`: {name: (responses path, scores path or None if in the rows)}.
     source_model, kind: keep only these; the assistant-axis layout names neither, so it needs both.
@@ -79,7 +84,7 @@ def find_datasets(root, source_model=None, kind=None, passed_over=None):
 
 def dataset_parts(name, datasets):
     """The names pooled by "A+B"; ValueError, with the closest names, if one is unknown."""
-    parts = [name] if name in datasets else name.split("+")
+    parts = [name] if name in datasets else pooled_names(name)
     for part in parts:
         parse_name(part)
         if part not in datasets:

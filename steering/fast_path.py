@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from steering.chat_format import collate, label_count, micro_batches
 
 HEAD_TOKENS = 256  # logits of so many tokens exist at once
-log = logging.getLogger("train_steering")
+log = logging.getLogger("steering")
 
 
 class FastPath:
@@ -326,10 +327,17 @@ def free_memory(device):
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
+        free = next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+    with contextlib.suppress(OSError, ValueError):  # a container's or job's own limit; "max": none
+        limit, used, stat = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+        cached = re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)  # given up when needed
+        free = min(free, int(limit) - int(used) + int(cached[1] if cached else 0))
+    return free
 
 
 def compile_layers(model):

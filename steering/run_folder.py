@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from steering.vector_file import VECTOR_FILE, sweep_partial, write_atomically
 
-log = logging.getLogger("train_steering")
+log = logging.getLogger("steering")
 
 
 class Console(logging.Handler):

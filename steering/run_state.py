@@ -31,7 +31,7 @@ from steering.vector_file import (
 ROOT = Path(__file__).resolve().parent.parent  # of this project
 ATTEMPTS = 5  # processes that may die in a run, one after the other, at the same step
 STARTED = time.time()  # of this process, almost
-log = logging.getLogger("train_steering")
+log = logging.getLogger("steering")
 
 
 def config_hash(config):

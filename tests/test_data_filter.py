@@ -29,10 +29,10 @@ class WordChat:
     def __init__(self):
         self.encoded = 0
 
-    def encode(self, rows, prompted=False):
+    def encode_each(self, rows):
         self.encoded += len(rows)
         words = [row["messages"][-1]["content"].split() for row in rows]
-        return [Example(row, w, w) for row, w in zip(rows, words, strict=True)]
+        return [Example(row, w, w) for row, w in zip(rows, words, strict=True)], []
 
 
 # ---------------------------------------------------------------- reading

@@ -521,7 +521,7 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
         free.update(cuda=on_gpu, cpu=on_host)
         assert fp.cache_place(where, size, cuda) == place
     free["cpu"] = 0
-    with caplog.at_level("INFO", logger="train_steering"):
+    with caplog.at_level("INFO", logger="steering"):
         fast.cache_prefix(rows, "host")
     assert not fast.cache and "does not fit, so not cached" in caplog.text
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
