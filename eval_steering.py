@@ -25,29 +25,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_filter import (
-    DataOptions,
-    plain_datasets,
-    plain_rows,
-    split_by_question,
-    split_dataset,
-    take_budget,
-)
+import data_filter
+from data_filter import DataOptions
 from evaluation import measures, report
 from evaluation.judge import Judge, JudgeError, rubric_for
-from evaluation.stats import compare_losses, recovered_fraction
 from hook_model import load_chat, load_model
 from steering import run_state
-from steering.chat_format import label_count
 from steering.command_line import exit_code, new_parser, parse
-from steering.data_layouts import data_digest, parse_name, pooled_names
+from steering.data_layouts import data_digest, parse_name
 from steering.loading import DTYPES, model_digest
 from steering.run_folder import all_runs, find_runs, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.vector_file import VECTOR_FILE, base_name, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
 
-RANDOM_VECTORS = 3
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device
@@ -77,16 +68,16 @@ def load_data(run, chat, heldout_tokens):
     Raises ValueError if no row is left to train on, or none of a held-out question."""
     options = DataOptions.of(run.args)
     datasets = options.datasets()
-    splits = split_dataset(run.dataset, datasets, chat, options, heldout_tokens)
+    splits = data_filter.split_dataset(run.dataset, datasets, chat, options, heldout_tokens)
     if not (splits.train and splits.heldout):
         part = "held-out" if splits.train else "training"
         counts = f"--heldout-fraction {options.heldout_fraction}; {splits.filtered.counts()}"
         raise ValueError(f"{run.dataset}: no row of a {part} question is kept ({counts})")
-    rows, source = plain_rows(run.dataset, datasets, splits.filtered)
-    groups = split_by_question(rows, options.heldout_fraction, options.split_seed)
+    rows, source = data_filter.plain_rows(run.dataset, datasets, splits.filtered)
+    groups = data_filter.split_by_question(rows, options.heldout_fraction, options.split_seed)
     budgets = sum(len(example.input_ids) for example in splits.train), heldout_tokens
     plain = [
-        take_budget(group, chat, budget, options.max_length, options.seed)[0]
+        data_filter.take_budget(group, chat, budget, options.max_length, options.seed)[0]
         for group, budget in zip(groups, budgets, strict=True)
     ]
     asked = [example for example in splits.heldout if example.row["system_prompt"]]
@@ -145,7 +136,8 @@ def evaluate(model, chat, data, vector, args):
     difference = persona.mean(dim=0) - plain.mean(dim=0)
     probe, probe_report = measures.train_probe(persona, plain, *heldout_states)
 
-    result = likelihood(model, chat, data, vector, difference, args)
+    budget = args.heldout_tokens, limit, seed
+    result = measures.likelihood(model, chat, data, vector, difference, *budget)
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
     directions = {f"steered x{scale:g}": vector * scale for scale in args.scales}
@@ -169,41 +161,13 @@ def evaluate(model, chat, data, vector, args):
     }  # fmt: skip
 
 
-def likelihood(model, chat, data, vector, difference, args):
-    """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
-    vector: the trained one (n,); difference: the mean difference (n,)."""
-    directions = {"steered": vector, "mean_difference": difference}
-    chooser = data.validation or data.train
-    total = np.cumsum([len(example.input_ids) for example in chooser])
-    chooser = chooser[: int(np.searchsorted(total, args.heldout_tokens)) + 1]
-    chosen = measures.choose_coefficients(model, chooser, directions, args.micro_batch_tokens)
-    seeded = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
-    vectors = {
-        "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
-        "mean_difference": [difference * chosen["mean_difference"]["chosen"]],
-        "steered": [vector],
-    }
-    if chosen["steered"]["chosen"] != 1.0:
-        vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
-    losses = measures.heldout_losses(model, chat, data.heldout, vectors, args.micro_batch_tokens)
-    tokens, questions = list(map(label_count, data.heldout)), measures.questions_of(data.heldout)
-    counts = {"rows": len(tokens), "tokens": sum(tokens)}
-    chosen_on = "validation questions" if data.validation else "training questions"
-    return {
-        "heldout": {**counts, "questions": len({*questions}), "left_out": data.left_out},
-        "likelihood": compare_losses(losses, tokens, questions),
-        "recovered": recovered_fraction(losses, tokens, questions),
-        "coefficients": {"chosen_on": chosen_on, **chosen},
-    }
-
-
 def evaluation_config(args, run):
     """What decides the numbers: options, the run's own settings, the data and the vector."""
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
     datasets = DataOptions.of(run.args).datasets()
-    plain = [data_digest(name, datasets) for name in plain_datasets(run.dataset, datasets)]
-    config |= {"data": data_digest(run.dataset, datasets), "plain": plain}
+    plain = data_filter.plain_datasets(run.dataset, datasets)
+    config["plain"] = [data_digest(name, datasets) for name in plain]
+    config["data"] = data_digest(run.dataset, datasets)
     config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
     config["model_digest"] = model_digest(run.args["model"])
     return config | {"format_version": report.FORMAT_VERSION}
@@ -230,9 +194,8 @@ def evaluate_folder(folder, args, shelf):
     result = read_json(path)
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
+        other = [report.WHY_NEW_FORMAT] if "format_version" in other else other
         old, why = path.exists(), ", ".join(other) or "--restart"
-        if "format_version" in other:
-            why = f"{report.WHY_NEW_FORMAT}; {why}"
         if old:
             measures.announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
         chat = shelf.chat(run)
@@ -247,15 +210,12 @@ def evaluate_folder(folder, args, shelf):
             os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may fail
     elif changed := run_state.changed_sources(result.get("code", {}), sources):
-        text = f"WARNING: {path} is by other code ({', '.join(changed)}): --restart makes it anew"
-        print(text, file=sys.stderr)
+        print(f"WARNING: {path} is by other code: {', '.join(changed)}", file=sys.stderr)
     code = 0
     if args.judge:
-        rubric = rubric_for(run.dataset, args.rubric_dir)
-        kind = parse_name(pooled_names(run.dataset)[0])[1]
-        judge = Judge(args.judge, args.judge_model, rubric, kind, args.judge_tokens)
-        replies = folder / "judgements.jsonl"
-        code = judge.add_scores(result, replies, args.judge_workers)
+        about = rubric_for(run.dataset, args.rubric_dir), parse_name(run.dataset)[1]
+        judge = Judge(args.judge, args.judge_model, *about, args.judge_tokens)
+        code = judge.add_scores(result, folder / "judgements.jsonl", args.judge_workers)
     files = report.write_evaluation(folder, result, suffix)
     print(report.tables_text(result))
     for sample in result["samples"][:1]:

@@ -24,17 +24,10 @@ from tqdm import tqdm
 
 import data_filter
 from hook_model import ResidualHook, load_model
-from steering import loading, run_folder, run_state, vector_file
+from steering import fast_path, loading, run_folder, run_state, vector_file
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import data_digest, requested_names
-from steering.fast_path import (
-    FastPath,
-    checkpoint_layers,
-    compile_layers,
-    example_sums,
-    is_out_of_memory,
-)
 from steering.vector_file import VECTOR_FILE
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
@@ -96,7 +89,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     run_folder.trim_metrics(folder / "metrics.jsonl", state["step"] if resumed else -1)
 
     # Layers 0..k never see the vector: run them once for every row that comes up more than once.
-    fast = FastPath(model)
+    fast = fast_path.FastPath(model)
     losses = functools.partial(fast.losses, token_loss=token_loss)
     rows_seen_twice = [*(train_set if total > steps_per_epoch else []), *val_set]
     fast.cache_prefix(rows_seen_twice, args.prefix_cache, max_tokens)
@@ -119,7 +112,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        loss = sum(example_sums(losses, val_set, max_tokens)) / sum(map(label_count, val_set))
+        sums = fast_path.example_sums(losses, val_set, max_tokens)
+        loss = sum(sums) / sum(map(label_count, val_set))
         if state["best_val"] is None or loss < state["best_val"]:
             state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
             state.update(best_val=loss, best_step=state["step"], bad_validations=0)
@@ -162,7 +156,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
                     step_loss += loss.detach()
             except Exception as error:  # out of memory: the same step again, in smaller pieces
                 single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
-                if single or not is_out_of_memory(error):
+                if single or not fast_path.is_out_of_memory(error):
                     raise
                 max_tokens //= 2
                 log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
@@ -248,14 +242,9 @@ def result_config(name, args, datasets, digest):
     return config | ({"auto_lr": AUTO_LR} if args.lr == "auto" else {})
 
 
-def folder_of(name, args):
-    """The run folder of a dataset."""
-    return run_folder.run_path(args.output_dir, args.model, args.layer, name, args.run_name)
-
-
-def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
+def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, stop):
     """Train one dataset in its run folder; returns the exit code. ValueError: bad input."""
-    folder, defaults = folder_of(name, args), option_defaults()
+    defaults = option_defaults()
     if not args.restart and run_state.is_done(folder, config, defaults):
         if changed := run_state.changed_since(folder):
             log.warning(f"WARNING: {name} is done, but by other code: {', '.join(changed)}")
@@ -270,11 +259,10 @@ def train_dataset(name, config, datasets, chat, get_model, args, laps, stop):
         chat = chat.at(vector_file.read_json(folder / "run.json").get("date"))
     splits = data_filter.split_dataset(name, datasets, chat, data_filter.DataOptions.of(vars(args)))
     filtered = splits.filtered
-    more = [f"... and {len(filtered.problems) - 10} more broken lines"] * (
-        len(filtered.problems) > 10
-    )
-    for problem in [*filtered.problems[:10], *more]:
+    for problem in filtered.problems[:10]:
         log.warning(f"WARNING: {problem}")
+    if (more := len(filtered.problems) - 10) > 0:
+        log.warning(f"WARNING: ... and {more} more broken lines")
     if not filtered.is_baseline and not sum(map(label_count, splits.train)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     laps.lap("tokenize")
@@ -356,8 +344,9 @@ def run(args, laps, stop):
         loading.check_layer(args.layer, num_layers, args.model)
     digest = loading.model_digest(args.model)
     config_of = functools.partial(result_config, args=args, datasets=datasets, digest=digest)
+    where = args.output_dir, args.model, args.layer
+    folders = {name: run_folder.run_path(*where, name, args.run_name) for name in names}
     if args.print_todo or args.print_status:
-        folders = {name: folder_of(name, args) for name in names}
         run_state.print_progress(folders, config_of, option_defaults(), args.print_todo)
         return 0
     chat = loading.load_chat(args.model, args.chat_template, args.trust_remote_code)
@@ -377,9 +366,9 @@ def run(args, laps, stop):
                 where = args.dtype, args.device, args.device_map
                 loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
                 if args.compile:
-                    compile_layers(loaded[0])
+                    fast_path.compile_layers(loaded[0])
                 if args.gradient_checkpointing:
-                    checkpoint_layers(loaded[0])
+                    fast_path.checkpoint_layers(loaded[0])
             seeded = torch.Generator().manual_seed(args.seed)
             start = ResidualHook(hidden_size, args.init_scale, seeded)
             loaded[0].steering.load_state_dict(start.state_dict())
@@ -393,8 +382,8 @@ def run(args, laps, stop):
     codes = []
     for name in names:
         try:
-            run = name, config_of(name), datasets, chat, get_model
-            codes.append(train_dataset(*run, args, laps, stop))
+            about = name, folders[name], config_of(name), datasets
+            codes.append(train_dataset(*about, chat, get_model, args, laps, stop))
         except (ValueError, OSError) as error:
             log.error(f"error: {error}")
             codes.append(2)

@@ -15,11 +15,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from evaluation.stats import TEXT_METRICS, auroc, fit_probe, mean_interval
+from evaluation.stats import (
+    TEXT_METRICS,
+    auroc,
+    compare_losses,
+    fit_probe,
+    mean_interval,
+    recovered_fraction,
+)
 from steering.chat_format import IGNORE_INDEX, collate, label_count
 from steering.fast_path import FastPath, example_sums, in_batches
 
 COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
+RANDOM_VECTORS = 3  # of the trained one's norm
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
 MIN_AUROC, MIN_ROWS = 0.8, 5  # below these a probe's scores are withheld
 # Text has collapsed at a scale if, of its answers, more than this share are empty or repeat
@@ -145,6 +153,35 @@ def heldout_losses(model, chat, examples, vectors, max_tokens):
             each.append(nll_sums(fast, examples, max_tokens))
         losses[condition] = np.mean(each, axis=0).tolist()
     return losses
+
+
+def likelihood(model, chat, data, vector, difference, tokens, max_tokens, seed):
+    """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
+    vector: the trained one (n,); difference: the mean one (n,); tokens: of rows to choose by."""
+    directions = {"steered": vector, "mean_difference": difference}
+    chooser = data.validation or data.train
+    total = np.cumsum([len(example.input_ids) for example in chooser])
+    chooser = chooser[: int(np.searchsorted(total, tokens)) + 1]
+    chosen = choose_coefficients(model, chooser, directions, max_tokens)
+    seeded = torch.Generator().manual_seed(seed)
+    noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
+    vectors = {
+        "random": list(noise / noise.norm(dim=1, keepdim=True) * vector.norm()),
+        "mean_difference": [difference * chosen["mean_difference"]["chosen"]],
+        "steered": [vector],
+    }
+    if chosen["steered"]["chosen"] != 1.0:
+        vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
+    losses = heldout_losses(model, chat, data.heldout, vectors, max_tokens)
+    scored, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
+    counts = {"rows": len(scored), "tokens": sum(scored)}
+    chosen_on = "validation questions" if data.validation else "training questions"
+    return {
+        "heldout": {**counts, "questions": len({*questions}), "left_out": data.left_out},
+        "likelihood": compare_losses(losses, scored, questions),
+        "recovered": recovered_fraction(losses, scored, questions),
+        "coefficients": {"chosen_on": chosen_on, **chosen},
+    }
 
 
 def check_prompted(prompted, examples, chat):

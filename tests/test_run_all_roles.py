@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, persona_rows, write_raw
 
 SCRIPT = ROOT / "run_all_roles.sh"
 
@@ -27,19 +27,24 @@ def loop(listing, tmp_path, *extra, **environment):
 def test_failing_role_is_reported_and_the_others_still_run(data_root, tiny_folder, tmp_path):
     listing = tmp_path / "roles.txt"
     listing.write_text(
-        "# a comment\n\nsrc__role__nobody\n  src__role__pirate  # comment\nsrc__role__0_default"
+        "# a comment\n\nsrc__role__nobody\n  src__role__pirate  # comment\nsrc__role__0_default\n"
+        "src__role__travel agent"
     )
+    rows, scores = persona_rows()
+    write_raw(data_root, "travel agent", rows, scores)
     flags = ["--model", tiny_folder, "--layer", "1", "--max-steps", "2", "--device", "cpu"]
     result = loop(listing, tmp_path, *flags, DATA_ROOT=data_root)
     assert result.returncode == 1, result.stderr
-    assert "failed: src__role__nobody" in result.stderr and "2 of 3 done" in result.stdout
+    assert "failed: src__role__nobody" in result.stderr and "3 of 4 done" in result.stdout
     assert len(list(tmp_path.glob("runs/*/layer1/src__role__pirate/steering_vector.*"))) == 1
     (log,) = (tmp_path / "logs").glob("*-cpu.0.log")
     assert log.read_text().count("unknown dataset") == 2  # tried once more
-    assert log.read_text().count("done     ") == 1  # and the others not
+    assert log.read_text().count("done     ") == 2  # and the others not
+    assert len(list(tmp_path.glob("runs/*/layer1/src__role__travel agent/steering_vector.*"))) == 1
     assert "src__role__nobody" in (tmp_path / "logs" / "failed.txt").read_text()
     table = [line.split() for line in result.stdout.splitlines() if line.startswith("src__role")]
-    assert [row[0] for row in table] == ["src__role__0_default", "src__role__pirate"]
+    names = ["src__role__0_default", "src__role__pirate", "src__role__travel"]
+    assert [row[0] for row in table] == names
     assert table[0][-1] == "skipped" and (tmp_path / "runs" / "report.csv").exists()
     listing.write_text("src__role__pirate\nsrc__role__0_default\n")
     again = loop(listing, tmp_path, *flags, DATA_ROOT=data_root)

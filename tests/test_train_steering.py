@@ -168,7 +168,7 @@ def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, mon
         seen.append(per_token.func.__self__.model.steering.vector.detach().clone())
         return [next(scripted)]
 
-    monkeypatch.setattr(ts, "example_sums", losses)
+    monkeypatch.setattr(ts.fast_path, "example_sums", losses)
     flags = ["--max-steps", "40", "--val-every", "1", "--patience", "3"]
     model, final, _ = fit(tmp_path, examples([8] * 4), *flags, val_set=examples([2 + 8]))
     assert final["steps"] == 5 and final["best_step"] == 2  # validations before training, at 1 .. 5
@@ -190,7 +190,7 @@ def test_vector_no_better_than_its_start_is_a_failed_run(
     data_root, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     worse = itertools.count(1000)
-    monkeypatch.setattr(ts, "example_sums", lambda *_: [next(worse)])
+    monkeypatch.setattr(ts.fast_path, "example_sums", lambda *_: [next(worse)])
     assert ts.main(command(data_root, tiny_folder, tmp_path)) == 1
     assert "better than the start" in capsys.readouterr().out
     assert not (the_folder(tmp_path) / VECTOR_FILE).exists()
