@@ -209,8 +209,8 @@ def evaluate_folder(folder, args, shelf):
         if old:  # only now that there is another
             os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may fail
-    elif changed := run_state.changed_sources(result.get("code", {}), sources):
-        print(f"WARNING: {path} is by other code: {', '.join(changed)}", file=sys.stderr)
+    elif changed := ", ".join(run_state.changed_sources(result.get("code", {}), sources)):
+        print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
     code = 0
     if args.judge:
         about = rubric_for(run.dataset, args.rubric_dir), parse_name(run.dataset)[1]

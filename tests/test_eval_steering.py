@@ -265,7 +265,6 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
     run.dataset = "src__role__five"
     ev.load_data(run, smol_chat, 20_000).check()
     monkeypatch.setattr(df, "split_by_question", by_row)
-    monkeypatch.setattr(ev, "split_by_question", by_row)
     with pytest.raises(AssertionError, match="leaked"):
         ev.load_data(run, smol_chat, 20_000).check()
 
