@@ -33,10 +33,10 @@ from hook_model import load_chat, load_model
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, parse_name
-from steering.loading import DTYPES, model_digest
+from steering.loading import DTYPES, is_same_model, model_digest
 from steering.run_folder import all_runs, find_runs, run_path
 from steering.run_state import read_run, write_imported_run
-from steering.vector_file import VECTOR_FILE, base_name, read_json, vector_digest, write_json
+from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
 
 # Options that do not change the numbers: a finished evaluation with others is not done again.
@@ -173,12 +173,12 @@ def evaluation_config(args, run):
     return config | {"format_version": report.FORMAT_VERSION}
 
 
-def suffix_of(config, run):
+def suffix_of(run):
     """What the names of an evaluation's files end in: "" if the model is the run's own."""
-    digest, trained_on = config["model_digest"], run.record["args"].get("model", "")
-    known = run.record["config"].get("model_digest")  # not in older runs
-    same = known == digest if known else base_name(trained_on) == base_name(run.args["model"])
-    return "" if same else f"-{run_path('', run.args['model'], 0, '').parts[0]}"
+    header = {"model": run.record["args"].get("model", "")}
+    header["model_digest"] = run.record["config"].get("model_digest") or ""  # not in older runs
+    same, name = is_same_model(header, run.args["model"]), run.args["model"]
+    return "" if same else f"-{run_path('', name, 0, '').parts[0]}"
 
 
 def evaluate_folder(folder, args, shelf):
@@ -187,7 +187,7 @@ def evaluate_folder(folder, args, shelf):
     started, run = time.time(), read_run(folder, changes_of(args))
     sources = run_state.source_hashes("eval_steering.py", SHOWING)
     config = evaluation_config(args, run)
-    suffix = suffix_of(config, run)
+    suffix = suffix_of(run)
     path = folder / f"eval{suffix}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)

@@ -96,14 +96,15 @@ wanted() { # whether ONLY takes the name
 }
 
 set -f # ONLY's patterns are for names, not files
-count=0
+declare -A seen=()
 while IFS= read -r line || [[ -n $line ]]; do
     line=${line%$'\r'} # Windows line ends
     name=${line#$'\xEF\xBB\xBF'} # a byte order mark
     read -r name <<<"${name%%[[:space:]]#*}"
     if [[ -z $name || $name == '#'* ]] || ! wanted "$name"; then continue; fi
-    [[ -z ${LIMIT:-} || $count -lt $LIMIT ]] || break
-    count=$((count + 1))
+    [[ -z ${seen[$name]:-} ]] || continue
+    [[ -z ${LIMIT:-} || ${#seen[@]} -lt $LIMIT ]] || break
+    seen[$name]=1
     printf '%s\n' "$line"
 done <"$list" >"$work/names"
 set +f
@@ -120,8 +121,14 @@ fi
 # ---------------------------------------------------------------- workers
 
 if [[ -z ${GPUS:-} ]]; then
-    GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null |
-        paste -sd, - || true)}
+    GPUS=${CUDA_VISIBLE_DEVICES-}
+    if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] && command -v nvidia-smi >/dev/null; then
+        GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | paste -sd, - || true)
+        [[ $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || {
+            echo "error: nvidia-smi says: $GPUS. Name the GPUs with GPUS=0,1 or GPUS=cpu" >&2
+            exit 2
+        }
+    fi
 fi
 IFS=, read -r -a gpus <<<"${GPUS:-cpu}"
 
@@ -136,14 +143,13 @@ wait_for() { # wait_for PID: its exit code, however many signals come in meanwhi
 }
 
 worker() { # worker NUMBER GPU: train what nobody else trains; 75 if a signal stopped it
-    local number=$1 gpu=$2 log code stopped='' child='' started deaths=0
-    log="$LOG_DIR/${HOSTNAME:-host}${SLURM_ARRAY_TASK_ID:+-task$SLURM_ARRAY_TASK_ID}-$gpu.$number.log"
-    trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM INT
+    local number=$1 gpu=$2 log code stopped='' child='' done_before='' deaths=0
+    log="$LOG_DIR/${HOSTNAME:-host}${SLURM_ARRAY_TASK_ID:+-task$SLURM_ARRAY_TASK_ID}-${gpu//\//_}.$number.log"
+    trap 'stopped=75; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM INT HUP
     [[ $gpu == cpu ]] && gpu=
     export CUDA_VISIBLE_DEVICES=$gpu
     echo "$(date +%H:%M:%S) ${gpu:-cpu}: $(wc -l <"$work/queue") datasets -> $log"
     while [[ -z $stopped ]]; do
-        started=$SECONDS
         "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$work/queue" </dev/null >>"$log" 2>&1 &
         child=$! code=0
         [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null # it came before there was a child
@@ -151,17 +157,19 @@ worker() { # worker NUMBER GPU: train what nobody else trains; 75 if a signal st
         child=''
         [[ -z $stopped ]] || return "$stopped"
         [[ $code -gt 128 ]] || return "$code"
-        # The process was killed: another one goes on, unless it does not even come to a role.
+        # The process was killed: another one goes on, unless none gets anything done.
         echo "$(date +%H:%M:%S) ${gpu:-cpu}: killed, exit code $code ($log)"
-        deaths=$((SECONDS - started < 60 ? deaths + 1 : 0))
+        deaths=$((deaths + 1))
+        [[ $(grep -c '^done ' "$log") == "$done_before" ]] || deaths=1
+        done_before=$(grep -c '^done ' "$log" || true)
         [[ $deaths -lt 20 ]] || return "$code"
     done
     return "$stopped"
 }
 
-stopped='' usr1='' workers=()
+stopped='' usr1='' bad=0 workers=()
 pass_on() { for pid in "${workers[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done; }
-trap 'stopped=75; pass_on' TERM
+trap 'stopped=75; pass_on' TERM HUP
 trap 'stopped=75; usr1=1; pass_on' USR1
 trap 'stopped=130; pass_on' INT # a background child of a script ignores the terminal's
 
@@ -179,6 +187,7 @@ for _ in 1 2; do # what failed is tried once more
         wait_for "$pid" || code=$?
         [[ $code -ne 75 && $code -ne 130 ]] || stopped=${stopped:-$code}
     done
+    [[ -z $stopped ]] || break # Slurm gives little time to requeue
     todo "$work/names"
 done
 
@@ -194,7 +203,7 @@ fi
 if [[ -n ${EVAL:-} ]]; then
     # shellcheck disable=SC2086 # options, split at spaces
     "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" $EVAL </dev/null >>"$LOG_DIR/eval.log" 2>&1 ||
-        echo "evaluation ended with exit code $? ($LOG_DIR/eval.log)" >&2
+        { code=$?; bad=1; echo "evaluation ended with exit code $code ($LOG_DIR/eval.log)" >&2; }
 fi
 if [[ -d $OUTPUT_DIR && ($left -gt 0 || ! -e $OUTPUT_DIR/report.csv) ]]; then
     "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" --report-only </dev/null || true # no run at all, if every role failed
@@ -204,5 +213,6 @@ echo "$((total - left)) of $total done or in work elsewhere"
 if [[ $left -gt 0 ]]; then
     sed "s/^/$(date '+%F %T') /" "$work/todo" >>"$LOG_DIR/failed.txt"
     sed 's/^/failed: /' "$work/todo" >&2
-    exit 1
+    bad=1
 fi
+exit "$bad"

@@ -236,6 +236,7 @@ def result_config(name, args, datasets, digest):
     data = data_digest(name, datasets)
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     config |= {"model_digest": digest, "format_version": vector_file.FORMAT_VERSION}
+    config["auto_dtype"] = args.dtype == "auto"
     if args.init_vector:  # what it holds counts, not where it lies
         start, _ = vector_file.load_vector(args.init_vector)
         config["init_vector"] = vector_file.vector_digest(start)
@@ -268,7 +269,8 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
     laps.lap("tokenize")
     with run_folder.lock_folder(folder) as held:
         if not held or (not args.restart and run_state.is_done(folder, config, defaults)):
-            return 0  # another process was faster, while this one read the data
+            log.info(f"{name}: another process was faster, {folder}")  # while the data was read
+            return 0
         if args.restart:
             run_folder.set_aside(folder)
         state = run_state.start_state(folder, config, defaults, args.accept_code_change)

@@ -3,8 +3,9 @@
     judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubric_for("x__role__pirate"), "role")
     verdicts = judge.score([(question, answer), ...], Path("judgements.jsonl"), workers=8)
 
-The key comes from JUDGE_API_KEY or OPENAI_API_KEY and goes nowhere but to that address. Needs the
-openai package, whose client asks again, after a wait, where an endpoint is busy or broken.
+The key comes from JUDGE_API_KEY, or from OPENAI_API_KEY for OpenAI's own address, and goes nowhere
+but there. Needs the openai package, whose client asks again, after a wait, where an endpoint is
+busy or broken.
 """
 
 import concurrent.futures
@@ -24,7 +25,7 @@ from evaluation.stats import mean_interval
 from steering.data_layouts import parse_name, pooled_names
 
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
-KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment, the first that is set
+OPENAI = "api.openai.com"
 TRIES, TIMEOUT = 8, 120.0  # requests an answer, seconds each
 
 # <kind>.txt in place of a dataset's own rubric (--rubric-dir); the scales are the datasets'.
@@ -32,7 +33,10 @@ RUBRICS = Path(__file__).parent / "rubrics"
 
 
 class JudgeError(Exception):
-    """The endpoint does not answer as it should; the message says how."""
+    """The endpoint does not answer as it should; the message says how.
+    of_all: whether it would do so whatever the answer, as with a wrong address or key."""
+
+    of_all = True
 
 
 def rubric_for(dataset, folder=None):
@@ -56,18 +60,25 @@ def rubric_for(dataset, folder=None):
 
 def parse_reply(reply, kind, finish=None):
     """The score in a judge's reply, "refusal", or "unparsable".
-    A score is the one number on the kind's scale that follows "score" or "rating", or else the one
-    that the reply has; ranges ("0-3") and what a score is out of ("2/3") are none. What a judge
-    thinks before its answer is passed over. finish: its finish_reason; "length" is unparsable."""
-    reply = reply.rpartition("</think>")[2]
-    if finish == "length" or "<think>" in reply:
+    A score is the number on the kind's scale that "score:" or "rating is" names, all such numbers
+    being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3"), list markers
+    and what a score is out of ("2/3") are none, thoughts before the answer are passed over; a score
+    out of another maximum is unparsable. finish: its finish_reason; "length" is unparsable."""
+    reply = re.sub(r"(?is)<(think\w*|thought|reason\w*)>.*?</\1>", "", reply)
+    reply = re.sub(r"(?s)\[THINK\].*?\[/THINK\]", "", reply).rpartition("</think>")[2]
+    if finish == "length" or re.search(r"(?i)<(think\w*|thought|reason\w*)>|\[THINK\]", reply):
         return "unparsable"
     low, high = SCALES[kind]
-    number = r"-?\d+(?:\.\d+)?"
-    text = re.sub(rf"{number}\s*(?:[-\u2013\u2014]|\.\.+|to)\s*{number}", "", reply)
-    text = re.sub(rf"({number})\s*(?:/|out of|of)\s*{high}\b", r"\1", text)
-    labelled = re.findall(rf"(?i:\b(?:score|rating)\b)(?:\W|is\b|of\b)*?({number})", text)
-    found = {float(n) for n in labelled or re.findall(rf"(?<![\w.]){number}", text)}
+    number = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
+    text = re.sub(r"(?m)^[ \t]*\d+[.)][ \t]+(?=\S)", "", reply)
+    text = re.sub(rf"{number}\s*(?:[-\u2013\u2014]|\.\.+|to|or)\s*{number}", "", text)
+    out_of = rf"({number})\s*(?:/|out of|of)\s*({number})"
+    if any(float(most.replace(",", "")) != high for _, most in re.findall(out_of, text)):
+        return "unparsable"
+    text = re.sub(out_of, r"\1", text)
+    named = rf"(?i:\b(?:score|rating)\b)[\s*_`()\[\]]*(?:[:=]|is\b)[\s*_`]*({number})"
+    found = re.findall(named, text) or re.findall(rf"(?<![\w.]){number}", text)
+    found = {float(n.replace(",", "")) for n in found}
     if not found and re.search(r"\brefus", reply, re.I):
         return "refusal"
     clear = len(found) == 1 and low <= min(found) <= high
@@ -84,14 +95,16 @@ class Judge:
             import openai
         except ImportError as error:
             raise ValueError("--judge needs the openai package (pip install openai)") from error
-        self.url, parts = url, urlsplit(url)
+        parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--judge {url}: not an http or https address")
         self.model, self.rubric, self.kind, self.max_tokens = model, rubric, kind, max_tokens
         self.options = {"temperature": 0, "max_tokens": max_tokens}
-        self._key = next((key for k in KEYS if (key := os.environ.get(k, "").strip())), "")
+        self.url = parts._replace(query="", netloc=parts.netloc.rpartition("@")[2]).geturl()
+        names = ["JUDGE_API_KEY", *(["OPENAI_API_KEY"] if parts.hostname == OPENAI else [])]
+        self._key = next((key for n in names if (key := os.environ.get(n, "").strip())), "")
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"the key in ${' or $'.join(KEYS)} has a line end or no ASCII in it")
+            raise ValueError(f"the key in ${' or $'.join(names)} has a line end or no ASCII in it")
         base = parts._replace(path=re.sub("/chat/completions/?$", "", parts.path), query="")
         # Another address that a redirect names would get the key as well: none is followed.
         self._client = openai.OpenAI(
@@ -99,6 +112,8 @@ class Judge:
             api_key=self._key or "none", max_retries=TRIES - 1,
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )  # fmt: skip
+        if parts.hostname != OPENAI:  # which the client takes from the environment
+            self._client.organization = self._client.project = None
 
     def prompt(self, question, answer):
         """The rubric filled in."""
@@ -131,13 +146,15 @@ class Judge:
             self.options = rest | other
             return self.ask(question, answer)
         problem = problem.replace(self._key or "\0", "<key>")[:400]
-        raise JudgeError(f"--judge {self.url}, model {self.model}: {problem}")
+        error = JudgeError(f"--judge {self.url}, model {self.model}: {problem}")
+        error.of_all = status not in (400, 413, 422)  # else it may dislike this answer alone
+        raise error
 
     def score(self, pairs, path, workers=8):
         """Verdicts of (question, answer) pairs: a score, "refusal", "unparsable", or None.
         path: a JSONL file with a line a judgement, written as they come and never asked for again.
-        None: the endpoint failed on it; a second call tries again. Raises JudgeError if it failed
-        on the first of all, since a wrong address or key would fail on every one."""
+        None: the endpoint failed on it; a second call tries again. Raises JudgeError if it fails
+        on the first of all as it would on every one."""
         known = self._read(path)
         wanted = {self.identity(*pair): pair for pair in pairs}
         missing = {key: pair for key, pair in wanted.items() if key not in known}
@@ -158,11 +175,12 @@ class Judge:
                 bar.update()
 
         with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            todo = list(missing.items())
-            if todo:
-                judge(*todo[0])
-            futures = [pool.submit(judge, key, pair) for key, pair in todo[1:]]
+            futures = []
             try:
+                for number, (key, pair) in enumerate(missing.items()):
+                    futures.append(pool.submit(judge, key, pair))
+                    if number == 0 and getattr(futures[0].exception(), "of_all", False):
+                        futures[0].result()  # raises it
                 for future in futures:
                     try:
                         future.result()

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -188,7 +189,8 @@ def check_prompted(prompted, examples, chat):
     """AssertionError unless the prompt is there, and the tokens scored are the same ones."""
     for with_prompt, without in zip(prompted, examples, strict=True):
         text = chat.tokenizer.decode(with_prompt.input_ids)
-        assert with_prompt.row["system_prompt"].strip() in text, "the prompted row has no prompt"
+        text, prompt = (normalize("NFC", t) for t in (text, with_prompt.row["system_prompt"]))
+        assert prompt.strip() in text, "the prompted row has no prompt"
         scored = [[t for t in e.labels if t >= 0] for e in (with_prompt, without)]
         assert len(scored[0]) == len(scored[1]), "the prompt changed which tokens are scored"
 

@@ -47,8 +47,11 @@ class ChatFormat:
             self.options["enable_thinking"] = False
         if "strftime_now(" in template:
             self.date = date or datetime.date.today().isoformat()
-            day, call = datetime.date.fromisoformat(self.date), r"strftime_now\((['\"])(.*?)\1\)"
+            day = datetime.date.fromisoformat(self.date)
+            call = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
             fixed = re.sub(call, lambda m: repr(day.strftime(m[2])), template)
+            if "strftime_now(" in fixed:
+                raise ValueError("the date in the chat template cannot be fixed: --chat-template")
             self.options["chat_template"] = fixed
         self.in_parts = not self._renders_text_of("user")  # as models that see images have it
         self.has_system_role = self._renders_text_of("system", "user")

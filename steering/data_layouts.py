@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 
 def parse_name(name):
@@ -31,7 +32,8 @@ def parse_name(name):
 
 def pooled_names(name):
     """The names in "A+B", each with its own "__role__" or "__trait__"; a "+" may be in a name."""
-    return re.split(r"\+(?=[^+]*__(?:role|trait)__)", name)
+    parts = re.split(r"\+(?=[^+]*__(?:role|trait)__)", name)
+    return parts if all(re.search("__(role|trait)__", part) for part in parts) else [name]
 
 
 def find_datasets(root, source_model=None, kind=None, passed_over=None):
@@ -201,21 +203,27 @@ def remove_persona(messages, system_prompt, question):
     """(messages that ask the question and no more, the persona's text that stood there).
     Source models without a system role were asked "{system_prompt}\\n\\n{question}" by the user.
     White space aside, the first user turn IS the question afterwards. Raises ValueError if more or
-    less than the system prompt would have to go for that (where that is not known, what stands
-    before the question is taken for it), or if the persona is in the question or a later turn."""
+    less than the system prompt would have to go for that (where that is not known, whole lines
+    before the question are taken for it), or if the persona is in the question or a later turn."""
     messages = [m for m in messages if m["role"] != "system"]
-    first, asked, persona = (
-        " ".join(text.split()) for text in (messages[0]["content"], question, system_prompt or "")
-    )
+    texts = messages[0]["content"], question, system_prompt or ""
+    first, asked, persona = (normalize("NFC", " ".join(text.split())) for text in texts)
     before, after = first.removesuffix(asked).strip(), first.removeprefix(asked).strip()
     there = before if first.endswith(asked) else after if first.startswith(asked) else None
-    known = there in persona if persona and there else first.endswith(asked)
-    if not asked or there is None or not (known or there == ""):
+    if there and persona:  # which may be a template, "You are {name}."
+        filled = re.sub(r"\\\{.*?\\\}", ".*", re.escape(persona))
+        fits = there in persona or re.fullmatch(filled, there)
+    elif there:
+        lines = normalize("NFC", texts[0]).rstrip().removesuffix(normalize("NFC", question.strip()))
+        fits = there == before and lines.rstrip(" \t").endswith("\n")
+    else:
+        fits = there is not None
+    if not asked or not fits:
         raise ValueError("the first user turn is not the question, with or without system prompt")
     users = [" ".join(m["content"].split()) for m in messages[1:] if m["role"] == "user"]
-    for text in filter(None, (persona, there)):
-        if any(text in turn for turn in (asked, *users)):
-            raise ValueError("the system prompt is still in a user turn")
+    users.append(asked)
+    if any(text in turn for text in filter(None, (persona, there)) for turn in users):
+        raise ValueError("the system prompt is still in a user turn")
     return [{"role": "user", "content": question}, *messages[1:]], there
 
 

@@ -277,8 +277,9 @@ def example_sums(per_token, examples, max_tokens):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out, of a GPU or of the host."""
-    text = "not enough memory" in str(error)  # torch's allocator of host memory
-    return text or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    texts = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or re.search(texts, str(error)) is not None
 
 
 def in_batches(function, examples, max_tokens):

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from steering.chat_format import ChatFormat
 from steering.vector_file import base_name
 
+CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+CONFIG_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -94,12 +96,14 @@ def model_digest(name):
     if not path.exists():
         from huggingface_hub import try_to_load_from_cache
 
-        with contextlib.suppress(ValueError):  # no name of a repository
-            found = try_to_load_from_cache(name, "config.json")
-            return f"commit-{Path(found).parent.name[:16]}" if isinstance(found, str) else None
+        for look in (lambda: None, lambda: read_config(name)):  # the config brings it here
+            with contextlib.suppress(ValueError):  # nothing by that name
+                look()
+                if isinstance(found := try_to_load_from_cache(name, "config.json"), str):
+                    return f"commit-{Path(found).parent.name[:16]}"
         return None
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in (".safetensors", ".bin", ".gguf"):
+    for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
+        if file.suffix in (".safetensors", ".bin") or file == path:
             size = file.stat().st_size
             digest.update(str(size).encode())
             with open(file, "rb") as handle:
@@ -108,7 +112,7 @@ def model_digest(name):
                 for i in range(128 if size > 2**29 else 0):
                     handle.seek(size * i // 128)
                     digest.update(handle.read(2**16))
-        elif re.fullmatch(r"config\.json|.*token.*|vocab.*|merges.*|.*\.(jinja|py)", file.name):
+        elif file.name in CONFIG_FILES or file.suffix in (".jinja", ".model", ".py"):
             digest.update(file.name.encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:16]}"
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -54,13 +55,14 @@ def log_file(path):
 
 
 class StopRequest:
-    """Remembers SIGINT, SIGTERM or SIGUSR1 until the step is over; a second Ctrl-C stops at once.
+    """Remembers a signal that asks to stop until the step is over; a second Ctrl-C stops at once.
     A second SIGTERM does not: a scheduler may send one, and a shell loop pass it on once more."""
 
     def __init__(self):
         self.exit_code, self.in_loop = None, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
         again = self.exit_code is not None and number == signal.SIGINT
@@ -107,7 +109,7 @@ def find_runs(paths):
 def all_runs(paths):
     """Every folder with a run.json at or below the paths, finished or not, without old-<n>."""
     folders = {file.parent for path in paths for file in Path(path).rglob("run.json")}
-    return sorted(folder for folder in folders if not folder.name.startswith("old-"))
+    return sorted(folder for folder in folders if not re.fullmatch(r"old-\d+", folder.name))
 
 
 @contextlib.contextmanager
@@ -116,30 +118,31 @@ def lock_folder(folder):
     The lock dies with its process. Raises ValueError if the folder cannot be written, or its file
     system has no locks."""
     path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ValueError(f"folder {folder} cannot be written ({error.strerror})") from error
-    with handle:
-        held = False
-        for _ in range(20):  # `is_locked` of another process holds it for a moment
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError as error:
-                way_out = "name a folder of another file system with --output-dir"
-                raise ValueError(f"{folder}: no lock to be had ({error}); {way_out}") from error
+    for _ in range(20):  # `is_locked` of another process holds it for a moment
         try:
-            if held:
-                sweep_partial(folder)
-            yield held
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = open(path, "a")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise ValueError(f"folder {folder} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                break
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError as error:
+            way_out = "name a folder of another file system with --output-dir"
+            raise ValueError(f"{folder}: no lock to be had ({error}); {way_out}") from error
+        handle.close()  # held by another, or removed by it while this one waited
+    else:
+        yield False
+        return
+    with handle:
+        try:
+            sweep_partial(folder)
+            yield True
         finally:
-            if held:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def is_locked(folder):

@@ -105,6 +105,8 @@ def is_done(folder, config, defaults):
     if holds and not old:
         raise ValueError(f"{folder / 'run.json'}: unreadable; --restart sets it aside")
     fields = differences(config, old, defaults)
+    if done and config.get("auto_dtype") and record.get("args", {}).get("dtype") == "auto":
+        fields = [key for key in fields if key != "dtype"]  # what auto was on another machine
     if not holds:
         return record.get("status") == "skipped" and not fields
     if fields:
@@ -137,6 +139,7 @@ def start_state(folder, config, defaults, accept_code_change=False):
             problem = f"{type(error).__name__}, "
         if problem:
             log.warning(f"WARNING: {path.name} {problem}passed over")
+            path.rename(path.with_name(f"passed-over-{path.name}"))  # else it counts as the newest
             continue
         if (changed := changed_sources(state["code"])) and not accept_code_change:
             raise ValueError(

@@ -165,8 +165,8 @@ def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_
     pick, kills = random.Random(1), 0
     process = sweep(output)
     while process.poll() is None:
-        time.sleep(pick.uniform(6, 14))
-        found = run(["pgrep", "-f", f"train_steering.py.*{output}.*--dataset"]).stdout.split()
+        time.sleep(pick.uniform(4, 8))
+        found = run(["pgrep", "-f", f"train_steering.py.*{output}.*/queue"]).stdout.split()
         if found and kills < 4:  # fewer than one dataset may have
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pick.choice(found)), signal.SIGKILL)

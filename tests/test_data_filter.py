@@ -246,6 +246,11 @@ def test_persona_text_that_cannot_be_cut_makes_the_row_malformed(tmp_path):
         ("What is tea?\n\nYou are a pirate captain.\nSpeak up.", {}),  # after the question
         ("You are a pirate captain.\n\nWhat is tea?", {}),  # the prompt is longer than that
         ("  What is\ttea? ", {}),
+        ("You are Gemma.\n\nWhat is tea?", {"system_prompt": "You are {name}."}),  # a template
+        (
+            "You are a cafe\u0301 owner.\n\nWhat is tea?",
+            {"system_prompt": "You are a caf\xe9 owner."},
+        ),
     ],
 )
 def test_first_user_turn_is_the_question_however_the_persona_was_merged(tmp_path, user, changes):
@@ -254,13 +259,14 @@ def test_first_user_turn_is_the_question_however_the_persona_was_merged(tmp_path
     row["conversation"] = [{"role": "user", "content": user}, row["conversation"][-1]]
     result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
     assert [m["content"] for m in result.rows[0]["messages"]] == ["What is tea?", "Arr!"]
-    assert result.rows[0]["system_prompt"].startswith("You are a pirate captain.")
+    assert result.rows[0]["system_prompt"].startswith("You are ")
 
 
 @pytest.mark.parametrize(
     "user, question",
     [
         ("Here is a text about tea. What is tea?", "What is tea?"),  # not the system prompt
+        ("In your opinion, what is love?", "what is love?"),
         ("What is tea? Answer in French.", "What is tea?"),
         ("What is coffee?", "What is tea?"),
         ("You are a pirate captain. What is tea?", "You are a pirate captain. What is tea?"),
@@ -274,6 +280,13 @@ def test_row_whose_first_user_turn_cannot_become_the_question_is_malformed(
     row["conversation"][1]["content"] = user
     result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
     assert result.dropped == {"malformed": 1} and not result.rows
+
+
+def test_words_before_the_question_in_its_own_line_are_no_persona(tmp_path):
+    row = raw_row("what is love?", "Arr!", system=None)
+    row["conversation"][0]["content"] = "In your opinion, what is love?"
+    result = filtered(tmp_path, write_raw(tmp_path, "pirate", [row], {"pos_p0_q0": 3}))
+    assert result.dropped == {"malformed": 1}
 
 
 def test_persona_in_a_later_user_turn_makes_the_row_malformed(tmp_path):
@@ -344,6 +357,8 @@ def test_names_with_spaces_go_through_table_list_and_training_names(tmp_path, ca
     first, second = "src__role__travel agent", "src__role__c++ coder #1"
     assert names == [first, second, f"src__role__pirate+{first}"]
     assert dl.dataset_parts(second, datasets) == [second]
+    assert dl.pooled_names("Qwen+LoRA__role__pirate") == ["Qwen+LoRA__role__pirate"]
+    assert dl.pooled_names(f"{second}+{first}") == [second, first]
     assert df.main(["--data-root", str(tmp_path)]) == 0
     assert "src__role__travel agent" in capsys.readouterr().out
 

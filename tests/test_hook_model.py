@@ -555,7 +555,7 @@ def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(v
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: not enough memory")],
+    [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: error code 12")],
 )
 def test_out_of_memory_in_the_check_leaves_vector_and_fast_path_as_they_were(monkeypatch, error):
     model, rows = steered("llama", value=0.0), rows_of(9)

@@ -86,11 +86,26 @@ def test_replies_are_scores_refusals_or_unparsable():
         ("Score from 0 to 3: **1**", "role", 1.0),
         ("1. It talks like a pirate.\n2. It has 3 oaths.\nScore: 3", "role", 3.0),
         ("The score is 2, not 3.", "role", 2.0),
-        ("1. It talks like a pirate, 3", "role", "unparsable"),
+        ("1. It talks like a pirate, 3", "role", 3.0),
+        ("1. In character: yes.", "role", "unparsable"),
+        ("A score of 3 would need full role-play; this only hints, so 1.", "role", "unparsable"),
+        ("Not a score of 3. 1", "role", "unparsable"),
+        ("It falls short of a score of 3. Final: 2", "role", "unparsable"),
+        ("Score: 1 or 2", "role", "unparsable"),
+        ("Score: 2, rating: 1", "role", "unparsable"),
+        ("Rating: 3/10", "role", "unparsable"),
+        ("The score is 3 of 10", "role", "unparsable"),
+        ("Score: 8/10", "trait", "unparsable"),
+        ("5/5", "trait", "unparsable"),
+        ("Score: 1,000", "trait", "unparsable"),
+        ("a score of 20 for style, and 90 for persona", "trait", "unparsable"),
+        ("<thinking>maybe a score of 3</thinking>\n1", "role", 1.0),
+        ("[THINK]score 3?[/THINK]1", "role", 1.0),
+        ("[THINK]score 3?", "role", "unparsable"),
+        ("Score = **2**", "role", 2.0),
         ("2 or 3", "role", "unparsable"),
         ("2-3", "role", "unparsable"),
         ("0\u2013100", "trait", "unparsable"),
-        ("Score: 2. Or a score of 3?", "role", "unparsable"),
         ("<think>It has 3 oaths, so", "role", "unparsable"),
         ("<think>2</think> <think>so 3", "role", "unparsable"),
         ("3 out of 3", "role", 3.0),
@@ -240,6 +255,29 @@ def test_models_that_refuse_max_tokens_or_temperature_are_asked_without(tmp_path
         with pytest.raises(jd.JudgeError, match="no such model"):
             endpoint.judge().ask("q", "a")
         assert len(endpoint.seen) == 1
+
+
+def test_the_openai_key_is_for_openai_alone_and_no_secret_of_the_address_is_kept(monkeypatch):
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    with serve(lambda *_: "3") as endpoint:
+        judge = jd.Judge(f"{endpoint.url}?key=hidden", "j", "{question}{answer}", "role")
+        judge.ask("q", "a")
+        assert "secret" not in str(endpoint.headers) and "org-mine" not in str(endpoint.headers)
+        assert endpoint.asked[0][0].endswith("?key=hidden") and "hidden" not in judge.url
+    theirs = jd.Judge("https://me:word@api.openai.com/v1", "j", "", "role")
+    assert theirs._key == "sk-very-secret" and theirs.url == "https://api.openai.com/v1"
+
+
+def test_an_answer_that_is_refused_ends_nothing(tmp_path):
+    def reply(prompt, count):
+        return (400, {}, b'{"error": {"code": "content_filter"}}') if "number 0" in prompt else "2"
+
+    with serve(reply) as endpoint:
+        judge = endpoint.judge()
+        verdicts = judge.score(PAIRS[:5], tmp_path / "j.jsonl")
+    assert verdicts == [None, 2.0, 2.0, 2.0, 2.0] and len(judge.failures) == 1
 
 
 def test_what_else_servers_send(tmp_path, waits):

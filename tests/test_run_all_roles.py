@@ -80,6 +80,9 @@ for name in names:
         (state / "killer.died").touch()
         (state / "killer.lock").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "dies":
+        (state / "dies.lock").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
     if name == "stop":
         sys.exit(75)
     if name == "slow":
@@ -164,6 +167,30 @@ def test_stopped_role_stops_the_loop_and_usage_errors_exit_2(tmp_path):
     assert SCRIPT.stat().st_mode & stat.S_IXUSR
 
 
+def test_a_name_that_comes_twice_counts_once(tmp_path):
+    result, done, _ = stub_loop(tmp_path, ["b", "b", "d", "b # again"])
+    assert result.returncode == 0 and done == {"b": 1, "d": 1} and "2 of 2 done" in result.stdout
+
+
+def test_a_broken_driver_is_an_error_and_no_gpu_of_that_name(tmp_path):
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'")
+    fake.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    result, done, calls = stub_loop(tmp_path, ["a"], GPUS="", PATH=path)
+    assert result.returncode == 2 and not calls and "GPUS=cpu" in result.stderr
+    fake.write_text("#!/bin/sh\nprintf '0\\n1\\n'")
+    _, done, calls = stub_loop(tmp_path, ["a"], GPUS="", PATH=path)
+    assert done == {"a": 1} and sorted(call[0] for call in calls) == ["0", "1"]
+
+
+def test_processes_that_die_before_they_do_anything_are_given_up(tmp_path):
+    result, done, calls = stub_loop(tmp_path, ["dies", "a"])
+    assert result.returncode == 1 and not done and len(calls) == 40  # twice twenty
+    assert "failed: dies" in result.stderr
+
+
 def test_a_script_that_cannot_tell_what_is_left_ends_the_loop_with_a_word(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "broken").touch()
@@ -172,7 +199,9 @@ def test_a_script_that_cannot_tell_what_is_left_ends_the_loop_with_a_word(tmp_pa
     assert "the stub is broken" in result.stderr and "what is left to do" in result.stderr
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
 def test_signals_end_a_training_that_does_not_listen_yet(tmp_path, number, code):
     """Such as one that still imports torch: the loop ends after it, not before."""
     (tmp_path / "state").mkdir()

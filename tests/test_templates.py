@@ -130,3 +130,11 @@ def test_rows_that_a_template_refuses_or_that_forge_a_turn_are_counted_and_the_r
     assert [example.row for example in examples] == [ROW] and len(problems) == 3
     assert sum("<end_of_turn> is spelled out" in problem for problem in problems) == 2
     assert any("Twice?" in problem and "alternate" in problem for problem in problems)
+
+
+def test_a_date_is_fixed_however_it_is_asked_for_or_the_template_refused(chat_of):
+    turns = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    for call in ("strftime_now( '%Y-%m-%d' )", 'strftime_now(format="%Y-%m-%d")'):
+        assert "2020-01-02" in split(chat_of("{{ " + call + " }}" + turns, "2020-01-02"))[0]
+    with pytest.raises(ValueError, match="date in the chat template cannot be fixed"):
+        chat_of("{% set f = '%Y' %}{{ strftime_now(f) }}" + turns)

@@ -34,7 +34,7 @@ QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]
 
 @pytest.fixture(autouse=True)
 def restore_signal_handlers():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -715,6 +715,45 @@ def test_writers_of_one_file_do_not_tear_it_and_leftovers_are_swept(tmp_path):
         os.utime(tmp_path / name, times=(time.time() - age,) * 2)
     with rf.lock_folder(tmp_path):
         assert not (tmp_path / ".partial-1-1").exists() and (tmp_path / ".partial-2-2").exists()
+
+
+def test_finished_run_stays_done_where_auto_is_another_dtype(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    arguments = command(data_root, tiny_folder, tmp_path / "runs", "--dtype", "auto")
+    monkeypatch.setattr(ts.loading, "cpu_has_bf16", lambda: False)
+    assert ts.main(arguments) == 0
+    monkeypatch.setattr(ts.loading, "cpu_has_bf16", lambda: True)
+    capsys.readouterr()
+    assert ts.main([*arguments, "--print-todo"]) == 0 and capsys.readouterr().out == ""
+    assert ts.main(arguments) == 0 and "done already" in capsys.readouterr().out
+    assert ts.main([*arguments, "--dtype", "bf16"]) == 2  # asked for: another setting
+
+
+def test_files_beside_a_model_do_not_make_it_another(tiny_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    before = ts.loading.model_digest(str(model))
+    (model / "tokenizer").mkdir()
+    for name in ("README_tokens.md", "model-q4.gguf", "training_args.json"):
+        (model / name).write_text("x")
+    assert ts.loading.model_digest(str(model)) == before
+    (model / "chat_template.jinja").write_text("other")
+    assert ts.loading.model_digest(str(model)) != before
+    assert ts.loading.model_digest("nobody/has-this") is None
+
+
+def test_torn_newer_checkpoints_do_not_outlive_those_of_a_new_start(tmp_path):
+    for step in (480, 490, 500):
+        (tmp_path / f"checkpoint-{step:05d}.pt").write_bytes(b"torn")
+    state = rs.start_state(tmp_path, {"name": "x"}, {})
+    for step in (10, 20):
+        rf.save_checkpoint(tmp_path, {**state, "step": step}, keep=3)
+    assert [path.name for path in rf.checkpoints(tmp_path)] == [
+        "checkpoint-00010.pt",
+        "checkpoint-00020.pt",
+    ]
+    assert rs.start_state(tmp_path, {"name": "x"}, {})["step"] == 20
 
 
 # ---------------------------------------------------------------- the real model
