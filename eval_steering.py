@@ -28,13 +28,13 @@ import torch
 import data_filter
 from data_filter import DataOptions
 from evaluation import measures, report
-from evaluation.judge import Judge, JudgeError, rubric_for
+from evaluation.judge import Judge, rubric_for
 from hook_model import load_chat, load_model
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, parse_name
 from steering.loading import DTYPES, is_same_model, model_digest
-from steering.run_folder import all_runs, find_runs, run_path
+from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
@@ -191,7 +191,7 @@ def evaluate_folder(folder, args, shelf):
     path = folder / f"eval{suffix}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
-    result = read_json(path)
+    before = result = read_json(path)
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
         other = [report.WHY_NEW_FORMAT] if "format_version" in other else other
@@ -208,7 +208,7 @@ def evaluate_folder(folder, args, shelf):
         result["seconds"] = round(time.time() - started, 1)
         if old:  # only now that there is another
             os.replace(path, path.with_suffix(".old.json"))
-        write_json(path, result)  # before the judge, who may fail
+        write_json(path, result)  # before the judge, who may be stopped
     elif changed := ", ".join(run_state.changed_sources(result.get("code", {}), sources)):
         print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
     code = 0
@@ -216,11 +216,9 @@ def evaluate_folder(folder, args, shelf):
         about = rubric_for(run.dataset, args.rubric_dir), parse_name(run.dataset)[1]
         judge = Judge(args.judge, args.judge_model, *about, args.judge_tokens)
         code = judge.add_scores(result, folder / "judgements.jsonl", args.judge_workers)
-    files = report.write_evaluation(folder, result, suffix)
-    print(report.tables_text(result))
-    for sample in result["samples"][:1]:
-        print("", report.answers_text(sample, quote=str), sep="\n")
-    print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
+    elif "judge" in before and "judge" not in result:
+        measures.announce("judged before: --judge adds the scores again, from the replies kept")
+    report.write_evaluation(folder, result, suffix)
     return code
 
 
@@ -268,17 +266,16 @@ def specificity(folders, args, shelf, path):
 
 def write_report(folders, args, shelf):
     """Write the report of several runs, evaluated or not, and print where it is.
-    folders: those that are evaluated, whose vectors are tried on each other."""
+    folders: whose vectors are tried on each other; None: as the last report has it."""
     runs, shared = all_runs(args.run), os.path.commonpath(map(os.path.abspath, args.run))
     if not runs:
         raise ValueError(f"{shared}: no run.json in there")
     out = Path(args.report_dir or (args.run[0] if len(args.run) == 1 else shared))
     out.mkdir(parents=True, exist_ok=True)
+    matrices = read_json(out / "specificity.json").get("matrices", [])
     if args.report_only:
-        matrices = read_json(out / "specificity.json").get("matrices", [])
         report.print_table([report.report_row(run) for run in runs])
-    else:
-        matrices = []
+    elif folders:
         try:
             matrices = specificity(folders, args, shelf, out / "specificity.json")
         except Exception:  # the report without it is better than none
@@ -345,16 +342,14 @@ def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
     needed = args.model and args.dataset
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
+    text = "--dataset, --layer, --any-model, --out: for --vector, a run knows its own"
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
-        (
-            args.run and foreign,
-            "--dataset, --layer, --any-model, --out: for --vector, a run knows its own",
-        ),
+        (args.run and foreign, text),
     ]
 
 
@@ -376,14 +371,17 @@ def run(args):
             if args.prompt is not None:
                 print_answers(folder, args, shelf)
             else:
-                codes.append(evaluate_folder(folder, args, shelf))
-                evaluated.append(folder)
+                with lock_folder(folder) as held:
+                    if not held:
+                        raise ValueError(f"{folder}: another process works there")
+                    codes.append(evaluate_folder(folder, args, shelf))
+                    evaluated.append(folder)
         except Exception as error:  # the next run may do better
-            known = isinstance(error, ValueError | OSError | JudgeError)
+            known = isinstance(error, ValueError | OSError)
             print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
-            codes.append(2 if isinstance(error, ValueError | OSError) else 1)
+            codes.append(2 if known else 1)
     if args.run and folders != [Path(args.run[0])] and args.prompt is None:
-        write_report(evaluated, args, shelf)
+        write_report(evaluated if evaluated == folders else None, args, shelf)
     return max(codes, default=0)
 
 

@@ -102,9 +102,10 @@ while IFS= read -r line || [[ -n $line ]]; do
     name=${line#$'\xEF\xBB\xBF'} # a byte order mark
     read -r name <<<"${name%%[[:space:]]#*}"
     if [[ -z $name || $name == '#'* ]] || ! wanted "$name"; then continue; fi
-    [[ -z ${seen[$name]:-} ]] || continue
+    read -r whole <<<"$line" # which may be a name with a "#"
+    [[ -z ${seen[$whole]:-} ]] || continue
     [[ -z ${LIMIT:-} || ${#seen[@]} -lt $LIMIT ]] || break
-    seen[$name]=1
+    seen[$whole]=1
     printf '%s\n' "$line"
 done <"$list" >"$work/names"
 set +f
@@ -123,7 +124,7 @@ fi
 if [[ -z ${GPUS:-} ]]; then
     GPUS=${CUDA_VISIBLE_DEVICES-}
     if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] && command -v nvidia-smi >/dev/null; then
-        GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | paste -sd, - || true)
+        GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)
         [[ $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || {
             echo "error: nvidia-smi says: $GPUS. Name the GPUs with GPUS=0,1 or GPUS=cpu" >&2
             exit 2
@@ -193,17 +194,24 @@ done
 
 # ---------------------------------------------------------------- what came out
 
-if [[ -n $stopped ]]; then
+leave_if_stopped() {
+    [[ -n $stopped ]] || return 0
     echo "stopped; run it again to go on" >&2
     if [[ -n $usr1 && -n ${SLURM_JOB_ID:-} ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || echo "error: the job could not be requeued" >&2
     fi
     exit "$stopped"
-fi
+}
+leave_if_stopped
 if [[ -n ${EVAL:-} ]]; then
     # shellcheck disable=SC2086 # options, split at spaces
-    "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" $EVAL </dev/null >>"$LOG_DIR/eval.log" 2>&1 ||
-        { code=$?; bad=1; echo "evaluation ended with exit code $code ($LOG_DIR/eval.log)" >&2; }
+    "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" $EVAL </dev/null >>"$LOG_DIR/eval.log" 2>&1 &
+    workers=($!)
+    [[ -z $stopped ]] || pass_on
+    code=0
+    wait_for "${workers[0]}" || code=$?
+    leave_if_stopped
+    [[ $code -eq 0 ]] || { bad=1; echo "evaluation ended with exit code $code ($LOG_DIR/eval.log)" >&2; }
 fi
 if [[ -d $OUTPUT_DIR && ($left -gt 0 || ! -e $OUTPUT_DIR/report.csv) ]]; then
     "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" --report-only </dev/null || true # no run at all, if every role failed

@@ -60,28 +60,30 @@ def rubric_for(dataset, folder=None):
 
 def parse_reply(reply, kind, finish=None):
     """The score in a judge's reply, "refusal", or "unparsable".
-    A score is the number on the kind's scale that "score:" or "rating is" names, all such numbers
-    being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3"), list markers
-    and what a score is out of ("2/3") are none, thoughts before the answer are passed over; a score
-    out of another maximum is unparsable. finish: its finish_reason; "length" is unparsable."""
+    A score is the number on the kind's scale that "score:" or "rating:" names, all such numbers
+    being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3") and what a
+    score is out of ("2/3") are none, thoughts before the answer are passed over; a score out of
+    another maximum is unparsable. finish: its finish_reason; "length" is unparsable."""
     reply = re.sub(r"(?is)<(think\w*|thought|reason\w*)>.*?</\1>", "", reply)
     reply = re.sub(r"(?s)\[THINK\].*?\[/THINK\]", "", reply).rpartition("</think>")[2]
     if finish == "length" or re.search(r"(?i)<(think\w*|thought|reason\w*)>|\[THINK\]", reply):
         return "unparsable"
     low, high = SCALES[kind]
-    number = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
-    text = re.sub(r"(?m)^[ \t]*\d+[.)][ \t]+(?=\S)", "", reply)
-    text = re.sub(rf"{number}\s*(?:[-\u2013\u2014]|\.\.+|to|or)\s*{number}", "", text)
-    out_of = rf"({number})\s*(?:/|out of|of)\s*({number})"
-    if any(float(most.replace(",", "")) != high for _, most in re.findall(out_of, text)):
+    number = r"-?\d+(?:[.,]\d+)*"
+    try:
+        span = rf"({number})\s*(?:[-\u2013\u2014]|\.\.+|to|or)\s*({number})"
+        text = re.sub(span, lambda m: "" if float(m[1]) < float(m[2]) else m[0], reply)
+        out_of = rf"({number})\s*(?:/|out of|of)\s*({number})"
+        other = any(float(most) != high for _, most in re.findall(out_of, text))
+        text = re.sub(out_of, r"\1", text)
+        named = rf"(?i:\b(?:score|rating)\b)[\s*_`()\[\]]*[:=][\s*_`]*({number})"
+        found = re.findall(named, text) or re.findall(rf"(?<![\w.]){number}", text)
+        found = {float(n) for n in found}
+    except ValueError:  # 1,000 or 2,5
         return "unparsable"
-    text = re.sub(out_of, r"\1", text)
-    named = rf"(?i:\b(?:score|rating)\b)[\s*_`()\[\]]*(?:[:=]|is\b)[\s*_`]*({number})"
-    found = re.findall(named, text) or re.findall(rf"(?<![\w.]){number}", text)
-    found = {float(n.replace(",", "")) for n in found}
     if not found and re.search(r"\brefus", reply, re.I):
         return "refusal"
-    clear = len(found) == 1 and low <= min(found) <= high
+    clear = len(found) == 1 and not other and low <= min(found) <= high
     return found.pop() if clear else "unparsable"
 
 
@@ -192,13 +194,17 @@ class Judge:
         return [known.get(self.identity(*pair)) for pair in pairs]
 
     def add_scores(self, result, path, workers=8):
-        """Add scores to the answers of an eval.json's dict; 1 if the judge failed on some, else 0.
+        """Add scores to the answers of an eval.json's dict; 1 if the judge failed, else 0.
         path, workers: as in `score`."""
         samples = result["samples"]
         conditions = list(samples[0]["answers"]) if samples else []
         pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
         asked = [pair for pair in pairs if pair[1]]
-        verdicts = dict(zip(asked, self.score(asked, path, workers), strict=True))
+        try:
+            verdicts = dict(zip(asked, self.score(asked, path, workers), strict=True))
+        except JudgeError as error:  # the evaluation is there all the same
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         low, high = SCALES[self.kind]
         for condition in conditions:
             scores, counts = [], {"refusal": 0, "unparsable": 0, "failed": 0}

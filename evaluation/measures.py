@@ -225,19 +225,25 @@ def seeded_noise(conversations, sampling):
 def generate_answers(model, chat, conversations, sampling):
     """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
     Sampled from the model's whole distribution at the temperature, 0: greedily."""
+    from transformers import GenerationConfig
+
     stop_ids = model.model.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
     stop_ids = sorted(stop_ids - {None})
     options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
     options |= {"repetition_penalty": 1.0, "max_new_tokens": sampling.max_new_tokens}
-    answers = []
-    for start in range(0, len(conversations), sampling.batch_size):
-        batch = conversations[start : start + sampling.batch_size]
-        if sampling.temperature:
-            options["logits_processor"] = [seeded_noise(batch, sampling)]
-        inputs = chat.inputs(batch, model.input_device)
-        answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
+    answers, own = [], model.model.generation_config
+    model.model.generation_config = GenerationConfig()  # nothing of the model's own taste
+    try:
+        for start in range(0, len(conversations), sampling.batch_size):
+            batch = conversations[start : start + sampling.batch_size]
+            if sampling.temperature:
+                options["logits_processor"] = [seeded_noise(batch, sampling)]
+            inputs = chat.inputs(batch, model.input_device)
+            answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
+    finally:
+        model.model.generation_config = own
     return answers
 
 

@@ -129,14 +129,18 @@ def answers_text(sample, heading="##", quote=quoted):
 
 
 def write_evaluation(folder, result, suffix=""):
-    """Write eval.json, samples.md and eval.png into a run folder; returns the files' names.
+    """Write eval.json, samples.md and eval.png into a run folder, and print what is in them.
     suffix: of the names, before the dot."""
     files = [f"eval{suffix}.json", f"samples{suffix}.md"]
     write_json(folder / files[0], result)
     parts = [f"# {plain(result['dataset'])}", f"```\n{tables_text(result)}\n```"]
     text = "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
     write_atomically(folder / files[1], text.encode())
-    return files + plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")
+    files += plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")
+    print(tables_text(result))
+    for sample in result["samples"][:1]:
+        print("", answers_text(sample, quote=str), sep="\n")
+    print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
 
 
 def find_flags(result, record):
@@ -188,13 +192,16 @@ def report_row(folder):
     flags = flags if row["status"] == "done" else [str(row["status"]), *result.get("flags", [])]
     other = ["other code"] if changed_sources(record.get("code", {})) else []
     other += ["code changed midway"] if record.get("code_changes") else []
+    version = result.get("config", {}).get("format_version", FORMAT_VERSION)
+    other += ["older evaluation"] if version != FORMAT_VERSION else []
     return row | {"flags": "; ".join([*flags, *other])}
 
 
 def report_order(row):
     """Sort key: recovered fraction, best first; then the undefined ones by gain over vanilla."""
-    recovered = -math.inf if row["recovered"] is None else row["recovered"]
-    return -recovered, math.inf if row["minus_vanilla"] is None else row["minus_vanilla"]
+    values = [row["recovered"], row["minus_vanilla"]]
+    recovered, gain = (v if v is not None and math.isfinite(v) else None for v in values)
+    return math.inf if recovered is None else -recovered, math.inf if gain is None else gain
 
 
 def short_names(rows):

@@ -73,7 +73,7 @@ def recovered_fraction(losses, tokens, questions):
     if bounds is None:
         count = len(set(questions))
         return {"value": None, "why": f"{count} held-out questions, {MIN_QUESTIONS} are needed"}
-    if bounds[0] <= 0:
+    if not bounds[0] > 0:  # nor is it NaN
         why = f"prompting does not help: vanilla - prompted {gain:.4f}"
         return {"value": None, "why": f"{why} [{bounds[0]:.4f}, {bounds[1]:.4f}]"}
     value, interval = ratio(np.subtract(losses["vanilla"], losses["steered"]), gains, questions)

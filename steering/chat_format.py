@@ -45,12 +45,12 @@ class ChatFormat:
         self.tokenizer, self.options, self.date = tokenizer, {"chat_template": template}, None
         if "enable_thinking" in template:
             self.options["enable_thinking"] = False
-        if "strftime_now(" in template:
+        if "strftime_now" in template:
             self.date = date or datetime.date.today().isoformat()
             day = datetime.date.fromisoformat(self.date)
-            call = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
+            call = r"strftime_now\s*\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
             fixed = re.sub(call, lambda m: repr(day.strftime(m[2])), template)
-            if "strftime_now(" in fixed:
+            if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", fixed):
                 raise ValueError("the date in the chat template cannot be fixed: --chat-template")
             self.options["chat_template"] = fixed
         self.in_parts = not self._renders_text_of("user")  # as models that see images have it
@@ -66,7 +66,7 @@ class ChatFormat:
         self.lead = self.lead.removeprefix(self.header)
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        longest_first = sorted(filter(str.strip, special), key=len, reverse=True)
+        longest_first = sorted((t for t in special if len(t.strip()) > 1), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         end = self.special.search(self.tail)
         if not end:  # then what begins the next turn ends this one

@@ -59,6 +59,8 @@ class FastPath:
 
             with model.steering_off():
                 for batch, rows in in_batches(states_of, examples, max_tokens):
+                    if self.fast is False:  # as layers could not be passed through
+                        return
                     for example, states in zip(batch, rows, strict=True):
                         kept = states[: len(example.input_ids)].to(place, copy=True)
                         self.cache[id(example)] = example, kept.pin_memory() if pin else kept

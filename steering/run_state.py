@@ -44,7 +44,8 @@ def differences(config, old, defaults):
     What else it lacks nobody recorded then, and options that are no more do not count: the code
     that had them is other code."""
     before = {**defaults, **old}
-    return sorted(key for key in config if key in before and config[key] != before[key])
+    known = [key for key in config if key in before and key != "auto_dtype"]
+    return sorted(key for key in known if config[key] != before[key])
 
 
 @functools.cache
@@ -135,6 +136,8 @@ def start_state(folder, config, defaults, accept_code_change=False):
             state = torch.load(path, map_location="cpu", weights_only=True)
             other = differences(config, state["config"], defaults)
             problem = "belongs to other settings, " if other else ""
+        except (OSError, MemoryError):  # of the machine, not of the file: it may be whole
+            raise
         except Exception as error:  # torch raises whatever torn bytes lead to
             problem = f"{type(error).__name__}, "
         if problem:

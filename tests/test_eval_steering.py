@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from evaluation import measures as me
 from evaluation import report as eval_report
 from evaluation import stats as es
 from steering import data_layouts as dl
+from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import label_count
 from steering.fast_path import FastPath
@@ -771,3 +773,49 @@ def test_answers_cannot_write_the_markdown_around_them():
     text = eval_report.answers_text(sample)
     assert "<b>" not in text and "<i>" not in text and "\n# " not in text
     assert "> # A\n> &lt;i&gt;" in text
+
+
+def test_a_judge_that_is_down_costs_neither_evaluation_nor_matrix(trained, tmp_path, capsys):
+    runs, report = trained / "runs", ["--report-dir", str(tmp_path)]
+    assert ev.main(["--run", str(runs), *QUICK, *report]) == 0
+    before = (tmp_path / "specificity.json").read_text()
+    down = ["--judge", "http://127.0.0.1:9/v1", "--judge-model", "j"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: None)
+        assert ev.main(["--run", str(runs), *QUICK, *report, *down]) == 1
+    assert (tmp_path / "specificity.json").read_text() == before and json.loads(before)["matrices"]
+    assert "Specificity: " in (tmp_path / "report.md").read_text()
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "run.json").write_text("{}")  # one more run, which cannot be evaluated
+    assert ev.main(["--run", str(runs), str(tmp_path / "lone"), *QUICK, *report]) == 2
+    assert (tmp_path / "specificity.json").read_text() == before
+
+
+def test_an_evaluation_done_anew_says_that_it_was_judged_before(finished, capsys):
+    with serve(lambda *_: "2") as endpoint:
+        judge = ["--judge", endpoint.url, "--judge-model", "other"]
+        assert "judge" in evaluate(finished, *judge)
+    assert "judge" not in evaluate(finished, "--restart")
+    assert "judged before: --judge adds" in capsys.readouterr().err
+
+
+def test_a_models_own_generation_config_does_not_touch_answers(steered, smol_chat):
+    sampling = me.Sampling(8, 0.7, 0, 2)
+    before = me.generate_answers(steered, smol_chat, CONVERSATIONS, sampling)
+    own = steered.model.generation_config
+    own.repetition_penalty, own.num_beams, own.forced_eos_token_id = 5.0, 2, 3
+    assert me.generate_answers(steered, smol_chat, CONVERSATIONS, sampling) == before
+    assert steered.model.generation_config is own
+
+
+def test_a_folder_in_which_another_process_works_is_not_evaluated_twice(finished, capsys):
+    with rf.lock_folder(finished):
+        assert ev.main(["--run", str(finished), *QUICK]) == 2
+    assert "another process works there" in capsys.readouterr().err
+
+
+def test_older_brackets_are_flagged_in_the_report(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"dataset": "m__role__x", "status": "imported"}))
+    result = {"config": {"format_version": "2"}, "flags": []}
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    assert "older evaluation" in eval_report.report_row(tmp_path)["flags"]

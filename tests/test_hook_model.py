@@ -594,6 +594,7 @@ def test_whatever_breaks_on_the_fast_path_means_plain_forwards_and_right_numbers
         if breaks != "later":
             patch.setattr(fp.FastPath, "_pass_through", broken)
         fast.cache_prefix(rows)
+        assert bool(fast.cache) == (breaks == "later")
         if breaks == "later":
             losses_of(fast, rows[:1])
             assert fast.fast

@@ -168,7 +168,7 @@ def test_stopped_role_stops_the_loop_and_usage_errors_exit_2(tmp_path):
 
 
 def test_a_name_that_comes_twice_counts_once(tmp_path):
-    result, done, _ = stub_loop(tmp_path, ["b", "b", "d", "b # again"])
+    result, done, _ = stub_loop(tmp_path, ["b", "b", " b", "d"])
     assert result.returncode == 0 and done == {"b": 1, "d": 1} and "2 of 2 done" in result.stdout
 
 
@@ -189,6 +189,44 @@ def test_processes_that_die_before_they_do_anything_are_given_up(tmp_path):
     result, done, calls = stub_loop(tmp_path, ["dies", "a"])
     assert result.returncode == 1 and not done and len(calls) == 40  # twice twenty
     assert "failed: dies" in result.stderr
+
+
+def test_names_that_differ_after_a_hash_are_two(tmp_path):
+    _, done, _ = stub_loop(tmp_path, ["agent #1", "agent #2"])
+    assert done == {"agent #1": 1, "agent #2": 1}
+
+
+def test_a_signal_during_the_evaluation_ends_it_and_requeues_the_job(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "list.txt").write_text("a\n")
+    tools = {
+        "python": f'[ "$1" = eval_steering.py ] || exec {sys.executable} "$@"\n'
+        'echo $$ >"$STATE/eval.pid"; exec sleep 60',
+        "scontrol": 'echo "$@" >"$STATE/requeued.txt"',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"TRAIN": str(tmp_path / "stub.py"), "STATE": str(tmp_path / "state")}
+    variables |= {"PYTHON": str(tmp_path / "python"), "LOG_DIR": str(tmp_path / "logs")}
+    variables |= {"GPUS": "cpu", "EVAL": "--num-samples 0", "SLURM_JOB_ID": "17"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUTPUT_DIR": str(tmp_path / "runs")}
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), str(tmp_path / "list.txt")],
+        env={**os.environ, **variables},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pid = tmp_path / "state" / "eval.pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 75
+    assert (tmp_path / "state" / "requeued.txt").read_text() == "requeue 17\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_a_script_that_cannot_tell_what_is_left_ends_the_loop_with_a_word(tmp_path):

@@ -136,5 +136,9 @@ def test_a_date_is_fixed_however_it_is_asked_for_or_the_template_refused(chat_of
     turns = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     for call in ("strftime_now( '%Y-%m-%d' )", 'strftime_now(format="%Y-%m-%d")'):
         assert "2020-01-02" in split(chat_of("{{ " + call + " }}" + turns, "2020-01-02"))[0]
-    with pytest.raises(ValueError, match="date in the chat template cannot be fixed"):
-        chat_of("{% set f = '%Y' %}{{ strftime_now(f) }}" + turns)
+    for text in (
+        "{% set f = '%Y' %}{{ strftime_now(f) }}",
+        "{% set f = strftime_now %}{{ f('%Y') }}",
+    ):
+        with pytest.raises(ValueError, match="date in the chat template cannot be fixed"):
+            chat_of(text + turns)
