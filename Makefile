@@ -16,7 +16,7 @@ demo: .venv/ready $(MODEL)/config.json
 	$(PY) demo/count_lexicon.py $(DEMO_RUN)/*/layer12/sample__role__pirate demo/pirate_lexicon.txt
 
 test: .venv/ready $(MODEL)/config.json
-	$(PY) -m pytest -n auto --dist worksteal
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
