@@ -55,16 +55,13 @@ def find_datasets(root, source_model=None, kind=None, passed_over=None):
         found.append((name, path, root / "scores" / f"{path.stem}.json"))
     for path in root.glob("[!.]*"):  # processed
         name = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
-        if re.search("__(role|trait)__", name) and (path.is_dir() or path.suffix in READERS):
+        if re.search("__(role|trait)__", name):
             found.append((name, path, None))
-    if not found:
-        raise ValueError(
-            f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
-            f"responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>{'|'.join(READERS)}"
-        )
     wanted = {}
     for name, path, scores in sorted(found, key=lambda one: one[:2]):
         try:
+            if not path.is_dir() and path.suffix not in READERS:
+                raise ValueError(f"not a folder or one of {', '.join(filter(None, READERS))}")
             source, its_kind, _ = parse_name(name)
         except ValueError as error:
             print(f"WARNING: {path} passed over: {error}", file=sys.stderr)
@@ -75,6 +72,11 @@ def find_datasets(root, source_model=None, kind=None, passed_over=None):
             raise ValueError(f"two files of one dataset, {name}: {wanted[name][0]} and {path}")
         if source_model in (None, source) and kind in (None, its_kind):
             wanted[name] = path, scores
+    if not wanted and not (found and (source_model or kind)):
+        raise ValueError(
+            f"--data-root {root}: no known layout. Looked for <source_model>/{{roles,traits}}_240/"
+            f"responses/*.jsonl, responses/*.jsonl, <source_model>__role__<name>{'|'.join(READERS)}"
+        )
     if not wanted:
         kinds = sorted({"__".join(name.split("__")[:2]) for name, _, _ in found})
         raise ValueError(

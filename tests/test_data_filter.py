@@ -373,6 +373,16 @@ def test_byte_order_marks_are_read_away(tmp_path):
     assert result.kept == 3 and not result.problems
 
 
+def test_files_of_an_unknown_kind_are_passed_over_aloud(tmp_path, capsys):
+    rows, scores = persona_rows(3)
+    name = write_raw(tmp_path, "pirate", rows, scores)
+    for other in ("src__role__sailor.jsonl.gz", "src__role__poet.csv"):
+        (tmp_path / other).write_text("")
+    passed_over = []
+    assert list(df.find_datasets(tmp_path, passed_over=passed_over)) == [name]
+    assert len(passed_over) == 2 and "poet.csv passed over" in capsys.readouterr().err
+
+
 def test_two_files_of_one_dataset_are_an_error_that_names_both(tmp_path):
     for suffix in ("jsonl", "parquet"):
         (tmp_path / f"src__role__pirate.{suffix}").write_text("")
