@@ -408,12 +408,8 @@ def make_parser():
     data_filter.add_data_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-32B", help="HF id, local folder or .gguf file")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *loading.DTYPES),
-        help="auto: bf16 where it is native",
-    )
+    dtypes = ("auto", *loading.DTYPES)
+    add("--dtype", default="auto", choices=dtypes, help="auto: bf16 where it is native")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 from tqdm import tqdm
 
 from evaluation.stats import mean_interval
+from steering.chat_format import THOUGHT
 from steering.data_layouts import parse_name, pooled_names
 
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
@@ -64,9 +65,9 @@ def parse_reply(reply, kind, finish=None):
     being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3") and what a
     score is out of ("2/3") are none, thoughts before the answer are passed over; a score out of
     another maximum is unparsable. finish: its finish_reason; "length" is unparsable."""
-    reply = re.sub(r"(?is)<(think\w*|thought|reason\w*)>.*?</\1>", "", reply)
+    reply = re.sub(rf"(?is)<({THOUGHT})>.*?</\1>", "", reply)
     reply = re.sub(r"(?s)\[THINK\].*?\[/THINK\]", "", reply).rpartition("</think>")[2]
-    if finish == "length" or re.search(r"(?i)<(think\w*|thought|reason\w*)>|\[THINK\]", reply):
+    if finish == "length" or re.search(rf"(?i)<({THOUGHT})>|\[THINK\]", reply):
         return "unparsable"
     low, high = SCALES[kind]
     number = r"-?\d+(?:[.,]\d+)*"

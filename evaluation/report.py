@@ -131,13 +131,13 @@ def answers_text(sample, heading="##", quote=quoted):
 def write_evaluation(folder, result, suffix=""):
     """Write eval.json, samples.md and eval.png into a run folder, and print what is in them.
     suffix: of the names, before the dot."""
-    files = [f"eval{suffix}.json", f"samples{suffix}.md"]
+    files, tables = [f"eval{suffix}.json", f"samples{suffix}.md"], tables_text(result)
     write_json(folder / files[0], result)
-    parts = [f"# {plain(result['dataset'])}", f"```\n{tables_text(result)}\n```"]
+    parts = [f"# {plain(result['dataset'])}", f"```\n{tables}\n```"]
     text = "\n\n".join([*parts, *map(answers_text, result["samples"])]) + "\n"
     write_atomically(folder / files[1], text.encode())
     files += plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")
-    print(tables_text(result))
+    print(tables)
     for sample in result["samples"][:1]:
         print("", answers_text(sample, quote=str), sep="\n")
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
@@ -242,9 +242,8 @@ def write_report(folder, runs, matrices=()):
     for place, group in groups.items():
         if len(group) > 1:
             suffix = f"-{len(pictures)}" if pictures else ""
-            said, drawn = compare_vectors(
-                folder, place[:2], *zip(*group, strict=True), matrices, suffix
-            )
+            members, vectors = zip(*group, strict=True)
+            said, drawn = compare_vectors(folder, place[:2], members, vectors, matrices, suffix)
             lines, pictures = lines + said, pictures + drawn
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
     return ["report.csv", "report.md", *pictures]

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 IGNORE_INDEX = -100  # label of a token that carries no loss
+THOUGHT = r"think\w*|thought|reason\w*"  # what models call the tag around their thoughts
 
 
 @dataclass
@@ -105,7 +106,7 @@ class ChatFormat:
             merged = f"{system['content']}\n\n{user['content']}".strip()
             messages = [{"role": "user", "content": merged}, *rest]
         text = self._render(messages, add_generation_prompt=True)
-        if thought := re.search(r"<(think\w*|thought|reason\w*)>\s*$", text):
+        if thought := re.search(rf"<({THOUGHT})>\s*$", text):
             text = f"{text.rstrip()}\n\n</{thought[1]}>\n\n"
         return text + self.header
 

@@ -14,10 +14,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def new_parser(doc):
     """A parser described by a script's docstring."""
-    kind = HelpFormatter
-    return argparse.ArgumentParser(
-        description=doc.strip(), formatter_class=kind, allow_abbrev=False
-    )
+    options = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=doc.strip(), **options)
 
 
 def number_or_word(text):

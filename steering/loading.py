@@ -10,6 +10,7 @@ imported where it is used, since that takes seconds that reading files does not 
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -87,6 +88,19 @@ def read_config(name, trust_remote_code=False):
         raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
 
 
+@functools.cache  # an evaluation or export of many runs asks for the same model again and again
+def weights_digest(file, size, changed):
+    """sha256 of a file of weights, or of samples of a large one. changed: when it was written."""
+    with open(file, "rb") as handle:
+        if size <= 2**29:
+            return hashlib.file_digest(handle, "sha256").digest()
+        digest = hashlib.sha256()
+        for i in range(128):
+            handle.seek(size * i // 128)
+            digest.update(handle.read(2**16))
+        return digest.digest()
+
+
 def model_digest(name):
     """What stands for a model's files: "files-<hash>" of a local one, "commit-<id>" of the hub's.
     None if it is not here yet. Hashed are config, tokenizer, template, code and weights; of a file
@@ -104,14 +118,9 @@ def model_digest(name):
         return None
     for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
         if file.suffix in (".safetensors", ".bin") or file == path:
-            size = file.stat().st_size
-            digest.update(str(size).encode())
-            with open(file, "rb") as handle:
-                if size <= 2**29:
-                    digest.update(hashlib.file_digest(handle, "sha256").digest())
-                for i in range(128 if size > 2**29 else 0):
-                    handle.seek(size * i // 128)
-                    digest.update(handle.read(2**16))
+            about = file.stat()
+            digest.update(str(about.st_size).encode())
+            digest.update(weights_digest(file, about.st_size, about.st_mtime_ns))
         elif file.name in CONFIG_FILES or file.suffix in (".jinja", ".model", ".py"):
             digest.update(file.name.encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:16]}"
