@@ -29,7 +29,7 @@ import data_filter
 from data_filter import DataOptions
 from evaluation import measures, report
 from evaluation.judge import Judge, rubric_for
-from hook_model import load_chat, load_model
+from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest, parse_name
@@ -86,35 +86,6 @@ def load_data(run, chat, heldout_tokens):
         measures.announce(f"{left_out} held-out rows without a system prompt are left out")
     train, validation = splits.train, splits.validation
     return measures.EvalData(train, validation, heldout, *plain, source, left_out)
-
-
-class Shelf:
-    """What is kept from run to run: the model in use, chat formats, held-out examples by folder."""
-
-    def __init__(self):
-        self._loading, self._model, self._chats, self.heldout = None, None, {}, {}
-
-    def chat(self, run):
-        """The ChatFormat of a run: its template as it was, whatever became of the file."""
-        config, date = run.record["config"], run.record.get("date")
-        key = run.args["model"], config.get("template"), date
-        if key not in self._chats:
-            trust = run.args.get("trust_remote_code", False)
-            self._chats[key] = load_chat(key[0], None, trust, *key[1:])
-        return self._chats[key]
-
-    def model(self, run):
-        """The run's model, with the vector's place at the run's layer."""
-        keys = ("dtype", "device", "device_map", "trust_remote_code")
-        loading = {key: run.args[key] for key in keys if key in run.args}
-        loading["name"] = run.args["model"]
-        if self._loading != loading:
-            self._loading = self._model = None  # make room first
-            self._model = load_model(layer=run.args["layer"], **loading)
-            self._loading = loading
-        if self._model.layer != run.args["layer"]:
-            self._model.set_layer(run.args["layer"])
-        return self._model
 
 
 def evaluate(model, chat, data, vector, args):

@@ -2,14 +2,18 @@
 
     python export_vector.py RUN_DIR --format gguf --out exported/pirate
     python export_vector.py runs --format all --out exported           # every finished run in there
+    python export_vector.py runs --format lora --out adapters          # adapters/<persona>/
     python export_vector.py --from evil.pt --model Qwen/Qwen3-32B --layer 22 --format safetensors \\
         --out imported/evil
 
 Each folder gets a README.md, a card that says what the vector is and how each tool loads it. Layers
-are 0-based decoder blocks whose output gets the vector, whatever the format calls them. No model is
-loaded, and no pickle is run. Exit codes: 0 done, 1 a file could not be written, 2 bad input.
+are 0-based decoder blocks whose output gets the vector, whatever the format calls them. lora and
+lora-gguf are adapters, which servers swap by request: fitted and checked on rows of the data, with
+the model, which is loaded once; peft is exact, for PEFT alone. No pickle is run. Exit codes: 0
+done, 1 a file could not be written, 2 bad input.
 """
 
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -17,12 +21,33 @@ from pathlib import Path
 
 import torch
 
+import data_filter
+from data_filter import DataOptions
+from evaluation.adapter_check import (
+    MAX_LOST,
+    adapter_words,
+    compare_with_adapter,
+    fit_words,
+    missed_by_row,
+)
 from evaluation.card import card
 from evaluation.report import FORMAT_VERSION
+from hook_model import Shelf, find_layers
+from steering.adapter import (
+    ROW_FILE,
+    find_site,
+    fit_row,
+    load_row,
+    row_products,
+    sample_examples,
+    save_row,
+)
 from steering.command_line import exit_code, new_parser, parse
-from steering.loading import read_config
+from steering.data_layouts import parse_name, pooled_names
+from steering.fast_path import FastPath
+from steering.loading import DTYPES, read_config
 from steering.run_folder import find_runs, lock_folder
-from steering.run_state import read_run
+from steering.run_state import Run, read_run
 from steering.vector_file import (
     VECTOR_FILE,
     load_vector,
@@ -33,6 +58,12 @@ from steering.vector_file import (
 from steering.vector_formats import check_same_model, file_names, files_of, import_vector
 
 FORMATS = tuple(file_names(0))
+WITH_ROW = ("lora", "lora-gguf")  # adapters made of a fitted input row
+WITH_MODEL = (*WITH_ROW, "peft")  # formats that load it
+BY_NAME = (*WITH_MODEL, "hotwire")  # of many runs: one folder a persona, by the name to ask for
+VECTOR_ALONE = ("safetensors", "gguf", "pt", "chatspace")  # formats that need nothing else
+FIT_DATASETS, FIT_TOKENS = 64, 16  # datasets to fit on at most, and tokens of them a feature
+CHECK_TOKENS = 250  # of held-out rows, on which each adapter is compared with its vector
 
 
 @dataclass
@@ -40,7 +71,8 @@ class Source:
     """A vector (n,) and all that is known of it; path: where it was found.
     metadata: the header of our own format, with model, model_type, layer and model_is_local; scale:
     of the original vector, that in training or in the file it was imported from; record, result:
-    run.json and eval.json, empty for a vector from elsewhere."""
+    run.json and eval.json, empty for a vector from elsewhere; row, adapter: the input row of its
+    adapters (features,), and what was measured of them."""
 
     path: Path
     vector: torch.Tensor
@@ -48,13 +80,15 @@ class Source:
     scale: float = 1.0
     record: dict = field(default_factory=dict)
     result: dict = field(default_factory=dict)
+    row: torch.Tensor | None = None
+    adapter: dict = field(default_factory=dict)
 
 
-def from_run(folder, args):
-    """The Source of a finished run folder; ValueError if it is not finished or not readable.
+def from_run(run, args):
+    """The Source of a run; ValueError if its folder is not readable.
     --model is the name that the files are to give the model, a local copy's place being of no use
     to others."""
-    run, path = read_run(folder), folder / VECTOR_FILE
+    folder, path = run.folder, run.folder / VECTOR_FILE
     if missing := {"counts", "final"} - run.record.keys():
         raise ValueError(f"{folder / 'run.json'}: unreadable, no {', '.join(sorted(missing))}")
     vector, metadata = load_vector(path)
@@ -84,38 +118,45 @@ def export(source, formats, out, scale, overwrite):
     Raises ValueError, with nothing written, where that would replace what is not the same."""
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
-    files, before = contents(source, formats, scale), {}  # bad input ends before there is a folder
+    name = out.name
+    files, before = contents(source, formats, scale, name), {}  # bad input leaves no folder
     with lock_folder(out) as held:
         if not held:
             raise ValueError(f"{out}: another process is writing there")
-        names = file_names(source.metadata["layer"])
-        present = [f for f in FORMATS if any((out / name).exists() for name in names[f])]
+        names = file_names(source.metadata["layer"], out.name)
+        present = [f for f in FORMATS if any((out / file).exists() for file in names[f])]
+        if lacking := {*present} - {*formats} - {*VECTOR_ALONE, "hotwire"}:
+            all_of = " ".join(f"--format {f}" for f in sorted({*formats, *lacking}))
+            raise ValueError(f"{out} has more formats, that must hold the same vector: {all_of}")
         if present:
-            files = contents(source, [f for f in FORMATS if f in formats or f in present], scale)
-            before = contents(source, present, scale)
+            every = [f for f in FORMATS if f in formats or f in present]
+            files = contents(source, every, scale, name)
+            before = contents(source, present, scale, name)
         other = [n for n in files if not same(out / n, files[n], before.get(n))]
         stale = [path for path in out.glob("layer_*.pt") if path.name not in files]
         if (other or stale) and not overwrite:
             differ = ", ".join([*other, *(path.name for path in stale)])
             raise ValueError(f"{out} has another {differ}: --overwrite replaces what is there")
-        for name, data in files.items():
-            write_atomically(out / name, data)
+        for file, data in files.items():
+            (out / file).parent.mkdir(exist_ok=True)
+            write_atomically(out / file, data)
         for path in stale:
             path.unlink()
     return [*files]
 
 
-def contents(source, formats, scale):
-    """{file name: bytes} of `scale` times the vector in these formats, and of their card."""
+def contents(source, formats, scale, folder):
+    """{file name: bytes} of `scale` times the vector in these formats, and of their card.
+    folder: its name, which some tools take for the vector's."""
     vector, total = source.vector * scale, source.scale * scale
     if not (vector.isfinite().all() and vector.any()):
         what = f"a vector of norm {source.vector.norm():.4g}"
         raise ValueError(f"{source.path}: --scale {scale:g} x {what} is zero or infinite")
     header, files = {**source.metadata, "scale": total}, {}
     for name in formats:
-        files |= files_of(name, vector, header)
+        files |= files_of(name, vector, header, folder, source.row)
     try:
-        text = card(source, vector, total, formats, [*files])
+        text = card(source, vector, total, formats, [*files], folder)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"run.json or eval.json is not as this version writes it ({error!r:.80})"
         raise ValueError(f"{source.path}: {why}") from error
@@ -127,19 +168,166 @@ def same(path, *contents):
     return not path.exists() or (path.is_file() and path.read_bytes() in contents)
 
 
+@functools.cache
+def block_name(model, layer, trust_remote_code):
+    """What lm-evaluation-harness calls the layer; from the config alone, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(model, trust_remote_code)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    block = find_layers(skeleton)[layer]
+    return next(name for name, part in skeleton.base_model.named_modules() if part is block)
+
+
+class Workshop:
+    """What adapters need beyond the vector, kept from run to run: the model, loaded once; `a`, the
+    input row that all adapters of a layer share; held-out rows to check them on."""
+
+    def __init__(self, force):
+        self.force, self.shelf, self.rows, self.checks = force, Shelf(), {}, {}
+
+    def prepare(self, source, run, formats, scale):
+        """Add to the source what these formats need. Raises ValueError, with the reason, where
+        adapters do not fit the model, or lose too much of `scale` times the vector."""
+        name, layer = run.args["model"], source.metadata["layer"]
+        if "lm-eval" in formats:
+            trust = run.args.get("trust_remote_code", False)
+            source.metadata["block"] = block_name(name, layer, trust)
+        if not {*formats} & {*WITH_MODEL}:
+            return
+        model = self.shelf.model(run)
+        site = find_site(model)
+        source.metadata |= {"module": site.name, "features": site.module.in_features}
+        if {*formats} & {*WITH_ROW}:
+            if (name, layer) not in self.rows:
+                self.rows[name, layer] = self.input_row(run, model, site)
+            source.row, about = self.rows[name, layer]
+            model.set_vector(source.vector, scale)
+            source.adapter = about | compare_with_adapter(
+                *self.to_check(run, model, site, source.row)
+            )
+            lost = max(source.adapter["lost"], *(off**2 for _, off in about["missed"].values()))
+            if not (lost <= MAX_LOST or self.force):
+                what = f"adapters lose {lost:.0%} of this vector, more than {MAX_LOST:.0%}"
+                way_out = "--force exports it all the same; --format peft is exact, for PEFT alone"
+                raise ValueError(
+                    f"{source.path}: {what} ({adapter_words(source.adapter)}; {way_out})"
+                )
+
+    def input_row(self, run, model, site):
+        """(a (features,), what it was fitted and measured on): of the file beside the runs of this
+        layer, or fitted now, and kept there."""
+        parents = run.folder.absolute().parents
+        beside = next((p for p in parents if p.name == f"layer{model.layer}"), parents[0])
+        path = beside / ROW_FILE
+        if path.exists():
+            return load_row(path, model, site)
+        chat, options = self.shelf.chat(run), DataOptions.of(run.args)
+        examples, heldout, names = rows_to_fit(chat, options, FIT_TOKENS * site.module.in_features)
+        sample, sample_heldout = sample_examples(chat)
+        row, _ = fit_row(model, site, examples + sample)
+        measured = heldout + sample_heldout
+        about = {
+            "missed": missed_by_row(measured, row_products(model, site, row, measured)),
+            "rows": len(examples), "datasets": names,
+            "tokens": sum(len(example.input_ids) for example in examples + sample),
+        }  # fmt: skip
+        beside.mkdir(parents=True, exist_ok=True)
+        save_row(path, row, model, site, about)
+        print(f"fitted   {path}: {fit_words(about)}")
+        return row, about
+
+    def to_check(self, run, model, site, row):
+        """(FastPath with layers 0..k done, held-out examples of the run, a . z of their tokens)."""
+        key = run.dataset, model.name, model.layer, str(DataOptions.of(run.args))
+        if key not in self.checks:
+            options = DataOptions.of(run.args)
+            chat, datasets = self.shelf.chat(run), options.datasets()
+            _, examples = examples_of(run.dataset, datasets, chat, options, 0, CHECK_TOKENS)
+            if not examples:
+                raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
+            fast = FastPath(model)
+            fast.cache_prefix(examples)
+            self.checks = {key: (fast, examples, row_products(model, site, row, examples))}
+        return self.checks[key]
+
+
+def examples_of(name, datasets, chat, options, tokens, heldout_tokens):
+    """[examples of training questions, of held-out ones] of a dataset, up to so many tokens."""
+    filtered = data_filter.filter_dataset(name, datasets, options)
+    fraction, seed = options.heldout_fraction, options.split_seed
+    parts = data_filter.split_by_question(filtered.rows, fraction, seed)
+    return [
+        data_filter.take_budget(part, chat, budget, options.max_length, options.seed)[0]
+        for part, budget in zip(parts, (tokens, heldout_tokens), strict=True)
+    ]
+
+
+def rows_to_fit(chat, options, tokens):
+    """(examples of training questions, some of held-out ones, names) of the datasets of a data
+    root, so many tokens in all; of FIT_DATASETS at most, spread over all. ValueError if none has a
+    row."""
+    datasets = options.datasets()
+    names, train, heldout = [*datasets][:: len(datasets) // FIT_DATASETS + 1], [], []
+    share = tokens // len(names) + 1
+    for name in list(names):
+        try:
+            found = examples_of(name, datasets, chat, options, share, share // 8 + 1)
+        except ValueError as error:  # a dataset that nobody asked for
+            print(f"WARNING: {name} is left out of the fit: {error}", file=sys.stderr)
+            found = [], []
+        if not found[0]:
+            names.remove(name)
+        train, heldout = train + found[0], heldout + found[1]
+    if not train:
+        raise ValueError(f"{options.data_root}: no row to fit the adapters' input row on")
+    return train, heldout, names
+
+
+def targets(args):
+    """[(run folder, or None with --from, folder to write to)]. ValueError for two of one name."""
+    out = Path(args.out)
+    if args.source:
+        return [(None, out)]
+    folders = find_runs([args.run])
+    if folders == [Path(args.run)] or not {*args.format} & {*BY_NAME}:
+        return [(folder, out / folder.relative_to(args.run)) for folder in folders]
+    named = {}
+    for folder in folders:  # by persona, and the run's own name if it has one
+        dataset = str(read_json(folder / "run.json").get("dataset"))
+        name = "+".join(parse_name(part)[2] for part in pooled_names(dataset))
+        name += f"-{folder.name}" if folder.name != dataset else ""
+        if name in named:
+            way_out = "export one of them by itself, to a folder of another name"
+            raise ValueError(f"two runs of the name {name}: {named[name]} and {folder} ({way_out})")
+        named[name] = folder
+    return [(folder, out / name) for name, folder in named.items()]
+
+
 def run(args):
     """Export every source; returns the worst exit code."""
-    out, codes = Path(args.out), []
-    for folder in [None] if args.source else find_runs([args.run]):
+    codes, workshop = [], Workshop(args.force)
+    given = ("data_root", "source_model", "kind", "dtype", "device")
+    changes = {key: getattr(args, key) for key in given if getattr(args, key) is not None}
+    if args.model and Path(args.model).exists():  # the runs' own may be gone
+        changes["model"] = args.model
+    for folder, out in targets(args):
         try:
             if folder is None:
                 trust = args.trust_remote_code
                 found = import_vector(args.source, args.model, args.layer, args.any_model, trust)
                 source = Source(Path(args.source), found.vector, found.metadata, found.scale)
+                options = {**vars(args), **changes, "layer": found.layer}
+                made_of = Run(out, args.dataset, {"config": {}}, found.vector, options)
             else:
-                source, out = from_run(folder, args), Path(args.out) / folder.relative_to(args.run)
+                made_of = read_run(folder, changes)
+                source = from_run(made_of, args)
+            workshop.prepare(source, made_of, args.format, args.scale)
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
+            if source.adapter:
+                print(f"         {adapter_words(source.adapter)}")
             if source.metadata["model_is_local"]:
                 print(f"NOTE: the files name the model {source.metadata['model']}, a folder here")
                 print("      before you publish them, give its public name with --model")
@@ -158,23 +346,36 @@ def parse_args(argv=None):
     add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
     add("--model", help="HF id or folder; for a run: the name that the files give the model")
     add("--layer", type=int, help="with --from: 0-based, needed where the file does not say one")
+    add("--dataset", metavar="NAME", help="with --from and lora: rows of its persona, to check it")
     add("--any-model", action="store_true", help="whatever model the vector was made for")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add = parser.add_argument_group("lora and lora-gguf: data and model to fit with").add_argument
+    add("--data-root", help="where the data is now, if not where the run had it")
+    add("--source-model", help="in place of the run's; the assistant-axis layout needs it")
+    add("--kind", choices=("role", "trait"), help="as --source-model")
+    add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
+    add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
+    add("--force", action="store_true", help="export adapters even if they lose much of the vector")
     add = parser.add_argument_group("output").add_argument
     choices = (*FORMATS, "all")
-    add("--format", required=True, action="append", choices=choices, help="may be given repeatedly")
+    text = f"may be given repeatedly; all: {', '.join(VECTOR_ALONE)}"
+    add("--format", required=True, action="append", choices=choices, help=text)
     add("--out", required=True, metavar="DIR", help="folder to write to")
     add("--scale", type=float, default=1.0, help="multiply the vector by this")
     add("--overwrite", action="store_true", help="replace files that are there and differ")
     args = parse(parser, argv, {}, check_arguments)
-    args.format = FORMATS if "all" in args.format else list(dict.fromkeys(args.format))
+    every = [*args.format, *(VECTOR_ALONE if "all" in args.format else ())]
+    args.format = [name for name in FORMATS if name in every]
     return args
 
 
 def check_arguments(args):
     """(whether something is wrong, what) of the options."""
     text = f"--scale {args.scale}: must be finite and not 0"
+    fitted = args.source and {*args.format} & {*WITH_ROW} and not (args.data_root and args.dataset)
     return [
+        (fitted, "lora with --from needs --data-root and --dataset: rows to fit and check it on"),
+        (args.run and args.dataset, "--dataset goes with --from: a run knows its own"),
         (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
         (args.source and not args.model, "--from needs --model: the model that the vector is for"),
         (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),

@@ -17,8 +17,14 @@ import math
 import torch
 from torch import nn
 
-from steering.loading import DTYPES, check_layer, is_same_model, load_weights, model_shape
-from steering.loading import load_chat as load_chat  # for users: the model's chat template
+from steering.loading import (
+    DTYPES,
+    check_layer,
+    is_same_model,
+    load_chat,
+    load_weights,
+    model_shape,
+)
 from steering.vector_file import load_vector, save_vector
 
 LAYER_PATHS = (  # where architectures keep their decoder layers, the first that exists is taken
@@ -197,3 +203,33 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
         raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
     return SteerModel(load_weights(name, dtype, device, device_map, trust_remote_code), layer)
+
+
+class Shelf:
+    """What a script keeps from run to run: the model in use, chat formats, held-out examples.
+    A run: a steering.run_state.Run. heldout: {folder: examples}, for the caller to fill."""
+
+    def __init__(self):
+        self._loading, self._model, self._chats, self.heldout = None, None, {}, {}
+
+    def chat(self, run):
+        """The ChatFormat of a run: its template as it was, whatever became of the file."""
+        config, date = run.record["config"], run.record.get("date")
+        key = run.args["model"], config.get("template"), date
+        if key not in self._chats:
+            trust = run.args.get("trust_remote_code", False)
+            self._chats[key] = load_chat(key[0], None, trust, *key[1:])
+        return self._chats[key]
+
+    def model(self, run):
+        """The run's model, with the vector's place at the run's layer."""
+        keys = ("dtype", "device", "device_map", "trust_remote_code")
+        loading = {key: run.args[key] for key in keys if key in run.args}
+        loading["name"] = run.args["model"]
+        if self._loading != loading:
+            self._loading = self._model = None  # make room first
+            self._model = load_model(layer=run.args["layer"], **loading)
+            self._loading = loading
+        if self._model.layer != run.args["layer"]:
+            self._model.set_layer(run.args["layer"])
+        return self._model

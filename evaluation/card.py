@@ -1,29 +1,31 @@
 """The card of an exported vector: README.md of its folder, as the Hugging Face Hub shows it.
 
-    text = card(source, vector, scale=1.3, formats=["gguf"], names=["steering_vector.gguf"])
+    text = card(source, vector, 1.3, ["gguf"], ["steering_vector.gguf"], "pirate")
 
 card.md is its template: what the vector is, what the evaluation found, and what loads each format.
 """
 
 import json
 import re
+import shlex
 from pathlib import Path
 from string import Template
 
 from evaluation import report
+from evaluation.adapter_check import adapter_words, fit_words
 from evaluation.judge import SCALES
 from steering.data_layouts import parse_name, pooled_names
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
-def card(source, vector, scale, formats, names):
+def card(source, vector, scale, formats, names, folder):
     """The card as Markdown with front matter; what is not known is left out.
     source: an export_vector.Source; vector: (n,), what the files hold: `scale` times the trained
-    one; formats, names: what they are and are called."""
+    one; formats, names: what they are and are called; folder: the name of theirs."""
     about, front = source.metadata, ""
     template, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--")
-    snippets = re.findall(r"^## (\w+): (.*?)\n\n(```.*?```)$", rest, re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"^## ([\w-]+): (.*?)\n\n(.*?```)$(?=\n\n## |\s*\Z)", rest, re.M | re.S)
     model, layer = about["model"], about["layer"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not about["model_is_local"]:  # on the Hub
         front = f"base_model: {model}\nbase_model_relation: adapter\n"
@@ -39,14 +41,24 @@ def card(source, vector, scale, formats, names):
         "scale": f"the files hold {scale:g} x the vector as {made}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
+        **adapter_facts(source.adapter),
         "files": ", ".join(f"`{name}`" for name in names),
     }
-    fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer}
+    fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer, "name": folder}
+    fill["words"] = shlex.quote(model)
     loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
     facts = "\n".join(f"| {name} | {report.plain(words)} |" for name, words in facts.items())
     parts = {"facts": facts, "evaluation": evaluation(source.result)}
     parts |= {"front": front, "title": report.plain(title), "snippets": "\n\n".join(loading)}
     return Template(template).substitute(parts)
+
+
+def adapter_facts(about):
+    """{name: words}: what was measured of a lora adapter, if there is one."""
+    if not about:
+        return {}
+    names = f"rows of {len(about['datasets'])} datasets and a varied sample"
+    return {"adapter": f"{adapter_words(about)}. Input row: {fit_words(about)} of {names}"}
 
 
 def origin(source):

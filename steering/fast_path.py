@@ -137,22 +137,36 @@ class FastPath:
         self._check_fast_path(examples)
         return self._either(lambda: HeadLoss.apply(*self._before_head(examples), token_loss))
 
-    @torch.no_grad()
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
         Raises ValueError without a label token."""
-        self._check_fast_path(examples)
-        return self._either(lambda: self._divergences(examples))
+        return self.compare(examples, [self.model.steering_off, contextlib.nullcontext])[1]
 
-    def _divergences(self, examples):
-        steered, _, logits_of = self._before_head(examples)
-        with self.model.steering_off():
-            plain, _, _ = self._before_head(examples)
-        parts = []
-        for states in zip(plain.split(HEAD_TOKENS), steered.split(HEAD_TOKENS), strict=True):
-            before, after = (logits_of(part).float().log_softmax(-1) for part in states)  # (C, V)
-            parts.append((before.exp() * (before - after)).sum(dim=-1))
-        return torch.cat(parts)
+    @torch.no_grad()
+    def compare(self, examples, contexts):
+        """What the model predicts in one context and in the next, for N label tokens, row by row.
+        contexts: K functions that make one; none may change what the cache holds. (2K - 1, N): NLL
+        in the first, KL(first || second), NLL in the second, ... Raises ValueError without a label
+        token."""
+        self._check_fast_path(examples)
+        return self._either(lambda: self._compare(examples, contexts))
+
+    def _compare(self, examples, contexts):
+        each, parts = [], []
+        for context in contexts:
+            with context():
+                states, targets, logits_of = self._before_head(examples)
+            each.append(states.split(HEAD_TOKENS))
+        for target, *states in zip(targets.split(HEAD_TOKENS), *each, strict=True):
+            before, rows = None, []
+            for part in states:
+                after = logits_of(part).float().log_softmax(-1)  # (C, V)
+                if before is not None:
+                    rows.append((before.exp() * (before - after)).sum(dim=-1))
+                rows.append(-after.gather(-1, target[:, None])[:, 0])
+                before = after
+            parts.append(torch.stack(rows))
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def _check_fast_path(self, examples):

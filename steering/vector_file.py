@@ -22,13 +22,13 @@ from safetensors.torch import save
 VECTOR_FILE, FORMAT_VERSION, PARTIAL = "steering_vector.safetensors", "1", ".partial-"
 
 
-def vector_bytes(vector, metadata):
+def vector_bytes(vector, metadata, name="steering_vector"):
     """The content of a vector file: the same bytes for the same vector (n,) and metadata.
     The library writes metadata in random order, so its header (8 bytes of length, JSON padded with
     spaces) is written again, sorted."""
     tensor = vector.detach().to("cpu", torch.float32).contiguous()
     strings = {"format_version": FORMAT_VERSION, **{k: str(v) for k, v in metadata.items()}}
-    data = save({"steering_vector": tensor}, metadata=strings)
+    data = save({name: tensor}, metadata=strings)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
@@ -40,23 +40,24 @@ def save_vector(path, vector, metadata):
     write_atomically(path, vector_bytes(vector, metadata))
 
 
-def load_vector(path):
-    """Read a vector file: (fp32 tensor (n,), metadata). ValueError if it is missing or not one."""
+def load_vector(path, name="steering_vector"):
+    """Read a vector file: (fp32 tensor (n,), metadata). ValueError if it is missing or not one.
+    name: of its tensor."""
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: name the vector file in it")
     if Path(path).suffix in (".pt", ".pth", ".bin", ".gguf"):
         raise ValueError(f"{path} is another tool's: export_vector.py --from makes one of ours")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    vector = tensors.get("steering_vector")
+    vector = tensors.get(name)
     fits = vector is not None and vector.dim() == 1 and vector.is_floating_point()
     if not fits or not vector.isfinite().all():
-        found = {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
-        raise ValueError(f'{path}: no finite 1-D float tensor "steering_vector"; found {found}')
+        found = {key: f"{t.dtype} {list(t.shape)}" for key, t in tensors.items()}
+        raise ValueError(f'{path}: no finite 1-D float tensor "{name}"; found {found}')
     return vector.float(), metadata
 
 

@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from steering.loading import check_layer, is_same_model, model_digest, read_config, shape_of
 from steering.vector_file import VECTOR_FILE, load_vector, vector_bytes
 
 GGUF_FILE, GGUF_ARCHITECTURE = "steering_vector.gguf", "controlvector"
 CHATSPACE_FILE, CHATSPACE_CONFIG = "steering_vector.pt", "steering_config.json"
+LORA_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def import_gguf():
@@ -32,31 +34,48 @@ def import_gguf():
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("control vectors need the gguf package (pip install gguf)") from error
+        raise ImportError("GGUF files need the gguf package (pip install gguf)") from error
     return gguf
 
 
-def file_names(layer):
-    """{format: names of its files}, for a vector of a layer."""
-    names = {"safetensors": [VECTOR_FILE], "gguf": [GGUF_FILE], "pt": [f"layer_{layer}.pt"]}
-    return names | {"chatspace": [CHATSPACE_FILE, CHATSPACE_CONFIG]}
+def file_names(layer, name="persona"):
+    """{format: names of its files}, for a vector of a layer, in a folder of that name."""
+    return {
+        "safetensors": [VECTOR_FILE], "gguf": [GGUF_FILE], "pt": [f"layer_{layer}.pt"],
+        "chatspace": [CHATSPACE_FILE, CHATSPACE_CONFIG], "hotwire": [f"{name}.pt"],
+        "lm-eval": ["lm_eval_steered.pt"], "lora": LORA_FILES, "lora-gguf": ["adapter.gguf"],
+        "peft": [f"peft/{file}" for file in LORA_FILES],
+    }  # fmt: skip
 
 
-def files_of(name, vector, metadata):
-    """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more.
-    Raises ValueError for a layer that the format cannot hold, ImportError naming the install."""
+def files_of(format_name, vector, metadata, name="persona", row=None):
+    """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more,
+    of which lm-eval and adapters need `block` and `module`, names in the transformers model.
+    name: of the folder; row: the adapters' lora_A (features,). Raises ValueError for a layer or an
+    architecture that the format cannot hold, ImportError naming the install."""
     layer = metadata["layer"]
-    if name == "safetensors":  # our own, as a run leaves it
+    if format_name == "safetensors":  # our own, as a run leaves it
         contents = [vector_bytes(vector, metadata)]
-    elif name == "gguf":
+    elif format_name == "gguf":
         contents = [gguf_bytes(vector, layer, metadata["model_type"])]
-    elif name == "pt":  # a bare tensor: steering-vectors, EasyEdit2, plain torch
+    elif format_name in ("pt", "hotwire"):  # a bare tensor: steering-vectors, EasyEdit2, torch
         contents = [torch_bytes(vector)]
+    elif format_name == "lm-eval":
+        steer = {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add"}
+        contents = [torch_bytes({metadata["block"]: {**steer, "bias": None, "head_index": None}})]
+    elif format_name == "lora":
+        contents = lora_contents(metadata, row, {"weight": vector[:, None]})
+    elif format_name == "peft":  # exact: the bias of lora_B is the vector
+        zero = torch.zeros(len(vector), 1)
+        parts = {"weight": zero, "bias": vector}
+        contents = lora_contents(metadata, torch.zeros(metadata["features"]), parts)
+    elif format_name == "lora-gguf":
+        contents = [lora_gguf_bytes(vector, row, metadata)]
     else:  # chatspace, whose TransformerSteerModel.from_pretrained takes these three keys alone
         config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
         config = json.dumps(config, indent=2) + "\n"
         contents = [torch_bytes({"steering_vector": vector}), config.encode()]
-    return dict(zip(file_names(layer)[name], contents, strict=True))
+    return dict(zip(file_names(layer, name)[format_name], contents, strict=True))
 
 
 def gguf_bytes(vector, layer, model_type):
@@ -65,17 +84,66 @@ def gguf_bytes(vector, layer, model_type):
     ValueError for layer 0. The keys are those that its cvector-generator and repeng write."""
     if layer < 1:
         raise ValueError(f"layer {layer}: --format gguf can hold layers 1 and above, others any")
-    with tempfile.TemporaryDirectory() as folder:  # the library writes files only
-        path = Path(folder, GGUF_FILE)
-        writer = import_gguf().GGUFWriter(path, GGUF_ARCHITECTURE)
+
+    def fill(writer):
         writer.add_string(f"{GGUF_ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{GGUF_ARCHITECTURE}.layer_count", 1)  # tensors in the file
-        writer.add_tensor(f"direction.{layer}", vector.numpy())
+
+    return written_gguf(GGUF_ARCHITECTURE, fill, {f"direction.{layer}": vector})
+
+
+def written_gguf(architecture, fill, tensors):
+    """Bytes of a GGUF file with the keys that fill(the library's writer) adds, and tensors, F32."""
+    with tempfile.TemporaryDirectory() as folder:  # the library writes files only
+        path = Path(folder, GGUF_FILE)
+        writer = import_gguf().GGUFWriter(path, architecture)
+        fill(writer)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+def lora_contents(metadata, row, b_tensors):
+    """[adapter_config.json, adapter_model.safetensors] of a rank-1 LoRA, as PEFT saves it.
+    row: lora_A (features,); b_tensors: {"weight": (n, 1), "bias": (n,) if it has one}."""
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": metadata["model"], "target_modules": [metadata["module"]],
+        "r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "fan_in_fan_out": False, "lora_bias": "bias" in b_tensors,
+    }  # fmt: skip
+    prefix = f"base_model.model.{metadata['module']}"
+    tensors = {f"{prefix}.lora_A.weight": row[None]}
+    tensors |= {f"{prefix}.lora_B.{key}": tensor for key, tensor in b_tensors.items()}
+    tensors = {key: tensor.float().contiguous() for key, tensor in tensors.items()}
+    return [(json.dumps(config, indent=2) + "\n").encode(), save(tensors, {"format": "pt"})]
+
+
+def lora_gguf_bytes(vector, row, metadata):
+    """llama.cpp's adapter file of a rank-1 LoRA, F32. Raises ValueError for an architecture that
+    llama.cpp does not know, or has no such module in."""
+    gguf, kind = import_gguf(), metadata["model_type"]
+    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = {"mistral": "llama", "gpt_neox": "gptneox"}.get(kind, kind.replace("_", ""))
+    name = None
+    if architecture in known:
+        names = gguf.get_tensor_name_map(known[architecture], metadata["layer"] + 1)
+        name = names.get_name(metadata["module"])
+    if name is None:
+        raise ValueError(f"--format lora-gguf: the gguf package knows no {kind} with such a layer")
+
+    def fill(writer):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
+
+    tensors = {"lora_a": row[None], "lora_b": vector[:, None]}
+    tensors = {f"{name}.weight.{part}": tensor for part, tensor in tensors.items()}
+    return written_gguf(architecture, fill, tensors)
 
 
 def torch_bytes(value):
