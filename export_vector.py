@@ -231,7 +231,7 @@ class Workshop:
         about = {
             "missed": missed_by_row(measured, row_products(model, site, row, measured)),
             "rows": len(examples), "datasets": names,
-            "tokens": sum(len(example.input_ids) for example in examples + sample),
+            "fitted_tokens": sum(len(example.input_ids) for example in examples + sample),
         }  # fmt: skip
         beside.mkdir(parents=True, exist_ok=True)
         save_row(path, row, model, site, about)
@@ -308,8 +308,9 @@ def targets(args):
 def run(args):
     """Export every source; returns the worst exit code."""
     codes, workshop = [], Workshop(args.force)
-    given = ("data_root", "source_model", "kind", "dtype", "device")
-    changes = {key: getattr(args, key) for key in given if getattr(args, key) is not None}
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    places = ("data_root", "source_model", "kind", "dtype", "device")
+    changes = {key: given[key] for key in places if key in given}
     if args.model and Path(args.model).exists():  # the runs' own may be gone
         changes["model"] = args.model
     for folder, out in targets(args):
@@ -318,7 +319,7 @@ def run(args):
                 trust = args.trust_remote_code
                 found = import_vector(args.source, args.model, args.layer, args.any_model, trust)
                 source = Source(Path(args.source), found.vector, found.metadata, found.scale)
-                options = {**vars(args), **changes, "layer": found.layer}
+                options = {**given, "layer": found.layer}
                 made_of = Run(out, args.dataset, {"config": {}}, found.vector, options)
             else:
                 made_of = read_run(folder, changes)

@@ -61,7 +61,7 @@ def compare_with_adapter(fast, examples, products, max_tokens=1024):
 def fit_words(about):
     """What an input row was fitted on, and where it misses, in a line."""
     missed = ", ".join(f"{k} {mean:.2f} +- {off:.2f}" for k, (mean, off) in about["missed"].items())
-    return f"a . z of held-out {missed}; fitted on {about['tokens']:,} tokens"
+    return f"a . z of held-out {missed}; fitted on {about['fitted_tokens']:,} tokens"
 
 
 def adapter_words(about):

@@ -30,6 +30,9 @@ DOWN_PROJECTIONS = (  # where decoder layers keep the last linear layer of their
     "mlp.fc2",  # Phi 2
     "fc2",  # OPT
     "mlp.c_proj",  # StarCoder 2
+    "ffn.down_proj",  # MPT
+    "feed_forward.down_proj",  # Bamba, Falcon H1
+    "feed_forward.w2",  # LFM 2
 )
 RIDGE = 0.01  # of the median diagonal of G; from 1e-5 to 0.1 nothing changes
 OPENING, OPENING_WEIGHT = 8, 8.0  # tokens on either side of where an answer begins
@@ -53,9 +56,10 @@ def find_site(model):
     found = [(path, module) for path, module in layer.named_modules() if path in DOWN_PROJECTIONS]
     no = f"no adapter for {model.name} ({kind}), layer {model.layer}: "
     if not found or not isinstance(found[0][1], nn.Linear):
-        why = "its MLP has no single last linear layer (a mixture of experts?)"
-        what = ", ".join(name for name, m in layer.named_modules() if isinstance(m, nn.Linear))
-        raise ValueError(f"{no}{why}. Looked for {', '.join(DOWN_PROJECTIONS)}; found {what}")
+        names = " ".join(name for name, _ in layer.named_modules())
+        why = "no nn.Linear is at " + ", ".join(DOWN_PROJECTIONS)
+        mixture = "expert" in names or "router" in names
+        raise ValueError(no + ("its MLP is a mixture of experts" if mixture else why))
     path, module = found[0]
     ids = torch.arange(1, 9, device=model.input_device)[None]
     fast = FastPath(model)
@@ -84,7 +88,7 @@ def inputs_of(model, site, examples):
         FastPath(model).layer_output(ids.to(model.input_device))
     finally:
         handle.remove()
-    return caught[0]
+    return caught[0].reshape(*ids.shape, -1)  # some models flatten rows and tokens
 
 
 def token_weights(example):

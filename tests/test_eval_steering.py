@@ -565,7 +565,7 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
     answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
     assert len(path.read_text().splitlines()) == 2 and "HTTP 400" in said.err
     assert result["judge"]["failed"] == len(answers) - 2 > 0
-    monkeypatch.setattr(ev, "load_model", None)  # the answers are those that were there
+    monkeypatch.setattr(hm, "load_model", None)  # the answers are those that were there
     with serve(lambda *_: "3") as endpoint:
         assert ev.main([*arguments, "--judge", endpoint.url]) == 0
         assert len(endpoint.seen) == len(answers) - 2

@@ -69,7 +69,7 @@ def a_run(evaluated):
 # ---------------------------------------------------------------- round trips and layers
 
 
-@pytest.mark.parametrize("name", ex.FORMATS)
+@pytest.mark.parametrize("name", ex.VECTOR_ALONE)
 def test_every_format_reads_back_bit_for_bit_at_its_layer_and_no_other(name, tmp_path):
     model = hm.SteerModel(tiny("llama"), 1)
     logits = {}
@@ -91,7 +91,7 @@ def test_every_format_reads_back_bit_for_bit_at_its_layer_and_no_other(name, tmp
 
 
 def test_files_hold_what_other_tools_look_for(tmp_path):
-    assert ex.export(source(), ex.FORMATS, tmp_path, 2.0, False) == [
+    assert ex.export(source(), ex.VECTOR_ALONE, tmp_path, 2.0, False) == [
         "steering_vector.safetensors", "steering_vector.gguf", "layer_1.pt",
         "steering_vector.pt", "steering_config.json", "README.md",
     ]  # fmt: skip
@@ -344,7 +344,11 @@ def test_exported_run_is_the_run_and_its_card_says_so(a_run, tmp_path, capsys):
         f"{record['final']['steps']} steps",
         f"{result['likelihood']['steered']['nll']:.4f}",
         result["samples"][0]["answers"]["steered x1"],
-        *(f"### {tool}" for tool in re.findall(r"^## \w+: (.*)$", TEMPLATE.read_text(), re.M)),
+        *(
+            f"### {tool}"
+            for form in ex.VECTOR_ALONE
+            for tool in re.findall(rf"^## {form}: (.*)$", TEMPLATE.read_text(), re.M)
+        ),
     ):
         assert fact in text, fact
 
@@ -363,7 +367,8 @@ def test_card_names_a_model_of_the_hub_and_what_it_does_not_know(tmp_path):
 
 def snippets(text):
     """{tool: code} of a card."""
-    found = re.findall(r"^### (\S+)[^\n]*\n\n```\w+\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    section = r"^### (\S+)[^\n]*\n\n(?:[^`#]*\n\n)?```\w+\n(.*?)```"
+    found = re.findall(section, text, re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
@@ -610,7 +615,7 @@ def test_vector_from_elsewhere_is_evaluated_as_it_is_and_trained_on(
     assert theirs_too["likelihood"]["steered"] == ours["likelihood"]["steered"]
     assert theirs_too["flags"] == []  # those of ours are of its training
     # From then on it is a run like others: evaluated already, in reports, exported with its origin.
-    monkeypatch.setattr(ev, "load_model", None)
+    monkeypatch.setattr(hm, "load_model", None)
     assert ev.main(["--vector", theirs, *place, *name, *here, *QUICK]) == 0
     assert ev.main(["--run", str(tmp_path), "--report-only"]) == 0
     assert "imported" in (tmp_path / "report.csv").read_text().splitlines()[1]
