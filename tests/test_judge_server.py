@@ -2,14 +2,12 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
-from conftest import ROOT, interop_python, persona_rows, write_raw
+from conftest import ROOT, interop_python, persona_rows, serving, write_raw
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
 import train_steering as ts
@@ -20,38 +18,11 @@ pytestmark = pytest.mark.full
 @pytest.fixture
 def server(packaged_gguf, tmp_path):
     """(address, log) of a llama.cpp server that has answered."""
-    python = interop_python("llama-cpp-python")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path / "server.log"
-    where = [
-        "--model",
-        str(packaged_gguf),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--n_ctx",
-        "2048",
-    ]
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [python, "-m", "llama_cpp.server", *where], stdout=file, stderr=file
-        )
-    try:
-        address = f"http://127.0.0.1:{port}/v1"
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/models", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-2000:]
-                time.sleep(1)
-        yield address, log
-    finally:
-        process.terminate()
-        process.wait(30)
+    python = interop_python("llama-cpp-python")
+    where = ["--model", packaged_gguf, "--host", "127.0.0.1", "--n_ctx", 2048, "--port"]
+    with serving([python, "-m", "llama_cpp.server", *where], log) as address:
+        yield f"{address}/v1", log
 
 
 def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_folder, tmp_path):
