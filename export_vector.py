@@ -63,7 +63,7 @@ WITH_MODEL = (*WITH_ROW, "peft")  # formats that load it
 BY_NAME = (*WITH_MODEL, "hotwire")  # of many runs: one folder a persona, by the name to ask for
 VECTOR_ALONE = ("safetensors", "gguf", "pt", "chatspace")  # formats that need nothing else
 FIT_DATASETS, FIT_TOKENS = 64, 16  # datasets to fit on at most, and tokens of them a feature
-CHECK_TOKENS = 250  # of held-out rows, on which each adapter is compared with its vector
+CHECK_TOKENS = 150  # of held-out rows, on which each adapter is compared with its vector
 
 
 @dataclass
@@ -181,39 +181,38 @@ def block_name(model, layer, trust_remote_code):
 
 
 class Workshop:
-    """What adapters need beyond the vector, kept from run to run: the model, loaded once; `a`, the
-    input row that all adapters of a layer share; held-out rows to check them on."""
+    """What adapters need beyond the vector, kept from run to run: the model, loaded once; where it
+    takes them; `a`, the input row that all of a layer share; held-out rows to check them on."""
 
     def __init__(self, force):
-        self.force, self.shelf, self.rows, self.checks = force, Shelf(), {}, {}
+        self.force, self.shelf, self.sites, self.rows, self.checks = force, Shelf(), {}, {}, {}
 
     def prepare(self, source, run, formats, scale):
         """Add to the source what these formats need. Raises ValueError, with the reason, where
         adapters do not fit the model, or lose too much of `scale` times the vector."""
-        name, layer = run.args["model"], source.metadata["layer"]
+        name, layer = place = run.args["model"], source.metadata["layer"]
         if "lm-eval" in formats:
             trust = run.args.get("trust_remote_code", False)
             source.metadata["block"] = block_name(name, layer, trust)
         if not {*formats} & {*WITH_MODEL}:
             return
         model = self.shelf.model(run)
-        site = find_site(model)
+        if place not in self.sites:
+            self.sites = {place: find_site(model)}
+        site = self.sites[place]
         source.metadata |= {"module": site.name, "features": site.module.in_features}
-        if {*formats} & {*WITH_ROW}:
-            if (name, layer) not in self.rows:
-                self.rows[name, layer] = self.input_row(run, model, site)
-            source.row, about = self.rows[name, layer]
-            model.set_vector(source.vector, scale)
-            source.adapter = about | compare_with_adapter(
-                *self.to_check(run, model, site, source.row)
-            )
-            lost = max(source.adapter["lost"], *(off**2 for _, off in about["missed"].values()))
-            if not (lost <= MAX_LOST or self.force):
-                what = f"adapters lose {lost:.0%} of this vector, more than {MAX_LOST:.0%}"
-                way_out = "--force exports it all the same; --format peft is exact, for PEFT alone"
-                raise ValueError(
-                    f"{source.path}: {what} ({adapter_words(source.adapter)}; {way_out})"
-                )
+        if not {*formats} & {*WITH_ROW}:
+            return
+        source.row, about = self.input_row(run, model, site)
+        model.set_vector(source.vector, scale)
+        found = compare_with_adapter(*self.to_check(run, model, site, source.row))
+        source.adapter = about | found
+        lost = max(found["lost"], *(off**2 for _, off in about["missed"].values()))
+        if not (lost <= MAX_LOST or self.force):
+            what = f"adapters lose {lost:.0%} of this vector, more than {MAX_LOST:.0%}"
+            found = f"{adapter_words(found)}; {fit_words(about)}"
+            way_out = "--force exports it all the same; --format peft is exact, for PEFT alone"
+            raise ValueError(f"{source.path}: {what} ({found}). {way_out}")
 
     def input_row(self, run, model, site):
         """(a (features,), what it was fitted and measured on): of the file beside the runs of this
@@ -221,35 +220,42 @@ class Workshop:
         parents = run.folder.absolute().parents
         beside = next((p for p in parents if p.name == f"layer{model.layer}"), parents[0])
         path = beside / ROW_FILE
-        if path.exists():
-            return load_row(path, model, site)
-        chat, options = self.shelf.chat(run), DataOptions.of(run.args)
-        examples, heldout, names = rows_to_fit(chat, options, FIT_TOKENS * site.module.in_features)
-        sample, sample_heldout = sample_examples(chat)
-        row, _ = fit_row(model, site, examples + sample)
-        measured = heldout + sample_heldout
-        about = {
-            "missed": missed_by_row(measured, row_products(model, site, row, measured)),
-            "rows": len(examples), "datasets": names,
-            "fitted_tokens": sum(len(example.input_ids) for example in examples + sample),
-        }  # fmt: skip
-        beside.mkdir(parents=True, exist_ok=True)
-        save_row(path, row, model, site, about)
-        print(f"fitted   {path}: {fit_words(about)}")
-        return row, about
+        if path not in self.rows:
+            if path.exists():
+                self.rows[path] = load_row(path, model, site)
+                return self.rows[path]
+            chat, options = self.shelf.chat(run), DataOptions.of(run.args)
+            tokens = FIT_TOKENS * site.module.in_features
+            examples, heldout, names = rows_to_fit(chat, options, tokens)
+            sample, sample_heldout = sample_examples(chat)
+            row, _ = fit_row(model, site, examples + sample)
+            measured = heldout + sample_heldout
+            about = {
+                "missed": missed_by_row(measured, row_products(model, site, row, measured)),
+                "rows": len(examples), "datasets": names,
+                "fitted_tokens": sum(len(e.input_ids) for e in examples + sample),
+            }  # fmt: skip
+            beside.mkdir(parents=True, exist_ok=True)
+            save_row(path, row, model, site, about)
+            print(f"fitted   {path}: {fit_words(about)}")
+            self.rows[path] = row, about
+        return self.rows[path]
 
     def to_check(self, run, model, site, row):
-        """(FastPath with layers 0..k done, held-out examples of the run, a . z of their tokens)."""
-        key = run.dataset, model.name, model.layer, str(DataOptions.of(run.args))
+        """What `compare_with_adapter` takes, of held-out rows of the run's dataset."""
+        options = DataOptions.of(run.args)
+        key = run.dataset, model.name, model.layer, str(options)
         if key not in self.checks:
-            options = DataOptions.of(run.args)
             chat, datasets = self.shelf.chat(run), options.datasets()
             _, examples = examples_of(run.dataset, datasets, chat, options, 0, CHECK_TOKENS)
             if not examples:
                 raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
             fast = FastPath(model)
             fast.cache_prefix(examples)
-            self.checks = {key: (fast, examples, row_products(model, site, row, examples))}
+            with model.steering_off():
+                plain = fast.states(examples)
+            products = row_products(model, site, row, examples)
+            self.checks = {key: (fast, examples, products, plain)}  # the last dataset's
         return self.checks[key]
 
 

@@ -13,8 +13,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from steering.adapter import as_adapter
-from steering.chat_format import label_count
-from steering.fast_path import in_batches
 
 # Most of the vector's effect that an adapter may lose. KL(vector || adapter) as a share of
 # KL(vanilla || vector), and the mean square of what a . z is off 1, which predicts it.
@@ -38,24 +36,18 @@ def missed_by_row(examples, products):
     }
 
 
-def compare_with_adapter(fast, examples, products, max_tokens=1024):
-    """What the model's vector and the adapter made of it do to the label tokens of examples.
-    fast: a FastPath of the model; max_tokens: padded, a forward pass. {"tokens", "nll": {"vanilla",
-    "vector", "adapter"}, "kl": KL(vector || adapter), "kl_vector": KL(vanilla || vector), "lost":
-    their ratio}, in nats a token."""
-    model, of_example = fast.model, {id(e): p for e, p in zip(examples, products, strict=True)}
-
-    def compare(batch):
-        padded = pad_sequence([of_example[id(example)] for example in batch], batch_first=True)
-        adapter = functools.partial(as_adapter, model, padded)
-        return fast.compare(batch, [model.steering_off, contextlib.nullcontext, adapter])
-
-    sums = sum(rows.double().sum(1) for _, rows in in_batches(compare, examples, max_tokens))
-    tokens = sum(map(label_count, examples))
-    vanilla, kl_vector, vector, kl, adapter = (sums / tokens).tolist()
+def compare_with_adapter(fast, examples, products, plain):
+    """What the model's vector and the adapter made of it do to the label tokens of a few examples.
+    fast: a FastPath of the model; plain: its states(examples) without vector. {"tokens", "nll":
+    {"vanilla", "vector", "adapter"}, "kl": KL(vector || adapter), "kl_vector": KL(vanilla ||
+    vector), "lost": their ratio}, in nats a token."""
+    padded = pad_sequence(products, batch_first=True)
+    adapter = functools.partial(as_adapter, fast.model, padded)
+    rows = fast.compare(examples, [plain, contextlib.nullcontext, adapter])
+    vanilla, kl_vector, vector, kl, adapter = rows.double().mean(dim=1).tolist()
     nll = {"vanilla": vanilla, "vector": vector, "adapter": adapter}
     lost = kl / kl_vector if kl_vector else math.inf
-    return {"tokens": tokens, "nll": nll, "kl": kl, "kl_vector": kl_vector, "lost": lost}
+    return {"tokens": len(rows[0]), "nll": nll, "kl": kl, "kl_vector": kl_vector, "lost": lost}
 
 
 def fit_words(about):

@@ -143,19 +143,27 @@ class FastPath:
         return self.compare(examples, [self.model.steering_off, contextlib.nullcontext])[1]
 
     @torch.no_grad()
+    def states(self, examples):
+        """What the head reads for N label tokens, for `compare`; without the fast path, logits."""
+        self._check_fast_path(examples)
+        return self._either(lambda: self._before_head(examples))[0]
+
+    @torch.no_grad()
     def compare(self, examples, contexts):
         """What the model predicts in one context and in the next, for N label tokens, row by row.
-        contexts: K functions that make one; none may change what the cache holds. (2K - 1, N): NLL
-        in the first, KL(first || second), NLL in the second, ... Raises ValueError without a label
-        token."""
+        contexts: K functions that make one, which must leave what the cache holds as it is, or what
+        `states` gave in it. (2K - 1, N): NLL in the first, KL(first || second), NLL in the second,
+        ... Raises ValueError without a label token."""
         self._check_fast_path(examples)
         return self._either(lambda: self._compare(examples, contexts))
 
     def _compare(self, examples, contexts):
         each, parts = [], []
         for context in contexts:
-            with context():
-                states, targets, logits_of = self._before_head(examples)
+            states = context
+            if not torch.is_tensor(context):
+                with context():
+                    states, targets, logits_of = self._before_head(examples)
             each.append(states.split(HEAD_TOKENS))
         for target, *states in zip(targets.split(HEAD_TOKENS), *each, strict=True):
             before, rows = None, []

@@ -134,7 +134,9 @@ def test_the_comparison_is_that_of_plain_forwards():
     row = torch.full((site.module.in_features,), 0.5)
     products = ad.row_products(model, site, row, examples)
     fast.cache_prefix(examples)
-    found = adapter_check.compare_with_adapter(fast, examples, products, max_tokens=30)
+    with model.steering_off():
+        plain = fast.states(examples)
+    found = adapter_check.compare_with_adapter(fast, examples, products, plain)
     sums = torch.zeros(5)
     for example, values in zip(examples, products, strict=True):
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
@@ -153,7 +155,7 @@ def test_the_comparison_is_that_of_plain_forwards():
     assert [found["kl_vector"], found["kl"]] == pytest.approx([mean[1], mean[3]], abs=1e-4)
     assert found["lost"] == pytest.approx(mean[3] / mean[1], rel=1e-2) and found["lost"] > 0.01
     perfect = [torch.ones_like(values) for values in products]
-    same = adapter_check.compare_with_adapter(fast, examples, perfect, max_tokens=30)
+    same = adapter_check.compare_with_adapter(fast, examples, perfect, plain)
     assert abs(same["kl"]) < 1e-6 and same["nll"]["adapter"] == same["nll"]["vector"]
 
 
