@@ -177,10 +177,11 @@ def load_row(path, model, site):
     if not fits or len(row) != site.module.in_features:
         named = [f"{len(row)} numbers for {' '.join(map(str, there))}", " ".join(ours)]
         raise ValueError(f"{path} has {named[0]}; here it is {named[1]}. Remove it to fit another")
-    try:
-        return row, json.loads(header["about"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: its header does not say what it was fitted on") from error
+    about = json.loads(header["about"]) if "about" in header else {}
+    if lacking := {"missed", "datasets", "fitted_tokens"} - {*about}:
+        what = f"its header does not say what it was fitted on ({', '.join(sorted(lacking))})"
+        raise ValueError(f"{path}: {what}. Remove it to fit another")
+    return row, about
 
 
 def as_adapter(model, products):

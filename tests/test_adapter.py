@@ -298,7 +298,13 @@ def test_files_that_fit_another_model_or_layer_are_refused(runs, smooth, tmp_pat
     path = run.parent / ad.ROW_FILE
     row, header = load_vector(path, "lora_a")
     capsys.readouterr()
-    for changes in ({"layer": 2}, {"model_digest": "files-0"}, {"module": "model.x"}):
+    for changes in ({"layer": 2}, {"model_digest": "files-0"}, {"module": "model.x"}, None):
+        if changes is None:
+            path.write_bytes(vector_bytes(row, {**header, "about": "{}"}, "lora_a"))
+            assert export(run, "--format", "lora", "--out", out) == 2
+            error = capsys.readouterr().err
+            assert "does not say what it was fitted on (datasets, fitted_tokens, missed)" in error
+            break
         path.write_bytes(vector_bytes(row, {**header, **changes}, "lora_a"))
         assert export(run, "--format", "lora", "--out", out) == 2
         error = capsys.readouterr().err

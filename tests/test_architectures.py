@@ -13,6 +13,7 @@ from test_hook_model import gradient_of, plain_loss, rows_of
 
 import hook_model as hm
 from steering import fast_path as fp
+from steering.adapter import find_site
 from train_steering import token_loss
 
 pytestmark = pytest.mark.full
@@ -51,7 +52,7 @@ SPECIAL = {  # what the common settings lack, or must not have
     },
 }  # fmt: skip
 REFUSED = {"gemma3n_text"}  # four residual streams
-TAKEN = {}  # {name: "fast" or "plain"}
+TAKEN, FIT = {}, []  # {name: "fast" or "plain"}; names that adapters fit
 
 
 def make(name):
@@ -108,9 +109,29 @@ def test_greedy_generation_is_the_argmax_of_the_steered_forward(name):
     assert out.tolist() == ids.tolist()
 
 
-def test_print_who_takes_the_fast_path(capsys):
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_what_is_added_where_adapters_act_is_the_vector_or_the_model_is_refused(name):
+    model, ids = make(name), torch.arange(3, 12)[None]
+    try:
+        site = find_site(model)
+    except ValueError as error:
+        assert "no adapter for" in str(error)
+        return
+    steered, vector = model(input_ids=ids).logits, model.steering.added()
+    handle = site.module.register_forward_hook(lambda module, inputs, output: output + vector)
+    with model.steering_off():
+        theirs = model(input_ids=ids).logits
+    handle.remove()
+    assert torch.allclose(theirs, steered, atol=1e-4)
+    with model.steering_off():
+        assert not torch.allclose(model(input_ids=ids).logits, steered, atol=1e-4)
+    FIT.append(name)
+
+
+def test_print_who_takes_the_fast_path_and_adapters(capsys):
     with capsys.disabled():
         for way in ("fast", "plain"):
             names = sorted(name for name, taken in TAKEN.items() if taken == way)
             print(f"\n{way} ({len(names)}): {', '.join(names)}")
-    assert len(TAKEN) >= 40
+        print(f"adapters ({len(FIT)}): {', '.join(FIT)}")
+    assert len(TAKEN) >= 40 and len(FIT) >= 30
