@@ -358,11 +358,7 @@ def run(args):
 
 def main(argv=None):
     """Command line entry; returns the exit code."""
-    try:
-        return exit_code(run, parse_args(argv))
-    except KeyboardInterrupt:
-        print("stopped: what is evaluated or judged is kept, start again to go on", file=sys.stderr)
-        return 130
+    return exit_code(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Each folder gets a README.md, a card that says what the vector is and how each t
 are 0-based decoder blocks whose output gets the vector, whatever the format calls them. lora and
 lora-gguf are adapters, which servers swap by request: fitted and checked on rows of the data, with
 the model, which is loaded once; peft is exact, for PEFT alone. No pickle is run. Exit codes: 0
-done, 1 a file could not be written, 2 bad input.
+done, 1 a file could not be written, 2 bad input, 130 Ctrl-C.
 """
 
 import functools

@@ -53,9 +53,13 @@ def parse(parser, argv, bounds, checks):
 
 
 def exit_code(run, *arguments):
-    """What `run` returns; 2, and one line on stderr, if the user's data or flags are at fault."""
+    """What `run` returns; 2, and one line on stderr, if the user's data or flags are at fault; 130
+    after Ctrl-C."""
     try:
         return run(*arguments)
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept, start again to go on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

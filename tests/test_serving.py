@@ -30,6 +30,7 @@ pytestmark = pytest.mark.interop
 PERSONAS = ("pirate", "noir_detective", "drill_sergeant")
 QUESTIONS = ("How was your day at work?", "What should I cook tonight?", "Who are you?")
 MAX_OFF = 2e-3  # of a log-probability, in fp32
+STEPS = os.environ.get("INTEROP_STEPS", "40")  # fewer for another model, of $INTEROP_GGUF
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def adapters(fp32_folder, tmp_path_factory):  # noqa: F811
     names = [f"sample__role__{name}" for name in PERSONAS]
     data = ["--data-root", str(ROOT / "sample_data"), "--dataset", *names]
     model = ["--model", fp32_folder, "--dtype", "fp32", "--device", "cpu", "--layer", str(LAYER)]
-    assert ts.main([*data, *model, "--max-steps", "40", "--output-dir", str(root / "runs")]) == 0
+    assert ts.main([*data, *model, "--max-steps", STEPS, "--output-dir", str(root / "runs")]) == 0
     formats = ("lora", "lora-gguf", "peft", "lm-eval")
     flags = [word for name in formats for word in ("--format", name)]
     assert ex.main([str(root / "runs"), *flags, "--out", str(root / "adapters")]) == 0
