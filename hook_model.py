@@ -207,10 +207,11 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
 
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    A run: a steering.run_state.Run. heldout: {folder: examples}, for the caller to fill."""
+    A run: a steering.run_state.Run. For the caller to fill: heldout, {folder: examples}; kept, what
+    belongs to the model at its layer, and is emptied when either changes."""
 
     def __init__(self):
-        self._loading, self._model, self._chats, self.heldout = None, None, {}, {}
+        self._loading, self._model, self._chats, self.heldout, self.kept = None, None, {}, {}, {}
 
     def chat(self, run):
         """The ChatFormat of a run: its template as it was, whatever became of the file."""
@@ -227,9 +228,11 @@ class Shelf:
         loading = {key: run.args[key] for key in keys if key in run.args}
         loading["name"] = run.args["model"]
         if self._loading != loading:
+            self.kept.clear()
             self._loading = self._model = None  # make room first
             self._model = load_model(layer=run.args["layer"], **loading)
             self._loading = loading
         if self._model.layer != run.args["layer"]:
+            self.kept.clear()
             self._model.set_layer(run.args["layer"])
         return self._model

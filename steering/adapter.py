@@ -64,7 +64,8 @@ def find_site(model):
     ids = torch.arange(1, 9, device=model.input_device)[None]
     fast = FastPath(model)
     with model.steering_off():
-        plain = fast.layer_output(ids).float()
+        plain = fast.layer_output(ids)
+        plain_dtype, plain = plain.dtype, plain.float()
         noise = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0))
         noise = noise.to(plain) * plain.norm(dim=-1).median() / len(noise) ** 0.5
         handle = module.register_forward_hook(lambda m, i, output: output + noise.to(output))
@@ -73,7 +74,7 @@ def find_site(model):
         finally:
             handle.remove()
     off = ((moved - noise).abs().median() / noise.abs().median()).item()
-    if not off < 0.05:
+    if not off < (1e-3 if plain_dtype == torch.float32 else 0.02):
         why = f"what {path} adds does not reach the layer's output unchanged (off by {off:.0%}): "
         raise ValueError(f"{no}{why}a norm after the MLP, as in Gemma 2, or a factor on it")
     (name,) = (name for name, other in model.model.named_modules() if other is module)
@@ -107,7 +108,7 @@ def fit_row(model, site, examples, max_tokens=1024):
     G = sum of z z^T is kept, on the device if that has room. Tokens where an answer begins count
     OPENING_WEIGHT times: there the persona is decided."""
     n, device = site.module.in_features, site.module.weight.device
-    if free_memory(device) < 3 * 4 * n * n:
+    if device.type == "meta" or free_memory(device) < 3 * 4 * n * n:
         device = torch.device("cpu")
     gram, total = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
 
@@ -127,8 +128,11 @@ def fit_row(model, site, examples, max_tokens=1024):
             weight += of_batch
             bar.update(len(batch))
     gram, mean = gram.cpu().double().div_(weight), total.cpu().double() / weight
-    ridge = RIDGE * gram.diagonal().median()
-    factor = torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + ridge))
+    if not gram.isfinite().all():
+        raise ValueError(f"{site.name}: NaN or infinity in what enters it (--dtype bf16 or fp32?)")
+    diagonal = gram.diagonal()
+    ridge = RIDGE * diagonal[diagonal > 0].median()  # a ReLU may let nothing through
+    factor = torch.linalg.cholesky(gram.diagonal_scatter(diagonal + ridge))
     row = torch.cholesky_solve(mean[:, None], factor)[:, 0]
     return row.float(), 1 - (mean @ row).item()
 
@@ -152,7 +156,8 @@ def sample_examples(chat):
     Conversations as the chat template writes them, other documents as they are, without labels."""
     documents = []
     for path in sorted(SAMPLE.glob("*.txt")):
-        for ids in chat.tokenize(path.read_text(encoding="utf-8").split("\n%%%\n")):
+        texts = path.read_text(encoding="utf-8").split("\n%%%\n")
+        for ids in chat.tokenizer(texts)["input_ids"]:  # with the first token that servers add
             documents.append(Example({}, ids, [IGNORE_INDEX] * len(ids)))
     lines = (SAMPLE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{"system_prompt": "", "question": "", **json.loads(line)} for line in lines]
@@ -177,10 +182,14 @@ def load_row(path, model, site):
     if not fits or len(row) != site.module.in_features:
         named = [f"{len(row)} numbers for {' '.join(map(str, there))}", " ".join(ours)]
         raise ValueError(f"{path} has {named[0]}; here it is {named[1]}. Remove it to fit another")
-    about = json.loads(header["about"]) if "about" in header else {}
-    if lacking := {"missed", "datasets", "fitted_tokens"} - {*about}:
-        what = f"its header does not say what it was fitted on ({', '.join(sorted(lacking))})"
-        raise ValueError(f"{path}: {what}. Remove it to fit another")
+    try:
+        about = json.loads(header["about"])
+        kinds = {"datasets": list, "fitted_tokens": int, "split": list, "missed": dict}
+        assert all(isinstance(about[key], kind) for key, kind in kinds.items())
+        assert all(len(pair) == 2 and sum(pair) < float("inf") for pair in about["missed"].values())
+    except (KeyError, ValueError, TypeError, AssertionError) as error:
+        what = "its header does not say what it was fitted on"
+        raise ValueError(f"{path}: {what}. Remove it to fit another") from error
     return row, about
 
 
