@@ -13,6 +13,7 @@ the model, which is loaded once; peft is exact, for PEFT alone. No pickle is run
 done, 1 a file could not be written, 2 bad input, 130 Ctrl-C.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -23,30 +24,16 @@ import torch
 
 import data_filter
 from data_filter import DataOptions
-from evaluation.adapter_check import (
-    MAX_LOST,
-    adapter_words,
-    compare_with_adapter,
-    fit_words,
-    missed_by_row,
-)
+from evaluation import adapter_check
 from evaluation.card import card
 from evaluation.report import FORMAT_VERSION
 from hook_model import Shelf, find_layers
-from steering.adapter import (
-    ROW_FILE,
-    find_site,
-    fit_row,
-    load_row,
-    row_products,
-    sample_examples,
-    save_row,
-)
+from steering import adapter
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import parse_name, pooled_names
 from steering.fast_path import FastPath
 from steering.loading import DTYPES, read_config
-from steering.run_folder import find_runs, lock_folder
+from steering.run_folder import find_runs, lock_folder, run_path
 from steering.run_state import Run, read_run
 from steering.vector_file import (
     VECTOR_FILE,
@@ -63,7 +50,7 @@ WITH_MODEL = (*WITH_ROW, "peft")  # formats that load it
 BY_NAME = (*WITH_MODEL, "hotwire")  # of many runs: one folder a persona, by the name to ask for
 VECTOR_ALONE = ("safetensors", "gguf", "pt", "chatspace")  # formats that need nothing else
 FIT_DATASETS, FIT_TOKENS = 64, 16  # datasets to fit on at most, and tokens of them a feature
-CHECK_TOKENS = 150  # of held-out rows, on which each adapter is compared with its vector
+CHECK_TOKENS, MIN_CHECK_TOKENS = 20_000, 150  # held-out, of all runs together, and of each
 
 
 @dataclass
@@ -72,7 +59,7 @@ class Source:
     metadata: the header of our own format, with model, model_type, layer and model_is_local; scale:
     of the original vector, that in training or in the file it was imported from; record, result:
     run.json and eval.json, empty for a vector from elsewhere; row, adapter: the input row of its
-    adapters (features,), and what was measured of them."""
+    adapters (features,), and what was measured of them; place: names of modules of the model."""
 
     path: Path
     vector: torch.Tensor
@@ -82,6 +69,7 @@ class Source:
     result: dict = field(default_factory=dict)
     row: torch.Tensor | None = None
     adapter: dict = field(default_factory=dict)
+    place: dict = field(default_factory=dict)
 
 
 def from_run(run, args):
@@ -154,7 +142,7 @@ def contents(source, formats, scale, folder):
         raise ValueError(f"{source.path}: --scale {scale:g} x {what} is zero or infinite")
     header, files = {**source.metadata, "scale": total}, {}
     for name in formats:
-        files |= files_of(name, vector, header, folder, source.row)
+        files |= files_of(name, vector, header, folder, source.place, source.row)
     try:
         text = card(source, vector, total, formats, [*files], folder)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -181,82 +169,90 @@ def block_name(model, layer, trust_remote_code):
 
 
 class Workshop:
-    """What adapters need beyond the vector, kept from run to run: the model, loaded once; where it
-    takes them; `a`, the input row that all of a layer share; held-out rows to check them on."""
+    """What adapters need beyond the vector: the model, loaded once, and, in shelf.kept as long as
+    it is the model, its site, `a` (the input row that all adapters of a layer share) and held-out
+    rows to check them on. runs: how many there are, since they share CHECK_TOKENS."""
 
-    def __init__(self, force):
-        self.force, self.shelf, self.sites, self.rows, self.checks = force, Shelf(), {}, {}, {}
+    def __init__(self, force, runs):
+        self.force, self.shelf = force, Shelf()
+        self.check_tokens = max(MIN_CHECK_TOKENS, CHECK_TOKENS // runs)
 
     def prepare(self, source, run, formats, scale):
         """Add to the source what these formats need. Raises ValueError, with the reason, where
         adapters do not fit the model, or lose too much of `scale` times the vector."""
-        name, layer = place = run.args["model"], source.metadata["layer"]
         if "lm-eval" in formats:
             trust = run.args.get("trust_remote_code", False)
-            source.metadata["block"] = block_name(name, layer, trust)
+            layer = source.metadata["layer"]
+            source.place["block"] = block_name(run.args["model"], layer, trust)
         if not {*formats} & {*WITH_MODEL}:
             return
-        model = self.shelf.model(run)
-        if place not in self.sites:
-            self.sites = {place: find_site(model)}
-        site = self.sites[place]
-        source.metadata |= {"module": site.name, "features": site.module.in_features}
+        model, kept = self.shelf.model(run), self.shelf.kept
+        site = kept["site"] = kept.get("site") or adapter.find_site(model)
+        source.place |= {"module": site.name, "features": site.module.in_features}
         if not {*formats} & {*WITH_ROW}:
             return
-        source.row, about = self.input_row(run, model, site)
+        path = row_path(run, model)
+        if path not in kept:
+            row_of = adapter.load_row if path.exists() else functools.partial(self.fit, run)
+            kept[path] = row_of(path, model, site)
+        source.row, about = kept[path]
         model.set_vector(source.vector, scale)
-        found = compare_with_adapter(*self.to_check(run, model, site, source.row))
+        found = adapter_check.compare_with_adapter(*self.to_check(path, run, model, site))
         source.adapter = about | found
         lost = max(found["lost"], *(off**2 for _, off in about["missed"].values()))
-        if not (lost <= MAX_LOST or self.force):
-            what = f"adapters lose {lost:.0%} of this vector, more than {MAX_LOST:.0%}"
-            found = f"{adapter_words(found)}; {fit_words(about)}"
+        if not (lost <= adapter_check.MAX_LOST or self.force):
+            what = f"adapters lose {lost:.0%} of this vector, {adapter_check.MAX_LOST:.0%} at most"
+            found = f"{adapter_check.adapter_words(found)}; {adapter_check.fit_words(about)}"
             way_out = "--force exports it all the same; --format peft is exact, for PEFT alone"
             raise ValueError(f"{source.path}: {what} ({found}). {way_out}")
 
-    def input_row(self, run, model, site):
-        """(a (features,), what it was fitted and measured on): of the file beside the runs of this
-        layer, or fitted now, and kept there."""
-        parents = run.folder.absolute().parents
-        beside = next((p for p in parents if p.name == f"layer{model.layer}"), parents[0])
-        path = beside / ROW_FILE
-        if path not in self.rows:
-            if path.exists():
-                self.rows[path] = load_row(path, model, site)
-                return self.rows[path]
-            chat, options = self.shelf.chat(run), DataOptions.of(run.args)
-            tokens = FIT_TOKENS * site.module.in_features
-            examples, heldout, names = rows_to_fit(chat, options, tokens)
-            sample, sample_heldout = sample_examples(chat)
-            row, _ = fit_row(model, site, examples + sample)
-            measured = heldout + sample_heldout
-            about = {
-                "missed": missed_by_row(measured, row_products(model, site, row, measured)),
-                "rows": len(examples), "datasets": names,
-                "fitted_tokens": sum(len(e.input_ids) for e in examples + sample),
-            }  # fmt: skip
-            beside.mkdir(parents=True, exist_ok=True)
-            save_row(path, row, model, site, about)
-            print(f"fitted   {path}: {fit_words(about)}")
-            self.rows[path] = row, about
-        return self.rows[path]
+    def fit(self, run, path, model, site):
+        """(a (features,), what it was fitted and measured on), written to the path if possible."""
+        options, chat = DataOptions.of(run.args), self.shelf.chat(run)
+        tokens = FIT_TOKENS * site.module.in_features
+        examples, heldout, names = rows_to_fit(chat, options, tokens)
+        sample, sample_heldout = adapter.sample_examples(chat)
+        row, _ = adapter.fit_row(model, site, examples + sample)
+        measured = heldout + sample_heldout
+        products = adapter.row_products(model, site, row, measured)
+        about = {
+            "missed": adapter_check.missed_by_row(measured, products),
+            "datasets": names, "split": [options.split_seed, options.heldout_fraction],
+            "fitted_tokens": sum(len(e.input_ids) for e in examples + sample),
+        }  # fmt: skip
+        print(f"fitted   {path}: {adapter_check.fit_words(about)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            adapter.save_row(path, row, model, site, about)
+        except OSError as error:
+            print(f"WARNING: {path} is not kept, so another call fits anew: {error}")
+        return row, about
 
-    def to_check(self, run, model, site, row):
+    def to_check(self, path, run, model, site):
         """What `compare_with_adapter` takes, of held-out rows of the run's dataset."""
-        options = DataOptions.of(run.args)
-        key = run.dataset, model.name, model.layer, str(options)
-        if key not in self.checks:
-            chat, datasets = self.shelf.chat(run), options.datasets()
-            _, examples = examples_of(run.dataset, datasets, chat, options, 0, CHECK_TOKENS)
+        options, kept = DataOptions.of(run.args), self.shelf.kept
+        chat, (row, about) = self.shelf.chat(run), kept[path]
+        if about["split"] != [options.split_seed, options.heldout_fraction]:
+            what = f"{path} was fitted with another split of the questions ({about['split']})"
+            raise ValueError(f"{what}: held-out rows may be among them. Remove it to fit another")
+        if kept.get("checked") != (wanted := (path, run.dataset, options, chat)):
+            datasets, budget = options.datasets(), self.check_tokens
+            _, examples = examples_of(run.dataset, datasets, chat, options, 0, budget)
             if not examples:
                 raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
             fast = FastPath(model)
             fast.cache_prefix(examples)
-            with model.steering_off():
-                plain = fast.states(examples)
-            products = row_products(model, site, row, examples)
-            self.checks = {key: (fast, examples, products, plain)}  # the last dataset's
-        return self.checks[key]
+            products = adapter.row_products(model, site, row, examples)
+            kept["check"] = fast, adapter_check.to_compare(fast, examples, products)
+            kept["checked"] = wanted
+        return kept["check"]
+
+
+def row_path(run, model):
+    """Where the input row of a run's model and layer is: beside its runs, else below runs/."""
+    default = run_path("runs", model.name, model.layer, "")
+    beside = (p for p in run.folder.absolute().parents if p.name == default.name)
+    return next(beside, default) / adapter.ROW_FILE
 
 
 def examples_of(name, datasets, chat, options, tokens, heldout_tokens):
@@ -293,7 +289,7 @@ def rows_to_fit(chat, options, tokens):
 
 def targets(args):
     """[(run folder, or None with --from, folder to write to)]. ValueError for two of one name."""
-    out = Path(args.out)
+    out = Path(args.out) if Path(args.out).name else Path(args.out).absolute()  # "." has no name
     if args.source:
         return [(None, out)]
     folders = find_runs([args.run])
@@ -301,8 +297,9 @@ def targets(args):
         return [(folder, out / folder.relative_to(args.run)) for folder in folders]
     named = {}
     for folder in folders:  # by persona, and the run's own name if it has one
-        dataset = str(read_json(folder / "run.json").get("dataset"))
-        name = "+".join(parse_name(part)[2] for part in pooled_names(dataset))
+        name = dataset = str(read_json(folder / "run.json").get("dataset"))
+        with contextlib.suppress(ValueError):  # a name of its own, or none, which read_run will say
+            name = "+".join(parse_name(part)[2] for part in pooled_names(dataset))
         name += f"-{folder.name}" if folder.name != dataset else ""
         if name in named:
             way_out = "export one of them by itself, to a folder of another name"
@@ -313,13 +310,14 @@ def targets(args):
 
 def run(args):
     """Export every source; returns the worst exit code."""
-    codes, workshop = [], Workshop(args.force)
+    codes, every = [], targets(args)
+    workshop = Workshop(args.force, len(every))
     given = {key: value for key, value in vars(args).items() if value is not None}
     places = ("data_root", "source_model", "kind", "dtype", "device")
     changes = {key: given[key] for key in places if key in given}
     if args.model and Path(args.model).exists():  # the runs' own may be gone
         changes["model"] = args.model
-    for folder, out in targets(args):
+    for folder, out in every:
         try:
             if folder is None:
                 trust = args.trust_remote_code
@@ -334,14 +332,14 @@ def run(args):
             names = export(source, args.format, out, args.scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
             if source.adapter:
-                print(f"         {adapter_words(source.adapter)}")
+                print(f"         {adapter_check.adapter_words(source.adapter)}")
             if source.metadata["model_is_local"]:
                 print(f"NOTE: the files name the model {source.metadata['model']}, a folder here")
                 print("      before you publish them, give its public name with --model")
             codes.append(0)
-        except (ValueError, OSError, ImportError) as error:  # the next one may do better
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # others may do better
             print(f"error: {error}", file=sys.stderr)
-            codes.append(1 if isinstance(error, OSError) else 2)
+            codes.append(1 if isinstance(error, OSError | RuntimeError) else 2)
     return max(codes)
 
 

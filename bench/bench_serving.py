@@ -50,13 +50,17 @@ def main():
     names = sorted(path.parent.name for path in args.adapters.glob("*/adapter_config.json"))
     for different in (1, 8, 64):
         chosen, ratios, speeds = names[:different], [], []
-        if len(chosen) < different:
-            break
+        if len(chosen) < different or args.requests < different:
+            print(f"{different} personas: not tried, with {len(names)} adapters in the folder")
+            continue
         load = (args.address, chosen, args.requests, args.tokens)
         plain = (args.address, [args.model], args.requests, args.tokens)
         requests_a_second(*load)  # the first time, adapters are read
-        for _ in range(args.pairs):
-            speeds.append((requests_a_second(*plain), requests_a_second(*load)))
+        requests_a_second(*plain)
+        for i in range(args.pairs):
+            order = (plain, load) if i % 2 else (load, plain)
+            first, second = (requests_a_second(*which) for which in order)
+            speeds.append((first, second) if i % 2 else (second, first))
             ratios.append(speeds[-1][1] / speeds[-1][0])
         each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         before, after = (statistics.median(column) for column in zip(*speeds, strict=True))

@@ -1,8 +1,9 @@
 """Does a rank-1 adapter do what its vector does? Measured on text that it was not fitted on.
 
-products = row_products(model, site, row, examples)      # steering/adapter.py has the idea
-missed = missed_by_row(examples, products)               # where a . z is not 1
-found = compare_with_adapter(fast, examples, products)   # of the vector that the model has
+products = row_products(model, site, row, examples)  # steering/adapter.py has the idea
+missed = missed_by_row(examples, products)           # where a . z is not 1
+batches = to_compare(fast, examples, products)       # once, and for each vector in turn:
+found = compare_with_adapter(fast, batches)
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from steering.adapter import as_adapter
+from steering.chat_format import micro_batches
 
 # Most of the vector's effect that an adapter may lose. KL(vector || adapter) as a share of
 # KL(vanilla || vector), and the mean square of what a . z is off 1, which predicts it.
@@ -36,18 +38,37 @@ def missed_by_row(examples, products):
     }
 
 
-def compare_with_adapter(fast, examples, products, plain):
-    """What the model's vector and the adapter made of it do to the label tokens of a few examples.
-    fast: a FastPath of the model; plain: its states(examples) without vector. {"tokens", "nll":
-    {"vanilla", "vector", "adapter"}, "kl": KL(vector || adapter), "kl_vector": KL(vanilla ||
-    vector), "lost": their ratio}, in nats a token."""
-    padded = pad_sequence(products, batch_first=True)
-    adapter = functools.partial(as_adapter, fast.model, padded)
-    rows = fast.compare(examples, [plain, contextlib.nullcontext, adapter])
-    vanilla, kl_vector, vector, kl, adapter = rows.double().mean(dim=1).tolist()
-    nll = {"vanilla": vanilla, "vector": vector, "adapter": adapter}
-    lost = kl / kl_vector if kl_vector else math.inf
-    return {"tokens": len(rows[0]), "nll": nll, "kl": kl, "kl_vector": kl_vector, "lost": lost}
+def to_compare(fast, examples, products, max_tokens=1024):
+    """What `compare_with_adapter` takes, whatever the vector: [(micro-batch, a . z (B, T), what its
+    head reads without vector)]. fast: a FastPath of the model; max_tokens: padded, a batch."""
+    of_example = {id(e): values for e, values in zip(examples, products, strict=True)}
+    with fast.model.steering_off():
+        return [
+            (
+                batch,
+                pad_sequence([of_example[id(example)] for example in batch], batch_first=True),
+                fast.states(batch),
+            )
+            for batch in micro_batches(examples, max_tokens)
+        ]
+
+
+def compare_with_adapter(fast, batches):
+    """What the model's vector and the adapter made of it do to the label tokens of held-out rows.
+    batches: of `to_compare`. In nats a token: {"rows", "tokens", "nll": {"vanilla", "vector",
+    "adapter"}, "kl": KL(vector || adapter), "kl_vector": KL(vanilla || vector), "lost": kl as a
+    share of kl_vector}."""
+    vector, found = contextlib.nullcontext, []
+    for batch, products, plain in batches:
+        adapter = functools.partial(as_adapter, fast.model, products)
+        found.append(fast.compare(batch, [plain, vector, adapter]).double())
+    sums = torch.cat(found, dim=1)
+    vanilla, kl_vector, vector, kl, adapter = sums.mean(dim=1).tolist()
+    return {
+        "rows": sum(len(batch) for batch, _, _ in batches), "tokens": sums.shape[1],
+        "nll": {"vanilla": vanilla, "vector": vector, "adapter": adapter},
+        "kl": kl, "kl_vector": kl_vector, "lost": kl / kl_vector if kl_vector else math.inf,
+    }  # fmt: skip
 
 
 def fit_words(about):
@@ -60,6 +81,5 @@ def adapter_words(about):
     """What was measured of an adapter, in a line."""
     nll = ", ".join(f"{name} {value:.3f}" for name, value in about["nll"].items())
     kl = f"{about['kl']:.2g} of {about['kl_vector']:.2g} nats, {about['lost']:.1%}"
-    return (
-        f"NLL {nll}; the adapter is off the vector by KL {kl} ({about['tokens']} held-out tokens)"
-    )
+    where = f"{about['tokens']:,} held-out tokens of {about['rows']} rows"
+    return f"NLL {nll}; the adapter is off the vector by KL {kl} ({where})"

@@ -41,11 +41,19 @@ def card(source, vector, scale, formats, names, folder):
         "scale": f"the files hold {scale:g} x the vector as {made}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",
         **origin(source),
-        **adapter_facts(source.adapter),
+        **(adapter_facts(source.adapter) if {"lora", "lora-gguf"} & {*formats} else {}),
         "files": ", ".join(f"`{name}`" for name in names),
     }
     fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer, "name": folder}
-    fill["words"] = shlex.quote(model)
+    turns = [{"role": "user", "content": "How was your day?"}]
+    steer = json.dumps({"id": folder, "layer": layer, "scale": 1.0})
+    bodies = {
+        "ask": {"model": folder, "messages": turns},
+        "ask_hotwire": {"model": model, "messages": turns, "vllm_xargs": {"hotwire": steer}},
+    }
+    fill |= {key: shlex.quote(json.dumps(body, ensure_ascii=False)) for key, body in bodies.items()}
+    fill |= {"words": shlex.quote(model), "named": shlex.quote(f"{folder}=.")}
+    fill["key"] = json.dumps(re.sub(r"\W", "_", folder))
     loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
     facts = "\n".join(f"| {name} | {report.plain(words)} |" for name, words in facts.items())
     parts = {"facts": facts, "evaluation": evaluation(source.result)}

@@ -48,11 +48,11 @@ def file_names(layer, name="persona"):
     }  # fmt: skip
 
 
-def files_of(format_name, vector, metadata, name="persona", row=None):
-    """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more,
-    of which lm-eval and adapters need `block` and `module`, names in the transformers model.
-    name: of the folder; row: the adapters' lora_A (features,). Raises ValueError for a layer or an
-    architecture that the format cannot hold, ImportError naming the install."""
+def files_of(format_name, vector, metadata, name="persona", place=None, row=None):
+    """{file name: bytes} of a vector (n,) in a format; metadata: model, model_type, layer and more.
+    name: of the folder; place: names of modules in the transformers model, block for lm-eval,
+    module and its number of features for adapters; row: their lora_A (features,). Raises ValueError
+    for a layer or an architecture that the format cannot hold, ImportError naming the install."""
     layer = metadata["layer"]
     if format_name == "safetensors":  # our own, as a run leaves it
         contents = [vector_bytes(vector, metadata)]
@@ -62,15 +62,15 @@ def files_of(format_name, vector, metadata, name="persona", row=None):
         contents = [torch_bytes(vector)]
     elif format_name == "lm-eval":
         steer = {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add"}
-        contents = [torch_bytes({metadata["block"]: {**steer, "bias": None, "head_index": None}})]
+        contents = [torch_bytes({place["block"]: {**steer, "bias": None, "head_index": None}})]
     elif format_name == "lora":
-        contents = lora_contents(metadata, row, {"weight": vector[:, None]})
+        contents = lora_contents(metadata | place, row, {"weight": vector[:, None]})
     elif format_name == "peft":  # exact: the bias of lora_B is the vector
         zero = torch.zeros(len(vector), 1)
         parts = {"weight": zero, "bias": vector}
-        contents = lora_contents(metadata, torch.zeros(metadata["features"]), parts)
+        contents = lora_contents(metadata | place, torch.zeros(place["features"]), parts)
     elif format_name == "lora-gguf":
-        contents = [lora_gguf_bytes(vector, row, metadata)]
+        contents = [lora_gguf_bytes(vector, row, metadata | place)]
     else:  # chatspace, whose TransformerSteerModel.from_pretrained takes these three keys alone
         config = {"model_name": metadata["model"], "target_layer": layer, "init_scale": 0.0}
         config = json.dumps(config, indent=2) + "\n"

