@@ -393,12 +393,12 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
     assert ev.main(arguments) == 0
     before = json.loads((finished / "eval.json").read_text())
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "load_model", None)  # would fail if called
+        patch.setattr(hm, "load_model", None)  # would fail if called
         assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
     assert ev.main([*arguments, "--seed", "1"]) == 0
     assert json.loads((finished / "eval.old.json").read_text()) == before
     with monkeypatch.context() as patch:  # one that fails takes nothing away
-        patch.setattr(ev, "load_model", lambda **_: (_ for _ in ()).throw(ValueError("no model")))
+        patch.setattr(hm, "load_model", lambda **_: (_ for _ in ()).throw(ValueError("no model")))
         kept = (finished / "eval.json").read_bytes()
         assert ev.main([*arguments, "--seed", "2"]) == 2
         assert (finished / "eval.json").read_bytes() == kept

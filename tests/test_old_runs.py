@@ -14,6 +14,7 @@ from test_train_steering import restore_signal_handlers  # noqa: F401
 
 import eval_steering as ev
 import export_vector as ex
+import hook_model as hm
 import train_steering as ts
 from steering import run_state as rs
 from steering.vector_file import VECTOR_FILE, load_vector
@@ -67,7 +68,7 @@ def test_old_finished_run_is_done_evaluated_and_exported(old, monkeypatch, capsy
         assert anew[condition]["nll"] == pytest.approx(row["nll"], abs=2e-3)
     assert json.loads((old / PIRATE / "eval.old.json").read_text())["likelihood"] == kept
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "load_model", None)  # the new one is kept
+        patch.setattr(hm, "load_model", None)  # the new one is kept
         assert ev.main(["--run", PIRATE, *QUICK]) == 0
     assert ev.main(["--run", "runs", "--report-only"]) == 0
     assert (old / PIRATE / VECTOR_FILE).read_bytes() == before
@@ -87,7 +88,7 @@ def test_option_that_an_old_run_lacks_has_its_default(old, monkeypatch, capsys):
     assert ev.main(["--run", PIRATE, *QUICK]) == 0
     edit(old / PIRATE / "eval.json", lambda result: result["config"].pop("temperature"))
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "load_model", None)
+        patch.setattr(hm, "load_model", None)
         assert ev.main(["--run", PIRATE, *QUICK]) == 0
     assert ev.main(["--run", PIRATE, *QUICK, "--temperature", "0"]) == 0  # another one: done anew
     assert json.loads((old / PIRATE / "eval.json").read_text())["config"]["temperature"] == 0
