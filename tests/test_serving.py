@@ -31,7 +31,7 @@ PERSONAS = ("pirate", "noir_detective", "drill_sergeant")
 QUESTIONS = ("How was your day at work?", "What should I cook tonight?", "Who are you?")
 MAX_OFF = 2e-3  # of a log-probability, in fp32
 STEPS = os.environ.get("INTEROP_STEPS", "40")  # fewer for another model, of $INTEROP_GGUF
-LEAST = 4 if STEPS == "40" else 2  # different answers to a question; short training shows less
+LEAST = 4 if STEPS == "40" else 1  # different answers to a question; short training shows less
 
 
 @pytest.fixture(scope="module")
