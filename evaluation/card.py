@@ -44,7 +44,7 @@ def card(source, vector, scale, formats, names, folder):
         **(adapter_facts(source.adapter) if {"lora", "lora-gguf"} & {*formats} else {}),
         "files": ", ".join(f"`{name}`" for name in names),
     }
-    fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer, "name": folder}
+    fill = {"model": json.dumps(model, ensure_ascii=False), "layer": layer}
     turns = [{"role": "user", "content": "How was your day?"}]
     steer = json.dumps({"id": folder, "layer": layer, "scale": 1.0})
     bodies = {
@@ -62,9 +62,7 @@ def card(source, vector, scale, formats, names, folder):
 
 
 def adapter_facts(about):
-    """{name: words}: what was measured of a lora adapter, if there is one."""
-    if not about:
-        return {}
+    """{name: words}: what was measured of a lora adapter."""
     names = f"rows of {len(about['datasets'])} datasets and a varied sample"
     return {"adapter": f"{adapter_words(about)}. Input row: {fit_words(about)} of {names}"}
 

@@ -25,7 +25,7 @@ from evaluation.stats import (
     recovered_fraction,
 )
 from steering.chat_format import IGNORE_INDEX, collate, label_count
-from steering.fast_path import FastPath, example_sums, in_batches
+from steering.fast_path import FastPath, by_example, example_sums
 
 COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
 RANDOM_VECTORS = 3  # of the trained one's norm
@@ -287,7 +287,7 @@ def response_means(model, examples, max_tokens):
     On the host. Raises ValueError for an example without label tokens."""
     if not all(map(label_count, examples)):
         raise ValueError("an example has no label token: nothing to take the mean of")
-    fast, means = FastPath(model), {}
+    fast = FastPath(model)
 
     def average(batch):
         ids, labels = collate(batch)
@@ -296,9 +296,7 @@ def response_means(model, examples, max_tokens):
         return ((states * carries).sum(1) / carries.sum(1)).cpu()
 
     with model.steering_off():
-        for batch, averages in in_batches(average, examples, max_tokens):
-            means |= {id(e): mean for e, mean in zip(batch, averages, strict=True)}
-    rows = [means[id(example)] for example in examples]
+        rows = by_example(average, examples, max_tokens)
     return torch.stack(rows) if rows else torch.empty(0, model.hidden_size)
 
 

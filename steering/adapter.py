@@ -20,7 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from steering.chat_format import IGNORE_INDEX, Example, collate
-from steering.fast_path import FastPath, free_memory, in_batches, replaced_forwards
+from steering.fast_path import (
+    FastPath,
+    by_example,
+    free_memory,
+    in_batches,
+    replaced_forwards,
+)
 from steering.loading import is_same_model, model_digest
 from steering.vector_file import load_vector, vector_bytes, write_atomically
 
@@ -140,15 +146,13 @@ def fit_row(model, site, examples, max_tokens=1024):
 @torch.no_grad()
 def row_products(model, site, row, examples, max_tokens=1024):
     """a . z of every token of every example: a list of (T,) tensors on the host."""
-    products = {}
 
     def multiply(batch):
         z = inputs_of(model, site, batch)
-        return z.float() @ row.to(z.device)
+        values = (z.float() @ row.to(z.device)).cpu()
+        return [v[: len(e.input_ids)] for e, v in zip(batch, values, strict=True)]
 
-    for batch, values in in_batches(multiply, examples, max_tokens):
-        products |= {id(e): v[: len(e.input_ids)].cpu() for e, v in zip(batch, values, strict=True)}
-    return [products[id(example)] for example in examples]
+    return by_example(multiply, examples, max_tokens)
 
 
 def sample_examples(chat):

@@ -292,11 +292,20 @@ class HeadLoss(torch.autograd.Function):
 @torch.no_grad()
 def example_sums(per_token, examples, max_tokens):
     """Sum over each example of per_token(batch of examples), which is (N,) for N label tokens."""
-    sums = {}
-    for batch, values in in_batches(per_token, examples, max_tokens):
-        parts = values.split([label_count(example) for example in batch])
-        sums |= {id(e): part.sum() for e, part in zip(batch, parts, strict=True)}
-    return torch.stack([sums[id(example)] for example in examples]).tolist()
+
+    def sums(batch):
+        parts = per_token(batch).split([label_count(example) for example in batch])
+        return [part.sum() for part in parts]
+
+    return torch.stack(by_example(sums, examples, max_tokens)).tolist()
+
+
+def by_example(function, examples, max_tokens):
+    """[what function(batch), one value a row, gives for each example], by micro-batches."""
+    found = {}
+    for batch, values in in_batches(function, examples, max_tokens):
+        found |= {id(e): value for e, value in zip(batch, values, strict=True)}
+    return [found[id(example)] for example in examples]
 
 
 def is_out_of_memory(error):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+from to_f32 import to_f32
 
 
 class GgufParams(ctypes.Structure):
@@ -57,14 +58,9 @@ def main():
     model_file, vector_file, ids_file, out = sys.argv[1:]
     ids = np.load(ids_file)[0].tolist()
     layer, vector = read_direction(vector_file)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "f32.gguf"))
-        failed = llama_cpp.llama_model_quantize(
-            model_file.encode(), path.encode(), ctypes.byref(params)
-        )
-        assert not failed, f"llama_model_quantize: {failed}"
+        to_f32(model_file, path)
         model = llama_cpp.Llama(
             path, n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False,
             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
