@@ -28,7 +28,21 @@ import torch
 import data_filter
 from data_filter import DataOptions
 from evaluation import measures, report
+from evaluation.answers import (
+    EVERYDAY,
+    Sampling,
+    announce,
+    compare_answers,
+    converse,
+    first_rows,
+    generate_answers,
+    identity_rows,
+    prompted_rows,
+    without_end,
+)
 from evaluation.judge import Judge, rubric_for
+from evaluation.kept import Kept
+from evaluation.scale import recommend_scale
 from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
@@ -83,38 +97,46 @@ def load_data(run, chat, heldout_tokens):
     asked = [example for example in splits.heldout if example.row["system_prompt"]]
     heldout = asked or splits.heldout
     if left_out := len(splits.heldout) - len(heldout):
-        measures.announce(f"{left_out} held-out rows without a system prompt are left out")
+        announce(f"{left_out} held-out rows without a system prompt are left out")
     train, validation = splits.train, splits.validation
     return measures.EvalData(train, validation, heldout, *plain, source, left_out)
 
 
-def evaluate(model, chat, data, vector, args):
+def evaluate(model, chat, data, vector, kept, args):
     """All numbers and answers of one vector (n,), as a JSON-able dict. The model ends with it set.
-    Raises AssertionError if a held-out question was seen before."""
+    kept: answers of the plain model. AssertionError if a held-out question was seen before."""
     limit, seed = args.micro_batch_tokens, args.seed
-    sampling = measures.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
-    rows = measures.first_rows(data.heldout, args.num_samples)
+    sampling = Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
+    rows = first_rows(data.heldout, args.num_samples)
     if not (data.plain_train and data.plain_heldout):
-        measures.add_own_answers(model, chat, data, sampling)
+        measures.add_own_answers(model, chat, data, sampling, kept)
     data.check()
 
     # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
-    measures.announce("states of training, plain and held-out rows")
+    announce("states of training, plain and held-out rows")
     persona, plain, *heldout_states = (
-        measures.response_means(model, measures.without_end(examples, chat), limit)
+        measures.response_means(model, without_end(examples, chat), limit)
         for examples in (data.train, data.plain_train, data.heldout, data.plain_heldout)
     )
     difference = persona.mean(dim=0) - plain.mean(dim=0)
     probe, probe_report = measures.train_probe(persona, plain, *heldout_states)
 
-    budget = args.heldout_tokens, limit, seed
-    result = measures.likelihood(model, chat, data, vector, difference, *budget)
+    # Chosen on validation questions: the scale; and coefficients, before the likelihood is taken.
+    about = args.kl_budget, sampling, args.num_samples, limit
+    recommended = recommend_scale(model, chat, data, vector, probe, *about)
+    data.check(recommended["questions"])
+    scale, budget = recommended["scale"], (args.heldout_tokens, limit, seed)
+    result = measures.likelihood(model, chat, data, vector, difference, scale, *budget)
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
-    directions = {f"steered x{scale:g}": vector * scale for scale in args.scales}
+    scales = sorted({*args.scales, *([scale] if scale else [])})
+    directions = {f"steered x{scale:g}": vector * scale for scale in scales}
     factor = result["coefficients"]["mean_difference"]["chosen"]
     directions["mean_difference"] = difference * factor
-    answers = measures.compare_answers(model, chat, rows, directions, sampling)
+    asked = rows + (identity_rows(rows[0]) if rows else [])
+    versions = prompted_rows(asked, data.train, each_prompt=True)
+    texts = compare_answers(model, chat, asked, versions, directions, sampling, kept)
+    answers = {condition: each[: len(rows)] for condition, each in texts.items()}
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
     described = measures.describe_answers(model, chat, rows, answers, probe, yardstick, limit)
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
@@ -123,13 +145,39 @@ def evaluate(model, chat, data, vector, args):
     plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
     samples = [
         {key: row[key] for key in ("question", "system_prompt")}
-        | {"answers": {condition: texts[i] for condition, texts in answers.items()}}
-        for i, row in enumerate(rows)
+        | {"answers": {condition: each[i] for condition, each in texts.items()}}
+        for i, row in enumerate(asked)
     ]
-    return {
-        **result, "answers": described, "side_effects": effects, "probe": probe_report,
-        "plain": plain_report, "norms": norms, "samples": samples,
+    result |= {
+        "recommended": recommended, "answers": described, "side_effects": effects,
+        "probe": probe_report, "plain": plain_report, "norms": norms,
+        "samples": samples[: len(rows)], "identity": samples[len(rows) :],
     }  # fmt: skip
+    if args.turns:
+        prompt, result["conversation"] = data.heldout[0].row["system_prompt"], {}
+        used = {
+            "vanilla": ("", 0),
+            "prompted": (prompt, 0),
+            f"steered x{scale or 1:g}": ("", scale or 1),
+        }
+        for condition, (prompt, factor) in used.items():
+            if condition == "prompted" and not prompt:
+                continue
+            announce(f"conversations of {args.turns} turns: {condition}")
+            with model.scaled(factor):
+                talks = converse(model, chat, args.turns, prompt, sampling)
+            persona = measures.persona_by_turn(model, chat, talks, probe, limit)
+            result["conversation"][condition] = {"talks": talks, "persona": persona}
+    return result
+
+
+def answers_of(run, model, chat, args):
+    """What is Kept of the plain model's answers: beside the runs of the model."""
+    digest, code = model_digest(run.args["model"]), run_state.source_hashes("evaluation/answers.py")
+    path = run_state.shared_folder(run, run.folder) / "plain_answers.jsonl"
+    kept = Kept(path, digest, str(model.model.dtype), chat.options, code["evaluation/answers.py"])
+    kept.found = {} if args.restart else kept.found
+    return kept
 
 
 def evaluation_config(args, run):
@@ -168,13 +216,13 @@ def evaluate_folder(folder, args, shelf):
         other = [report.WHY_NEW_FORMAT] if "format_version" in other else other
         old, why = path.exists(), ", ".join(other) or "--restart"
         if old:
-            measures.announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
+            announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
-        result |= evaluate(model, chat, data, run.vector, args)
+        result |= evaluate(model, chat, data, run.vector, answers_of(run, model, chat, args), args)
         result["flags"] = report.find_flags(result, run.record)
         result["seconds"] = round(time.time() - started, 1)
         if old:  # only now that there is another
@@ -188,7 +236,7 @@ def evaluate_folder(folder, args, shelf):
         judge = Judge(args.judge, args.judge_model, *about, args.judge_tokens)
         code = judge.add_scores(result, folder / "judgements.jsonl", args.judge_workers)
     elif "judge" in before and "judge" not in result:
-        measures.announce("judged before: --judge adds the scores again, from the replies kept")
+        announce("judged before: --judge adds the scores again, from the replies kept")
     report.write_evaluation(folder, result, suffix)
     return code
 
@@ -198,11 +246,11 @@ def print_answers(folder, args, shelf):
     run = read_run(folder, changes_of(args))
     chat, model = shelf.chat(run), shelf.model(run)
     model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-    sampling = measures.Sampling(args.max_new_tokens, args.temperature, args.seed)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.seed)
     turns = [[{"role": "user", "content": args.prompt}]]
     for scale in args.scales:
         with model.scaled(scale):
-            answer = measures.generate_answers(model, chat, turns, sampling)[0]
+            answer = generate_answers(model, chat, turns, sampling)[0]
         print(f"--- scale {scale:g}\n{answer}")
 
 
@@ -219,7 +267,7 @@ def specificity(folders, args, shelf, path):
     if not args.restart and old.get("config") == config:
         return old["matrices"]
     for (name, layer), runs in groups.items():
-        measures.announce(f"{len(runs)} vectors on each other's held-out rows")
+        announce(f"{len(runs)} vectors on each other's held-out rows")
         vectors, columns = [*(run.vector for run in runs), torch.zeros_like(runs[0].vector)], []
         for run in runs:
             if run.folder not in shelf.heldout:
@@ -275,12 +323,16 @@ def make_parser():
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers and random vectors")
+    text = "nats a token that the recommended scale may change plain rows by"
+    add("--kl-budget", type=float, default=0.5, metavar="NATS", help=text)
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
-    add("--batch-size", type=int, default=8, help="answers written at once")
+    add("--batch-size", type=int, default=16, help="answers written at once")
+    text = f"also conversations of so many everyday turns, {len(EVERYDAY)} at most"
+    add("--turns", type=int, default=0, metavar="N", help=text)
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     add = parser.add_argument_group("judge").add_argument
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://host:8000/v1")
@@ -304,7 +356,7 @@ def option_defaults():
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
     counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
-    sizes = "num_samples temperature specificity_runs"
+    sizes = "num_samples temperature specificity_runs kl_budget"
     bounds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
     return parse(make_parser(), argv, bounds, check_arguments)
 
@@ -317,6 +369,7 @@ def check_arguments(args):
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
+        (not 0 <= args.turns <= len(EVERYDAY), f"--turns {args.turns}: 0 to {len(EVERYDAY)}"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (args.vector and not needed, "--vector needs --model and --dataset"),

@@ -34,7 +34,7 @@ from steering.data_layouts import parse_name, pooled_names
 from steering.fast_path import FastPath
 from steering.loading import DTYPES, read_config
 from steering.run_folder import find_runs, lock_folder, run_path
-from steering.run_state import Run, read_run
+from steering.run_state import Run, read_run, shared_folder
 from steering.vector_file import (
     VECTOR_FILE,
     load_vector,
@@ -250,9 +250,7 @@ class Workshop:
 
 def row_path(run, model):
     """Where the input row of a run's model and layer is: beside its runs, else below runs/."""
-    default = run_path("runs", model.name, model.layer, "")
-    beside = (p for p in run.folder.absolute().parents if p.name == default.name)
-    return next(beside, default) / adapter.ROW_FILE
+    return shared_folder(run, run_path("runs", model.name, model.layer, "")) / adapter.ROW_FILE
 
 
 def examples_of(name, datasets, chat, options, tokens, heldout_tokens):

@@ -1,7 +1,7 @@
-"""Score answers with a judge: any OpenAI-compatible chat endpoint, paid once an answer.
+"""A judge: any OpenAI-compatible chat endpoint, asked for a score of an answer, and paid once.
 
-    judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubric_for("x__role__pirate"), "role")
-    verdicts = judge.score([(question, answer), ...], Path("judgements.jsonl"), workers=8)
+    judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubrics_for("x__role__pirate"))
+    verdicts = judge.score([("role", question, answer), ...], Kept("judgements.jsonl"), workers=8)
 
 The key comes from JUDGE_API_KEY, or from OPENAI_API_KEY for OpenAI's own address, and goes nowhere
 but there. Needs the openai package, whose client asks again, after a wait, where an endpoint is
@@ -10,26 +10,30 @@ busy or broken.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
+import math
 import os
 import re
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
-from evaluation.stats import mean_interval
 from steering.chat_format import THOUGHT
 from steering.data_layouts import parse_name, pooled_names
 
-SCALES = {"role": (0, 3), "trait": (0, 100)}  # lowest and highest score
+# What a judge may be asked of an answer: its lowest and highest score, or its words. role and trait
+# are the datasets' own scales of the persona.
+SCALES = {"role": (0, 3), "trait": (0, 100), "coherence": (0, 100), "caricature": (0, 2)}
+WORDS = {"identity": ("persona", "assistant", "mixed")}
+MIN_MASS = 0.25  # of probability that must be on scores, for their expectation to be taken
 OPENAI = "api.openai.com"
+CLIENT = 400, 413, 422  # statuses that find fault with a request, which may be with its options
+TOP = 20  # alternatives to each token of a reply to ask for
 TRIES, TIMEOUT = 8, 120.0  # requests an answer, seconds each
 
-# <kind>.txt in place of a dataset's own rubric (--rubric-dir); the scales are the datasets'.
+# <kind>.txt each; those of role and trait are in place of a dataset's own (--rubric-dir).
 RUBRICS = Path(__file__).parent / "rubrics"
 
 
@@ -40,14 +44,18 @@ class JudgeError(Exception):
     of_all = True
 
 
-def rubric_for(dataset, folder=None):
-    """The rubric of a dataset, a template with {question} and {answer}.
+def rubrics_for(dataset, folder=None):
+    """{kind: template with {question} and {answer}} of a dataset: first the persona's, role or
+    trait, then coherence, identity and caricature.
     folder: has <name>.json files with an "eval_prompt", as role and trait files of the field do.
     Raises ValueError if the file is missing or its template is not one."""
-    _, kind, name = parse_name(pooled_names(dataset)[0])
-    if folder is None:
+    _, own, name = parse_name(pooled_names(dataset)[0])
+    rubrics = {}
+    for kind in (own, "coherence", "identity", "caricature"):
         rubric = (RUBRICS / f"{kind}.txt").read_text(encoding="utf-8").strip()
-        return rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))
+        rubrics[kind] = rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))
+    if folder is None:
+        return rubrics
     path = Path(folder, f"{name}.json")
     try:
         template = json.loads(path.read_text(encoding="utf-8-sig"))["eval_prompt"]
@@ -56,11 +64,11 @@ def rubric_for(dataset, folder=None):
         raise ValueError(f'--rubric-dir: {path} has no usable "eval_prompt" ({error!r})') from error
     if "QUESTION-1" not in filled or "ANSWER-2" not in filled:
         raise ValueError(f"--rubric-dir: {path}: eval_prompt lacks {{question}} or {{answer}}")
-    return template
+    return rubrics | {own: template}
 
 
 def parse_reply(reply, kind, finish=None):
-    """The score in a judge's reply, "refusal", or "unparsable".
+    """The score in a judge's reply, one of the kind's WORDS, "refusal", or "unparsable".
     A score is the number on the kind's scale that "score:" or "rating:" names, all such numbers
     being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3") and what a
     score is out of ("2/3") are none, thoughts before the answer are passed over; a score out of
@@ -69,6 +77,9 @@ def parse_reply(reply, kind, finish=None):
     reply = re.sub(r"(?s)\[THINK\].*?\[/THINK\]", "", reply).rpartition("</think>")[2]
     if finish == "length" or re.search(rf"(?i)<({THOUGHT})>|\[THINK\]", reply):
         return "unparsable"
+    if kind in WORDS:
+        found = {word for word in WORDS[kind] if re.search(rf"(?i)\b{word}\b", reply)}
+        return found.pop() if len(found) == 1 else "unparsable"
     low, high = SCALES[kind]
     number = r"-?\d+(?:[.,]\d+)*"
     try:
@@ -88,12 +99,38 @@ def parse_reply(reply, kind, finish=None):
     return found.pop() if clear else "unparsable"
 
 
-class Judge:
-    """A chat endpoint, a model there and a rubric.
-    url: up to and with /v1, or the whole .../chat/completions, with a ?query or without; kind:
-    "role" or "trait". Raises ValueError for a bad address or key, or without the openai package."""
+def expected_score(score, tokens, kind):
+    """The mean score under the judge's own probabilities, or None where they do not say it.
+    score: what `parse_reply` found; tokens: the reply's as the endpoint gives them, with "token"
+    and "top_logprobs". Taken where one token alone is the score, and so are alternatives to it of
+    at least MIN_MASS (as in persona-vectors). Where each digit is a token of its own, a token is no
+    score of two digits."""
+    low, high = SCALES[kind]
 
-    def __init__(self, url, model, rubric, kind, max_tokens=32):
+    def value(text):
+        text = text.strip()
+        return int(text) if text.isascii() and text.isdigit() and low <= int(text) <= high else None
+
+    at = [token for token in tokens or () if value(token["token"]) == score]
+    if len(at) != 1:
+        return None
+    chances = {}
+    for other in at[0]["top_logprobs"]:
+        if (found := value(other["token"])) is not None:
+            chances[found] = chances.get(found, 0.0) + math.exp(other["logprob"])
+    mass = sum(chances.values())
+    if mass < MIN_MASS or (high > 9 and max(chances) < 10):
+        return None
+    return sum(found * chance for found, chance in chances.items()) / mass
+
+
+class Judge:
+    """A chat endpoint and a model there, which judge by rubrics.
+    url: up to and with /v1, or the whole .../chat/completions, with a ?query or without; rubrics:
+    {kind: template}, as of `rubrics_for`. Raises ValueError for a bad address or key, or without
+    the openai package."""
+
+    def __init__(self, url, model, rubrics, max_tokens=32):
         try:
             import openai
         except ImportError as error:
@@ -101,8 +138,10 @@ class Judge:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--judge {url}: not an http or https address")
-        self.model, self.rubric, self.kind, self.max_tokens = model, rubric, kind, max_tokens
+        self.model, self.rubrics, self.max_tokens = model, rubrics, max_tokens
+        self.asked, self.failures = 0, []
         self.options = {"temperature": 0, "max_tokens": max_tokens}
+        self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.url = parts._replace(query="", netloc=parts.netloc.rpartition("@")[2]).geturl()
         names = ["JUDGE_API_KEY", *(["OPENAI_API_KEY"] if parts.hostname == OPENAI else [])]
         self._key = next((key for n in names if (key := os.environ.get(n, "").strip())), "")
@@ -118,28 +157,31 @@ class Judge:
         if parts.hostname != OPENAI:  # which the client takes from the environment
             self._client.organization = self._client.project = None
 
-    def prompt(self, question, answer):
+    def prompt(self, kind, question, answer):
         """The rubric filled in."""
-        return self.rubric.format(question=question, answer=answer)
+        return self.rubrics[kind].format(question=question, answer=answer)
 
-    def identity(self, question, answer):
+    def key(self, kept, asked):
         """What makes two judgements the same one: judge model, its whole prompt, reply length."""
-        parts = [self.model, self.prompt(question, answer), self.max_tokens]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        return kept.key(self.model, self.prompt(*asked), self.max_tokens)
 
-    def ask(self, question, answer):
-        """(The judge's reply to one answer, its finish_reason); JudgeError if it cannot be had."""
-        message, options = {"role": "user", "content": self.prompt(question, answer)}, self.options
+    def ask(self, kind, question, answer):
+        """(The judge's reply to one answer, its finish_reason, its tokens with their probabilities
+        if the endpoint gives them); JudgeError if it cannot be had."""
+        options = self.options
+        message = {"role": "user", "content": self.prompt(kind, question, answer)}
         create = self._client.chat.completions.create
         try:
             choice = create(model=self.model, messages=[message], **options).choices[0]
             content = choice.message.content or ""
             if isinstance(content, list):  # in parts, as some servers send it
                 content = "".join(part.get("text", "") for part in content)
-            return content, choice.finish_reason
+            return content, choice.finish_reason, reply_tokens(choice)
         except Exception as error:  # whatever the client makes of what comes over the wire
             status, body = (getattr(error, key, "") for key in ("status_code", "body"))
-            refused = options.keys() & re.findall(r"\w+", str(body)) if status == 400 else ()
+            refused = options.keys() & re.findall(r"\w+", str(body)) if status in CLIENT else ()
+            if {"logprobs", "logits_all"} & {*re.findall(r"\w+", str(body))}:  # whatever the status
+                refused = options.keys() & {"logprobs", "top_logprobs"}
             problem = f"{error!r} {error.__cause__ or ''}"
             if status:
                 problem = f"HTTP {status}: {body or error}"
@@ -147,96 +189,67 @@ class Judge:
             rest = {key: value for key, value in options.items() if key not in refused}
             other = {"max_completion_tokens": self.max_tokens} if "max_tokens" in refused else {}
             self.options = rest | other
-            return self.ask(question, answer)
+            return self.ask(kind, question, answer)
         problem = problem.replace(self._key or "\0", "<key>")[:400]
         error = JudgeError(f"--judge {self.url}, model {self.model}: {problem}")
-        error.of_all = status not in (400, 413, 422)  # else it may dislike this answer alone
+        error.of_all = status not in CLIENT  # else it may dislike this answer alone
         raise error
 
-    def score(self, pairs, path, workers=8):
-        """Verdicts of (question, answer) pairs: a score, "refusal", "unparsable", or None.
-        path: a JSONL file with a line a judgement, written as they come and never asked for again.
+    def score(self, asked, kept, workers=8):
+        """Verdicts of (kind, question, answer)s: a score, a word, "refusal", "unparsable", or None.
+        kept: a Kept, to which a line a judgement is added as it comes; it is never asked for again.
         None: the endpoint failed on it; a second call tries again. Raises JudgeError if it fails
         on the first of all as it would on every one."""
-        known = self._read(path)
-        wanted = {self.identity(*pair): pair for pair in pairs}
-        missing = {key: pair for key, pair in wanted.items() if key not in known}
-        lock, bar = threading.Lock(), tqdm(total=len(missing), desc="judge", disable=None)
+        missing = self.missing(asked, kept)
+        bar = tqdm(total=len(missing), desc="judge", disable=None)
         self.asked, self.failures = 0, []
         if missing and bar.disable:
             print(f"judge: {len(missing)} answers to ask for", file=sys.stderr, flush=True)
 
-        def judge(key, pair):
-            reply, finish = self.ask(*pair)
-            line = {"key": key, "judge": self.model, "question": pair[0], "answer": pair[1]}
-            line |= {"reply": reply, "finish": finish}
-            line["verdict"] = parse_reply(reply, self.kind, finish)
-            with lock, open(path, "a", encoding="utf-8") as file:
-                print(json.dumps(line), file=file, flush=True)
-                os.fsync(file.fileno())
-                known[key], self.asked = line["verdict"], self.asked + 1
-                bar.update()
+        def judge(key, item):
+            reply, finish, tokens = self.ask(*item)
+            line = dict(zip(("kind", "question", "answer"), item, strict=True))
+            line |= {"judge": self.model, "reply": reply, "finish": finish}
+            verdict = parse_reply(reply, item[0], finish)
+            expected = expected_score(verdict, tokens, item[0]) if type(verdict) is float else None
+            kept.add(key, **line, verdict=verdict, expected=expected)
+            bar.update()
 
         with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
             futures = []
             try:
-                for number, (key, pair) in enumerate(missing.items()):
-                    futures.append(pool.submit(judge, key, pair))
+                for number, (key, item) in enumerate(missing.items()):
+                    futures.append(pool.submit(judge, key, item))
                     if number == 0 and getattr(futures[0].exception(), "of_all", False):
                         futures[0].result()  # raises it
                 for future in futures:
                     try:
                         future.result()
+                        self.asked += 1
                     except JudgeError as error:
                         self.failures.append(str(error))
             except BaseException:  # Ctrl-C: what is on its way comes in, the rest is not asked for
                 pool.shutdown(cancel_futures=True)
                 raise
-        return [known.get(self.identity(*pair)) for pair in pairs]
+        return [self.verdict(kept.found.get(self.key(kept, item)), item[0]) for item in asked]
 
-    def add_scores(self, result, path, workers=8):
-        """Add scores to the answers of an eval.json's dict; 1 if the judge failed, else 0.
-        path, workers: as in `score`."""
-        samples = result["samples"]
-        conditions = list(samples[0]["answers"]) if samples else []
-        pairs = [(s["question"], s["answers"][c]) for c in conditions for s in samples]
-        asked = [pair for pair in pairs if pair[1]]
-        try:
-            verdicts = dict(zip(asked, self.score(asked, path, workers), strict=True))
-        except JudgeError as error:  # the evaluation is there all the same
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        low, high = SCALES[self.kind]
-        for condition in conditions:
-            scores, counts = [], {"refusal": 0, "unparsable": 0, "failed": 0}
-            for sample in samples:  # an empty answer shows nothing of the persona
-                question, answer = sample["question"], sample["answers"][condition]
-                verdict = verdicts.get((question, answer)) if answer else float(low)
-                if isinstance(verdict, float):
-                    scores.append((verdict, question))
-                else:
-                    counts[verdict or "failed"] += 1
-            scored = mean_interval(*(zip(*scores, strict=True) if scores else ((), ())))
-            result["answers"][condition]["judge"] = {"score": scored, **counts}
-        result["judge"] = {
-            "model": self.model, "url": self.url, "scale": [low, high], "rubric": self.rubric,
-            "asked_now": self.asked, "failed": len(self.failures),
-        }  # fmt: skip
-        warnings = self.failures[:3]
-        if unparsable := sum(verdict == "unparsable" for verdict in verdicts.values()):
-            warnings.append(f"{unparsable} replies in {path} hold no clear score (--judge-tokens?)")
-        for warning in warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
-        return 1 if self.failures else 0
+    def missing(self, asked, kept):
+        """{key: (kind, question, answer)} of those that are not in `kept`, each once."""
+        keys = {self.key(kept, item): item for item in asked}
+        return {key: item for key, item in keys.items() if "reply" not in kept.found.get(key, {})}
 
-    def _read(self, path):
-        """{key: verdict} of a judgements file; a torn last line is cut off, to be judged again."""
-        known, data = {}, path.read_bytes() if path.exists() else b""
-        if data and not data.endswith(b"\n"):
-            data = data[: data.rfind(b"\n") + 1]
-            os.truncate(path, len(data))
-        for line in data.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                known[entry["key"]] = parse_reply(entry["reply"], self.kind, entry.get("finish"))
-        return known
+    @staticmethod
+    def verdict(line, kind):
+        """What a kept line says, read again; None without one."""
+        if not line or "reply" not in line:
+            return None
+        verdict = parse_reply(line["reply"], kind, line.get("finish"))
+        expected = line.get("expected")
+        return float(expected) if type(verdict) is float and expected is not None else verdict
+
+
+def reply_tokens(choice):
+    """The tokens of a reply as dicts, with their alternatives; None where there are none."""
+    with contextlib.suppress(Exception):  # whatever an endpoint makes of the field
+        return [token.model_dump() for token in choice.logprobs.content]
+    return None

@@ -1,44 +1,44 @@
-"""What is measured of a vector: likelihood, answers, persona score, fluency, side effects.
+"""What is measured of a vector: likelihood, persona score, fluency, side effects, and its scale.
 
-Each function takes a SteerModel and rows, and gives numbers or texts. Vanilla, prompted, steered
-and the other conditions are made here and nowhere else. max_tokens: padded tokens a forward pass.
+Each function takes a SteerModel and rows, and gives numbers. max_tokens: padded tokens a forward
+pass. The answers are those of evaluation/answers.py.
 """
 
 import functools
-import hashlib
-import json
 import math
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unicodedata import normalize
 
 import numpy as np
 import torch
 
+from evaluation.answers import (
+    announce,
+    answer_examples,
+    first_rows,
+    plain_answers,
+    prompted_rows,
+    without_end,
+)
 from evaluation.stats import (
     TEXT_METRICS,
     auroc,
     compare_losses,
+    drift_by_turn,
     fit_probe,
     mean_interval,
     recovered_fraction,
 )
-from steering.chat_format import IGNORE_INDEX, collate, label_count
+from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, by_example, example_sums
 
-COEFFICIENTS = tuple(0.25 * 2 ** (i / 2) for i in range(11))  # 0.25 .. 8, of either vector
+OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
 MIN_AUROC, MIN_ROWS = 0.8, 5  # below these a probe's scores are withheld
 # Text has collapsed at a scale if, of its answers, more than this share are empty or repeat
 # themselves more than this, or if the median is this many times less likely than real rows.
 MAX_EMPTY, MAX_REPEATED, MAX_UNLIKELY = 0.2, 0.5, 3.0
-
-
-def announce(what):
-    """One line to stderr as a pass begins, with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -56,9 +56,25 @@ class EvalData:
     plain_source: str
     left_out: int = 0
 
-    def check(self):
+    @property
+    def chosen_on(self):
+        """Whose questions coefficients and scales are chosen by."""
+        return "validation questions" if self.validation else "training questions"
+
+    @property
+    def chooser(self):
+        """Examples of the questions to choose by."""
+        return self.validation or self.train
+
+    @property
+    def plain_chooser(self):
+        """Plain examples of these questions, else of all training ones."""
+        asked = {*questions_of(self.chooser)}
+        return [e for e in self.plain_train if e.row["question"] in asked] or self.plain_train
+
+    def check(self, chosen_by=()):
         """AssertionError if a question that is reported on was seen, or chosen by."""
-        seen = questions_of([*self.train, *self.validation, *self.plain_train])
+        seen = [*questions_of([*self.train, *self.validation, *self.plain_train]), *chosen_by]
         reported = questions_of([*self.heldout, *self.plain_heldout])
         leaked = {*seen} & {*reported}
         assert not leaked, f"{len(leaked)} held-out questions leaked, such as {min(leaked)!r}"
@@ -67,34 +83,6 @@ class EvalData:
 def questions_of(examples):
     """The question of every example."""
     return [example.row["question"] for example in examples]
-
-
-def answer_examples(chat, rows, texts):
-    """Examples of texts as answers to the rows' questions, without persona.
-    Left out are empty ones, and such as spell out a special token."""
-    kept = []
-    for row, text in zip(rows, texts, strict=True):
-        if text:
-            turns = [*row["messages"][:-1], {"role": "assistant", "content": text}]
-            kept.append({**row, "messages": turns})
-    return chat.encode_each(kept)[0]
-
-
-def without_end(examples, chat):
-    """The same examples without loss on the end-of-turn token, which cut answers do not have."""
-    shorter = [replace(example, labels=list(example.labels)) for example in examples]
-    for example in shorter if chat.end_of_turn else ():
-        last = max(i for i, label in enumerate(example.labels) if label >= 0)
-        example.labels[last] = IGNORE_INDEX
-    return shorter
-
-
-def first_rows(examples, count):
-    """The row of each of the first `count` different questions."""
-    first = {}
-    for example in examples:
-        first.setdefault(example.row["question"], example.row)
-    return list(first.values())[:count]
 
 
 def token_nll(logits, targets):
@@ -119,33 +107,54 @@ def mean_nll(model, examples, vectors, max_tokens):
     return result
 
 
+def search_coefficient(nll):
+    """{coefficient: NLL} of those tried for the least of nll(coefficient), which has one valley.
+    From 1 by octaves until it is bracketed, then by half ones: some six, between 1/4 and 8."""
+    tried, best = {}, 0.0
+    for step in (1.0, 0.5):
+        before = None
+        while best != before:
+            for octave in (best, best - step, best + step):
+                if octave not in tried and OCTAVES[0] <= octave <= OCTAVES[1]:
+                    tried[octave] = nll(2.0**octave)
+            before, best = best, min(tried, key=tried.get)
+    return {2.0**octave: tried[octave] for octave in sorted(tried)}
+
+
 def choose_coefficients(model, examples, directions, max_tokens):
     """{name: {"chosen", "nll": {coefficient: NLL}}}: the best coefficient of each direction.
-    examples: of validation questions; directions: {name: vector (n,)}."""
-    result = {}
+    examples: of questions to choose by; directions: {name: vector (n,)}."""
+    fast, tokens, result = FastPath(model), sum(map(label_count, examples)), {}
+    fast.cache_prefix(examples, max_tokens=max_tokens)
     for name, direction in directions.items():
-        announce(f"{len(COEFFICIENTS)} coefficients of {name}, on questions to choose by")
-        vectors = [direction * coefficient for coefficient in COEFFICIENTS]
-        losses = mean_nll(model, examples, vectors, max_tokens)
-        curve = dict(zip(COEFFICIENTS, losses, strict=True))
+        announce(f"coefficients of {name}, on questions to choose by")
+
+        def nll(coefficient, direction=direction):
+            model.set_vector(direction, coefficient)
+            return sum(nll_sums(fast, examples, max_tokens)) / tokens
+
+        curve = search_coefficient(nll)
         result[name] = {"chosen": min(curve, key=curve.get), "nll": curve}
     return result
 
 
-def heldout_losses(model, chat, examples, vectors, max_tokens):
+def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
     """{condition: nats of each example}, the same response tokens in every condition.
-    vectors: {condition: [vector (n,), ...]}, the mean over its vectors counts. There is a prompted
-    condition only if every row has a system prompt."""
+    vectors: {condition: [vector (n,), ...]}, the mean over its vectors counts. train: examples for
+    the few-shot prompt. There is a prompted condition only if every row has a system prompt."""
     fast, losses = FastPath(model), {}
     fast.cache_prefix(examples, max_tokens=max_tokens)
     with model.steering_off():
         announce("held-out rows: vanilla")
         losses["vanilla"] = nll_sums(fast, examples, max_tokens)
-        if all(example.row["system_prompt"] for example in examples):
-            announce("held-out rows: prompted")
-            prompted = chat.encode([example.row for example in examples], prompted=True)
+        for condition, rows in prompted_rows([e.row for e in examples], train).items():
+            announce(f"held-out rows: {condition}")
+            prompted = chat.encode(rows, prompted=True)
             check_prompted(prompted, examples, chat)
-            losses["prompted"] = nll_sums(fast, prompted, max_tokens)
+            if (longest := max(len(e.input_ids) for e in prompted)) > context_length(model):
+                announce(f"left out: its prompts are too long for the model ({longest} tokens)")
+                continue
+            losses[condition] = nll_sums(fast, prompted, max_tokens)
     for condition, directions in vectors.items():
         announce(f"held-out rows: {condition}")
         each = []
@@ -156,13 +165,23 @@ def heldout_losses(model, chat, examples, vectors, max_tokens):
     return losses
 
 
-def likelihood(model, chat, data, vector, difference, tokens, max_tokens, seed):
-    """Coefficients by validation questions, NLL table and recovered fraction on held-out ones.
-    vector: the trained one (n,); difference: the mean one (n,); tokens: of rows to choose by."""
+def context_length(model):
+    """The most tokens that a model takes at once, as its config has it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def first_tokens(examples, tokens):
+    """The first examples, up to the one that reaches so many tokens."""
+    total = np.cumsum([len(example.input_ids) for example in examples])
+    return examples[: int(np.searchsorted(total, tokens)) + 1]
+
+
+def likelihood(model, chat, data, vector, difference, scale, tokens, max_tokens, seed):
+    """Coefficients by questions to choose by, NLL table and recovered fraction on held-out ones.
+    vector: the trained one (n,); difference: the mean one (n,); scale: the recommended one, or
+    None; tokens: of rows to choose by."""
     directions = {"steered": vector, "mean_difference": difference}
-    chooser = data.validation or data.train
-    total = np.cumsum([len(example.input_ids) for example in chooser])
-    chooser = chooser[: int(np.searchsorted(total, tokens)) + 1]
+    chooser = first_tokens(data.chooser, tokens)
     chosen = choose_coefficients(model, chooser, directions, max_tokens)
     seeded = torch.Generator().manual_seed(seed)
     noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
@@ -173,15 +192,16 @@ def likelihood(model, chat, data, vector, difference, tokens, max_tokens, seed):
     }
     if chosen["steered"]["chosen"] != 1.0:
         vectors["steered_chosen"] = [vector * chosen["steered"]["chosen"]]
-    losses = heldout_losses(model, chat, data.heldout, vectors, max_tokens)
+    if scale not in (None, 1.0, chosen["steered"]["chosen"]):
+        vectors["steered_recommended"] = [vector * scale]
+    losses = heldout_losses(model, chat, data.heldout, vectors, max_tokens, data.train)
     scored, questions = list(map(label_count, data.heldout)), questions_of(data.heldout)
     counts = {"rows": len(scored), "tokens": sum(scored)}
-    chosen_on = "validation questions" if data.validation else "training questions"
     return {
         "heldout": {**counts, "questions": len({*questions}), "left_out": data.left_out},
         "likelihood": compare_losses(losses, scored, questions),
         "recovered": recovered_fraction(losses, scored, questions),
-        "coefficients": {"chosen_on": chosen_on, **chosen},
+        "coefficients": {"chosen_on": data.chosen_on, **chosen},
     }
 
 
@@ -195,87 +215,15 @@ def check_prompted(prompted, examples, chat):
         assert len(scored[0]) == len(scored[1]), "the prompt changed which tokens are scored"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are written: at most max_new_tokens, temperature (0: greedy), batch_size rows."""
-
-    max_new_tokens: int = 80
-    temperature: float = 0.7
-    seed: int = 0
-    batch_size: int = 8
-
-
-def seeded_noise(conversations, sampling):
-    """A logits processor under which the greedy choice is a sample at the temperature.
-    Gumbel noise of a generator for each row, which its messages and the seed decide: an answer does
-    not depend on the batch that it is written in."""
-    generators = []
-    for turns in conversations:
-        digest = hashlib.sha256(json.dumps([sampling.seed, turns]).encode()).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
-
-    def processor(input_ids, scores):  # scores: (B, V)
-        rows = [torch.empty(scores.shape[1]).exponential_(generator=g) for g in generators]
-        return scores.float() / sampling.temperature - torch.stack(rows).log().to(scores.device)
-
-    return processor
-
-
-@torch.no_grad()
-def generate_answers(model, chat, conversations, sampling):
-    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
-    Sampled from the model's whole distribution at the temperature, 0: greedily."""
-    from transformers import GenerationConfig
-
-    stop_ids = model.model.generation_config.eos_token_id
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
-    stop_ids = sorted(stop_ids - {None})
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
-    options |= {"repetition_penalty": 1.0, "max_new_tokens": sampling.max_new_tokens}
-    answers, own = [], model.model.generation_config
-    model.model.generation_config = GenerationConfig()  # nothing of the model's own taste
-    try:
-        for start in range(0, len(conversations), sampling.batch_size):
-            batch = conversations[start : start + sampling.batch_size]
-            if sampling.temperature:
-                options["logits_processor"] = [seeded_noise(batch, sampling)]
-            inputs = chat.inputs(batch, model.input_device)
-            answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
-    finally:
-        model.model.generation_config = own
-    return answers
-
-
-def compare_answers(model, chat, rows, directions, sampling):
-    """{condition: an answer to each row's question}, rows being those of `first_rows`.
-    directions: {condition: vector (n,)}, besides vanilla and prompted."""
-    if not rows:
-        return {}
-    plain = [row["messages"][:-1] for row in rows]
-    with model.steering_off():
-        announce("answers: vanilla")
-        answers = {"vanilla": generate_answers(model, chat, plain, sampling)}
-        if all(row["system_prompt"] for row in rows):
-            announce("answers: prompted")
-            prompted = [chat.messages(row, prompted=True)[:-1] for row in rows]
-            answers["prompted"] = generate_answers(model, chat, prompted, sampling)
-    for condition, direction in directions.items():
-        announce(f"answers: {condition}")
-        model.set_vector(direction)
-        answers[condition] = generate_answers(model, chat, plain, sampling)
-    return answers
-
-
-def add_own_answers(model, chat, data, sampling):
+def add_own_answers(model, chat, data, sampling, kept):
     """Fill in plain rows by the model's own unsteered answers to the same questions."""
     announce("answers of the model's own, in place of plain rows")
     data.plain_source = "the model's own answers"
-    for part, plain in ((data.train, "plain_train"), (data.heldout, "plain_heldout")):
-        rows = first_rows(part, OWN_ANSWERS)
-        with model.steering_off():
-            turns = [row["messages"][:-1] for row in rows]
-            texts = generate_answers(model, chat, turns, sampling)
+    seen = first_rows(data.train, OWN_ANSWERS) + first_rows(data.validation, OWN_ANSWERS // 4)
+    heldout = first_rows(data.heldout, OWN_ANSWERS)
+    for rows, plain in ((seen, "plain_train"), (heldout, "plain_heldout")):
+        turns = [row["messages"][:-1] for row in rows]
+        texts = plain_answers(model, chat, turns, sampling, kept)
         setattr(data, plain, answer_examples(chat, rows, texts))
     if not (data.plain_train and data.plain_heldout):
         raise ValueError("no row without the persona, and all answers of the plain model are empty")
@@ -361,3 +309,24 @@ def side_effects(model, examples, directions, max_tokens):
         per_token = [value / count for value, count in zip(sums, tokens, strict=True)]
         result[condition] = mean_interval(per_token, questions)
     return result
+
+
+def persona_by_turn(model, chat, talks, probe, max_tokens):
+    """`drift_by_turn` of the persona scores of what `converse` gave; None without a probe.
+    Each answer is read as one to its own question alone; an empty one has no score."""
+    if not probe:
+        return None
+    rows = [
+        {"question": pair["question"], "system_prompt": "", "at": (talk, turn), "answer": answer}
+        for talk, pairs in enumerate(talks)
+        for turn, pair in enumerate(pairs)
+        if (answer := pair["answer"])
+    ]
+    for row in rows:
+        turn = {"role": "user", "content": row["question"]}
+        row["messages"] = [turn, {"role": "assistant", "content": ""}]
+    examples = without_end(answer_examples(chat, rows, [row["answer"] for row in rows]), chat)
+    scores = probe(response_means(model, examples, max_tokens)).tolist()
+    return drift_by_turn(
+        [(*e.row["at"], score) for e, score in zip(examples, scores, strict=True)], len(talks[0])
+    )

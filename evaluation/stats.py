@@ -47,6 +47,53 @@ def mean_interval(values, questions):
     return dict(zip(("mean", "interval"), ratio(values, [1] * len(values), questions), strict=True))
 
 
+def ranks(values):
+    """Ranks from 0, equal values sharing their mean rank: (N,) -> (N,)."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[group]
+
+
+def spearman(first, second, questions):
+    """(rank correlation of two scores a row, its 95% interval over questions or None).
+    None, None where one of them is the same everywhere. A jackknife as in `ratio`, of Fisher's z."""
+
+    def correlation(kept):
+        a, b = (ranks(np.asarray(scores, float)[kept]) for scores in (first, second))
+        if len(a) < 3 or not (a.std() and b.std()):
+            return None
+        return float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
+
+    names = np.array(questions)
+    found, each = correlation(np.full(len(names), True)), [*dict.fromkeys(questions)]
+    without = [correlation(names != question) for question in each]
+    if found is None or None in without or len(each) < MIN_QUESTIONS:
+        return found, None
+    z, *others = np.arctanh(np.clip([found, *without], -1 + 1e-9, 1 - 1e-9))
+    half = student_t(len(each) - 1) * math.sqrt(np.square(np.array(others) - z).sum())
+    return found, np.tanh([z - half, z + half]).tolist()
+
+
+def drift_by_turn(scores, turns):
+    """{"by_turn": [mean score or None], "drift": `mean_interval` over talks of the mean of a talk's
+    second half of turns minus that of its first}. scores: [(talk, turn, score)]."""
+    table = {(talk, turn): score for talk, turn, score in scores}
+
+    def mean(kept):
+        found = [score for place, score in table.items() if kept(*place)]
+        return float(np.mean(found)) if found else None
+
+    falls = {}
+    for talk in {talk for talk, _ in table}:
+        halves = [
+            mean(lambda i, turn, late=late, talk=talk: i == talk and (turn >= turns / 2) == late)
+            for late in (False, True)
+        ]
+        if None not in halves:
+            falls[talk] = halves[1] - halves[0]
+    each = [mean(lambda _, turn, at=at: turn == at) for at in range(turns)]
+    return {"by_turn": each, "drift": mean_interval(list(falls.values()), list(falls))}
+
+
 def compare_losses(losses, tokens, questions):
     """Each condition's NLL per token with its interval, and steered minus it, paired.
     losses: {condition: nats a row}, "steered" among them; tokens: label tokens a row."""

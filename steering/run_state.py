@@ -203,6 +203,12 @@ def read_run(folder, changes=None):
     return Run(folder, record["dataset"], record, vector, args)
 
 
+def shared_folder(run, default):
+    """The folder that the runs of a run's layer and model share; default: where it is in none."""
+    name = f"layer{run.args['layer']}"
+    return next((p for p in run.folder.absolute().parents if p.name == name), default)
+
+
 def write_imported_run(folder, dataset, data, vector, header, args):
     """Make a run folder of a vector (n,) from elsewhere, with a run.json that says so.
     data: what `data_digest` gives of the dataset; header: of the vector file; args: data options,

@@ -1,0 +1,134 @@
+"""What a vector costs: tasks of lm-evaluation-harness, of the plain, prompted and steered model.
+
+    tasks = Tasks(("gsm8k", "arc_easy"), limit=100)
+    found = compare_capability(model, chat, vector, 1.3, "You are a pirate.", tasks, kept)
+
+Needs the lm_eval package, which downloads the tasks' data, but for those of a folder of one's own.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.answers import announce
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """names: of tasks; limit: rows of each; folder: where tasks of one's own are, or None."""
+
+    names: tuple
+    limit: int
+    folder: str | None = None
+    batch_size: int = 16
+
+    def asked(self):
+        """What decides the scores, as a dict: the files of the folder count, not its place.
+        Raises ValueError without the package."""
+        try:
+            import lm_eval
+        except ImportError as error:
+            raise ValueError("--capability needs lm_eval (pip install lm_eval[hf])") from error
+        found = sorted(Path(self.folder).rglob("*")) if self.folder else []
+        files = [hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in found if p.is_file()]
+        asked = {"tasks": sorted(self.names), "limit": self.limit, "files": files}
+        return {**asked, "lm_eval": lm_eval.__version__}
+
+
+@contextlib.contextmanager
+def watched(steering):
+    """Context: {"calls", "moved"}, how often a ResidualHook was run, and changed what it got."""
+    seen = {"calls": 0, "moved": 0}
+
+    def count(module, inputs, output):
+        seen["calls"] += 1
+        seen["moved"] += bool((output[..., -1, :] != inputs[0][..., -1, :]).any())
+
+    handle = steering.register_forward_hook(count)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def run_tasks(model, chat, system_prompt, tasks):
+    """{"task metric": {"value", "stderr" or None}} of a SteerModel as it is, in ChatFormat's words.
+    system_prompt: before each, or None. ValueError for a task that is not there."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    class Harness(HFLM):
+        """The package's own would drop a system prompt that the template has no role for."""
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            turns = [{key: turn[key] for key in ("role", "content")} for turn in chat_history]
+            begun = "" if add_generation_prompt else chat.lead + turns.pop()["content"]
+            text = chat.prompt_text(turns)
+            if system_prompt and system_prompt not in text:
+                raise RuntimeError("the system prompt is not in the prompt of a task")
+            return text + begun
+
+    manager = TaskManager(include_path=tasks.folder)
+    if unknown := [name for name in tasks.names if name not in manager.all_tasks]:
+        raise ValueError(f"--capability {' '.join(unknown)}: lm_eval has no such task")
+    harness = Harness(model.model, tokenizer=chat.tokenizer, batch_size=tasks.batch_size)
+    found = simple_evaluate(
+        harness, tasks=[*tasks.names], limit=tasks.limit, task_manager=manager,
+        system_instruction=system_prompt, apply_chat_template=True, log_samples=False,
+        bootstrap_iters=1000,
+    )  # fmt: skip
+    scores = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            name, _, filtered = key.partition(",")
+            if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{name}_stderr,{filtered}")
+            error = float(error) if isinstance(error, int | float) else None
+            label = f"{task} {name}" + (f" ({filtered})" if filtered != "none" else "")
+            scores[label] = {"value": float(value), "stderr": error}
+    return scores
+
+
+def compare_capability(model, chat, vector, scale, system_prompt, tasks, kept):
+    """{"tasks" ..., "scale", "conditions": {vanilla, prompted, steered: scores of `run_tasks`}}.
+    vector: (n,), used `scale` times; system_prompt: the persona's, or "": then nothing is prompted;
+    kept: a Kept, for the plain model's scores. RuntimeError if the vector, or its absence, did not
+    reach the model that the tasks were given to."""
+    asked = tasks.asked()
+    model.set_vector(vector)
+    scores = {}
+    for condition, prompt, factor in (
+        ("vanilla", None, 0.0), ("prompted", system_prompt, 0.0), ("steered", None, scale),
+    ):  # fmt: skip
+        key = kept.key(asked, prompt)
+        if condition == "prompted" and not prompt:
+            continue
+        if not factor and key in kept.found:
+            scores[condition] = kept.found[key]["scores"]
+            continue
+        announce(f"capability: {condition}, {', '.join(tasks.names)}")
+        with model.scaled(factor), watched(model.steering) as seen:
+            scores[condition] = run_tasks(model, chat, prompt, tasks)
+        if not seen["calls"] or seen["moved"] != (seen["calls"] if factor else 0):
+            what = f"the vector acted in {seen['moved']} of {seen['calls']} forward passes"
+            raise RuntimeError(f"capability, {condition}: {what}")
+        if not factor:
+            kept.add(key, asked=asked, prompt=prompt, scores=scores[condition])
+    return {**asked, "scale": scale, "conditions": scores}
+
+
+def losses(capability):
+    """["gsm8k exact_match -0.21", ...]: what is lower steered than plain, by over 1.96 standard
+    errors of the difference (of unpaired rows, so it errs on the side of silence)."""
+    plain, steered = (capability["conditions"][name] for name in ("vanilla", "steered"))
+    lost = []
+    for name, before in plain.items():
+        after = steered[name]
+        if None not in (before["stderr"], after["stderr"]):
+            change = after["value"] - before["value"]
+            spread = (before["stderr"] ** 2 + after["stderr"] ** 2) ** 0.5
+            lost += [f"{name} {change:+.2f}"] if change < -1.96 * spread else []
+    return lost

@@ -1,0 +1,165 @@
+"""What judges are asked of an evaluation, and what their verdicts come to.
+
+Of every answer: the persona by the dataset's rubric, and coherence; overall is their harmonic mean,
+each as a share of its scale (as in AxBench). Of the answers to identity questions: who speaks, and
+whether it is a caricature. Of conversations: the persona, turn by turn.
+"""
+
+import sys
+from collections import Counter
+
+from evaluation.judge import SCALES, WORDS, JudgeError
+from evaluation.stats import drift_by_turn, mean_interval, spearman
+
+ALIKE = 0.05  # share of the scale within which a judge finds vanilla and persona alike
+CHARACTERS = 4  # a token, about
+
+
+def to_ask(result, kind):
+    """Every (kind, question, answer) to judge of an eval.json's dict; kind: role or trait."""
+    asked = []
+    for part, kinds in (("samples", (kind, "coherence")), ("identity", ("identity", "caricature"))):
+        for sample in result[part]:
+            answers = sample["answers"].values()
+            asked += [(k, sample["question"], answer) for answer in answers for k in kinds]
+    for talks in result.get("conversation", {}).values():
+        pairs = (pair for talk in talks["talks"] for pair in talk)
+        asked += [(kind, pair["question"], pair["answer"]) for pair in pairs]
+    return list(dict.fromkeys(item for item in asked if item[2]))
+
+
+def announce_cost(judge, asked, kept):
+    """Print what asking for the rest will take: requests, and tokens by their characters."""
+    missing = judge.missing(asked, kept).values()
+    tokens = sum(len(judge.prompt(*item)) for item in missing) // CHARACTERS
+    print(
+        f"judge {judge.model}: {len(asked) - len(missing)} judged before, {len(missing)} requests "
+        f"to make, about {tokens:,} tokens in, at most {len(missing) * judge.max_tokens:,} out",
+        flush=True,
+    )
+
+
+def add_scores(result, judges, kept, workers=8, dry_run=False):
+    """Add the judges' scores to an eval.json's dict; 1 if one of them failed, else 0.
+    judges: Judge objects; kept: a Kept of their judgements; dry_run: only say what it would take."""
+    kind = next(iter(judges[0].rubrics))
+    asked, reports, verdicts, code = to_ask(result, kind), [], [], 0
+    for judge in judges:
+        announce_cost(judge, asked, kept)
+        if dry_run:
+            continue
+        try:
+            found = dict(zip(asked, judge.score(asked, kept, workers), strict=True))
+        except JudgeError as error:  # the evaluation is there all the same
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
+            continue
+        verdicts.append(found)
+        reports.append({
+            "model": judge.model, "url": judge.url, "scale": SCALES[kind],
+            "rubrics": judge.rubrics, "asked_now": judge.asked, "failed": len(judge.failures),
+            "conditions": by_condition(result, found, kind),
+            "by_turn": conversations(result, found, kind),
+        })  # fmt: skip
+        warnings, code = judge.failures[:3], 1 if judge.failures else code
+        if unparsable := sum(verdict == "unparsable" for verdict in found.values()):
+            warnings.append(
+                f"{unparsable} replies in {kept.path} hold no clear score (--judge-tokens?)"
+            )
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+    if reports:
+        result["judges"] = reports
+        result["agreement"] = agreement(result, verdicts, kind) if len(verdicts) > 1 else None
+    return code
+
+
+def by_condition(result, verdicts, kind):
+    """{condition: {"score", "coherence", "overall", "identity", "caricature", and how many replies
+    were a refusal, unparsable or failed}}: means with intervals, as of `mean_interval`."""
+    table = {}
+    for condition in result["answers"]:
+        scores = {"score": [], "coherence": [], "overall": [], "caricature": []}
+        bad, who = Counter(refusal=0, unparsable=0, failed=0), Counter()
+
+        def read(kind, sample, condition=condition, bad=bad):
+            """The verdict if it is a score or word; an empty answer has the lowest score."""
+            answer = sample["answers"][condition]
+            if not answer:
+                return "mixed" if kind in WORDS else float(SCALES[kind][0])
+            verdict = verdicts.get((kind, sample["question"], answer))
+            if type(verdict) is float or verdict in WORDS.get(kind, ()):
+                return verdict
+            bad[verdict or "failed"] += 1
+            return None
+
+        for sample in result["samples"]:
+            persona, coherence = read(kind, sample), read("coherence", sample)
+            low, high = SCALES[kind]
+            found = {"score": persona, "coherence": coherence, "overall": None}
+            if None not in (persona, coherence):
+                parts = (persona - low) / (high - low), coherence / SCALES["coherence"][1]
+                found["overall"] = 2 * parts[0] * parts[1] / (sum(parts) or 1.0)
+            for name, value in found.items():
+                scores[name] += [] if value is None else [(value, sample["question"])]
+        for sample in result["identity"]:
+            who[read("identity", sample)] += 1
+            if (value := read("caricature", sample)) is not None:
+                scores["caricature"].append((value, sample["question"]))
+        means = {
+            name: mean_interval(*(zip(*pairs, strict=True) if pairs else ((), ())))
+            for name, pairs in scores.items()
+        }
+        table[condition] = means | {"identity": {w: who[w] for w in WORDS["identity"]}, **bad}
+    return table
+
+
+def conversations(result, verdicts, kind):
+    """{condition: `drift_by_turn` of the persona scores} of conversations, {} without any."""
+    table = {}
+    for condition, found in result.get("conversation", {}).items():
+        talks = found["talks"]
+        scores = [
+            (i, turn, score)
+            for i, talk in enumerate(talks)
+            for turn, pair in enumerate(talk)
+            if type(score := verdicts.get((kind, pair["question"], pair["answer"]))) is float
+        ]
+        table[condition] = drift_by_turn(scores, len(talks[0]))
+    return table
+
+
+def agreement(result, verdicts, kind):
+    """`spearman` of the persona scores that two judges, and no matter which others, gave the same
+    answers: {"spearman", "interval", "answers"}."""
+    pairs = [
+        (*scores, sample["question"])
+        for sample in result["samples"]
+        for answer in sample["answers"].values()
+        if all(
+            type(s) is float
+            for s in (scores := [v.get((kind, sample["question"], answer)) for v in verdicts[:2]])
+        )
+    ]
+    value, interval = spearman(*(zip(*pairs, strict=True) if pairs else ((), (), ())))
+    return {"spearman": value, "interval": interval, "answers": len(pairs)}
+
+
+def judge_flags(result):
+    """What is wrong with the judges of an eval.json's dict, as a list."""
+    flags = []
+    for judge in result.get("judges", ()):
+        low, high = judge["scale"]
+        means = {
+            name: row["score"]["mean"] for name, row in judge["conditions"].items() if row["score"]
+        }
+        others = [
+            mean for name, mean in means.items() if name not in ("vanilla", "mean_difference")
+        ]
+        if "vanilla" in means and others and max(others) - means["vanilla"] < ALIKE * (high - low):
+            flags.append(f"judge {judge['model']} scores vanilla like the persona")
+    agreed = result.get("agreement")
+    if agreed and not (agreed["spearman"] or 0.0) > 0.3:
+        found = "undefined" if agreed["spearman"] is None else f"{agreed['spearman']:.2f}"
+        flags.append(f"judges disagree ({found})")
+    return flags

@@ -1,0 +1,43 @@
+"""What costs much, kept in files of JSON lines: added as it comes, and never asked for again."""
+
+import contextlib
+import hashlib
+import json
+import sys
+import threading
+from pathlib import Path
+
+
+class Kept:
+    """{key: dict} in a file that several processes may add to; a torn line is passed over.
+    about: what all of it depends on, a part of every key. A folder that cannot be written to keeps
+    nothing, and says so once."""
+
+    def __init__(self, path, *about):
+        self.path, self.about, self.found = Path(path), about, {}
+        self._lock, self._warned = threading.Lock(), False
+        data = self.path.read_bytes() if self.path.exists() else b""
+        self._torn = bool(data) and not data.endswith(b"\n")
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                self.found[entry["key"]] = entry
+
+    def key(self, *parts):
+        """24 hex digits that stand for JSON-able parts."""
+        return hashlib.sha256(json.dumps([*self.about, *parts]).encode()).hexdigest()[:24]
+
+    def add(self, key, **values):
+        """Write a line, whole or not at all where another process writes too."""
+        entry = {"key": key, **values}
+        with self._lock:
+            line = "\n" * self._torn + json.dumps(entry) + "\n"
+            try:
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write(line.encode())
+                self._torn = False
+            except OSError as error:
+                if not self._warned:
+                    print(f"WARNING: {self.path} keeps nothing: {error}", file=sys.stderr)
+                self._warned = True
+            self.found[key] = entry
