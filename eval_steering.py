@@ -27,7 +27,7 @@ import torch
 
 import data_filter
 from data_filter import DataOptions
-from evaluation import measures, report
+from evaluation import measures, report, summary
 from evaluation.answers import (
     EVERYDAY,
     Sampling,
@@ -40,13 +40,15 @@ from evaluation.answers import (
     prompted_rows,
     without_end,
 )
-from evaluation.judge import Judge, rubric_for
+from evaluation.capability import Tasks, compare_capability
+from evaluation.judge import Judge, rubrics_for
+from evaluation.judging import add_scores
 from evaluation.kept import Kept
 from evaluation.scale import recommend_scale
 from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
-from steering.data_layouts import data_digest, parse_name
+from steering.data_layouts import data_digest
 from steering.loading import DTYPES, is_same_model, model_digest
 from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
@@ -57,10 +59,12 @@ from steering.vector_formats import import_vector
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device
     micro_batch_tokens batch_size restart judge judge_model judge_workers judge_tokens rubric_dir
-    report_dir report_only specificity_runs prompt
+    judge_dry_run capability capability_limit capability_tasks report_dir report_only
+    specificity_runs prompt
 """
 # Files that show numbers and make none: their code is not part of what an evaluation is.
-SHOWING = ("evaluation/report.py", "evaluation/plots.py", "evaluation/judge.py")
+SHOWING = "report summary plots judge judging capability"
+SHOWING = tuple(f"evaluation/{name}.py" for name in SHOWING.split())
 
 
 def import_run(args):
@@ -171,12 +175,13 @@ def evaluate(model, chat, data, vector, kept, args):
     return result
 
 
-def answers_of(run, model, chat, args):
-    """What is Kept of the plain model's answers: beside the runs of the model."""
-    digest, code = model_digest(run.args["model"]), run_state.source_hashes("evaluation/answers.py")
-    path = run_state.shared_folder(run, run.folder) / "plain_answers.jsonl"
-    kept = Kept(path, digest, str(model.model.dtype), chat.options, code["evaluation/answers.py"])
-    kept.found = {} if args.restart else kept.found
+def kept_beside(run, model, chat, name, restart):
+    """What is Kept of the plain model by that name, for all runs of a layer; restart: nothing."""
+    code = run_state.source_hashes("evaluation/answers.py")["evaluation/answers.py"]
+    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, code
+    kept = Kept(run_state.shared_folder(run, run.folder) / name, *about)
+    if restart:
+        kept.found.clear()
     return kept
 
 
@@ -189,7 +194,7 @@ def evaluation_config(args, run):
     config["data"] = data_digest(run.dataset, datasets)
     config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
     config["model_digest"] = model_digest(run.args["model"])
-    return config | {"format_version": report.FORMAT_VERSION}
+    return config | {"format_version": summary.FORMAT_VERSION}
 
 
 def suffix_of(run):
@@ -213,7 +218,7 @@ def evaluate_folder(folder, args, shelf):
     before = result = read_json(path)
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
-        other = [report.WHY_NEW_FORMAT] if "format_version" in other else other
+        other = [summary.WHY_NEW_FORMAT] if "format_version" in other else other
         old, why = path.exists(), ", ".join(other) or "--restart"
         if old:
             announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
@@ -222,23 +227,45 @@ def evaluate_folder(folder, args, shelf):
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
-        result |= evaluate(model, chat, data, run.vector, answers_of(run, model, chat, args), args)
-        result["flags"] = report.find_flags(result, run.record)
+        kept = kept_beside(run, model, chat, "plain_answers.jsonl", args.restart)
+        result |= evaluate(model, chat, data, run.vector, kept, args)
         result["seconds"] = round(time.time() - started, 1)
         if old:  # only now that there is another
             os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may be stopped
     elif changed := ", ".join(run_state.changed_sources(result.get("code", {}), sources)):
         print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
+    if args.capability:
+        add_capability(result, run, args, shelf)
     code = 0
     if args.judge:
-        about = rubric_for(run.dataset, args.rubric_dir), parse_name(run.dataset)[1]
-        judge = Judge(args.judge, args.judge_model, *about, args.judge_tokens)
-        code = judge.add_scores(result, folder / "judgements.jsonl", args.judge_workers)
-    elif "judge" in before and "judge" not in result:
+        rubrics = rubrics_for(run.dataset, args.rubric_dir)
+        judges = [
+            Judge(args.judge[min(i, len(args.judge) - 1)], name, rubrics, args.judge_tokens)
+            for i, name in enumerate(args.judge_model)
+        ]
+        kept = Kept(folder / "judgements.jsonl")
+        code = add_scores(result, judges, kept, args.judge_workers, args.judge_dry_run)
+    elif "judges" in before and "judges" not in result:
         announce("judged before: --judge adds the scores again, from the replies kept")
-    report.write_evaluation(folder, result, suffix)
+    result["flags"] = summary.find_flags(result, run.record)
+    summary.write_evaluation(folder, result, suffix)
     return code
+
+
+def add_capability(result, run, args, shelf):
+    """Add the scores of the --capability tasks to an eval.json's dict, unless they are there."""
+    names, limit = tuple(args.capability), args.capability_limit
+    tasks = Tasks(names, limit, args.capability_tasks, args.batch_size)
+    scale = result["recommended"]["scale"] or 1.0
+    asked, before = {**tasks.asked(), "scale": scale}, result.get("capability", {})
+    if not args.restart and asked == {key: before.get(key) for key in asked}:
+        return
+    chat, model = shelf.chat(run), shelf.model(run)
+    kept = kept_beside(run, model, chat, "plain_capability.jsonl", args.restart)
+    prompt = next((s["system_prompt"] for s in result["samples"]), "")
+    about = run.vector, scale, prompt, tasks, kept
+    result["capability"] = compare_capability(model, chat, *about)
 
 
 def print_answers(folder, args, shelf):
@@ -335,11 +362,19 @@ def make_parser():
     add("--turns", type=int, default=0, metavar="N", help=text)
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     add = parser.add_argument_group("judge").add_argument
-    add("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://host:8000/v1")
-    add("--judge-model", metavar="NAME", help="model there; key from $JUDGE_API_KEY")
+    text = "OpenAI-compatible endpoint, such as http://host:8000/v1; two for two judges"
+    add("--judge", nargs="+", metavar="URL", help=text)
+    text = "model there, key from $JUDGE_API_KEY; two are compared with each other"
+    add("--judge-model", nargs="+", metavar="NAME", help=text)
+    add("--judge-dry-run", action="store_true", help="only say what asking the judge would take")
     add("--rubric-dir", metavar="DIR", help="<name>.json files with an eval_prompt")
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
+    add = parser.add_argument_group("capability").add_argument
+    text = "tasks of lm-evaluation-harness: plain, prompted, steered at the recommended scale"
+    add("--capability", nargs="+", metavar="TASK", help=text)
+    add("--capability-limit", type=int, default=100, metavar="N", help="rows of each task")
+    add("--capability-tasks", metavar="DIR", help="folder of tasks of your own")
     add = parser.add_argument_group("output").add_argument
     add("--report-dir", metavar="DIR", help="of the report; None: the folder that holds all runs")
     add("--report-only", action="store_true", help="only write the report of what is there")
@@ -355,7 +390,8 @@ def option_defaults():
 
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
-    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
+    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers "
+    counts += "capability_limit"
     sizes = "num_samples temperature specificity_runs kl_budget"
     bounds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
     return parse(make_parser(), argv, bounds, check_arguments)
@@ -363,12 +399,14 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
-    needed = args.model and args.dataset
+    needed, models = args.model and args.dataset, len(args.judge_model or ())
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
     text = "--dataset, --layer, --any-model, --out: for --vector, a run knows its own"
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
+        (models > 2 or len(args.judge or ()) > max(1, models), "judges: one or two, each a model"),
+        (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
         (not 0 <= args.turns <= len(EVERYDAY), f"--turns {args.turns}: 0 to {len(EVERYDAY)}"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),

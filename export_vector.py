@@ -26,7 +26,7 @@ import data_filter
 from data_filter import DataOptions
 from evaluation import adapter_check
 from evaluation.card import card
-from evaluation.report import FORMAT_VERSION
+from evaluation.summary import FORMAT_VERSION
 from hook_model import Shelf, find_layers
 from steering import adapter
 from steering.command_line import exit_code, new_parser, parse

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from string import Template
 
-from evaluation import report
+from evaluation import summary
 from evaluation.adapter_check import adapter_words, fit_words
 from evaluation.judge import SCALES
 from steering.data_layouts import parse_name, pooled_names
@@ -55,9 +55,9 @@ def card(source, vector, scale, formats, names, folder):
     fill |= {"words": shlex.quote(model), "named": shlex.quote(f"{folder}=.")}
     fill["key"] = json.dumps(re.sub(r"\W", "_", folder))
     loading = [f"### {t}\n\n{Template(c).substitute(fill)}" for f, t, c in snippets if f in formats]
-    facts = "\n".join(f"| {name} | {report.plain(words)} |" for name, words in facts.items())
+    facts = "\n".join(f"| {name} | {summary.plain(words)} |" for name, words in facts.items())
     parts = {"facts": facts, "evaluation": evaluation(source.result)}
-    parts |= {"front": front, "title": report.plain(title), "snippets": "\n\n".join(loading)}
+    parts |= {"front": front, "title": summary.plain(title), "snippets": "\n\n".join(loading)}
     return Template(template).substitute(parts)
 
 
@@ -100,5 +100,5 @@ def evaluation(result):
         f"most {result['config']['max_new_tokens']} tokens; probe: probability of the persona by "
         "a linear probe; KL: from the plain model, on rows without the persona."
     )
-    sample = [report.answers_text(sample, "###") for sample in result["samples"][:1]]
-    return "\n\n".join([about, f"```\n{report.tables_text(result)}\n```", *sample])
+    sample = [summary.answers_text(sample, "###") for sample in result["samples"][:1]]
+    return "\n\n".join([about, f"```\n{summary.tables_text(result)}\n```", *sample])

@@ -41,7 +41,7 @@ def announce_cost(judge, asked, kept):
 
 def add_scores(result, judges, kept, workers=8, dry_run=False):
     """Add the judges' scores to an eval.json's dict; 1 if one of them failed, else 0.
-    judges: Judge objects; kept: a Kept of their judgements; dry_run: only say what it would take."""
+    judges: Judge objects; kept: a Kept of their judgements; dry_run: only say what it takes."""
     kind = next(iter(judges[0].rubrics))
     asked, reports, verdicts, code = to_ask(result, kind), [], [], 0
     for judge in judges:
@@ -132,15 +132,12 @@ def conversations(result, verdicts, kind):
 def agreement(result, verdicts, kind):
     """`spearman` of the persona scores that two judges, and no matter which others, gave the same
     answers: {"spearman", "interval", "answers"}."""
-    pairs = [
-        (*scores, sample["question"])
-        for sample in result["samples"]
-        for answer in sample["answers"].values()
-        if all(
-            type(s) is float
-            for s in (scores := [v.get((kind, sample["question"], answer)) for v in verdicts[:2]])
-        )
-    ]
+    pairs = []
+    for sample in result["samples"]:
+        for answer in sample["answers"].values():
+            scores = [found.get((kind, sample["question"], answer)) for found in verdicts[:2]]
+            if all(type(score) is float for score in scores):
+                pairs.append((*scores, sample["question"]))
     value, interval = spearman(*(zip(*pairs, strict=True) if pairs else ((), (), ())))
     return {"spearman": value, "interval": interval, "answers": len(pairs)}
 

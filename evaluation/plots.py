@@ -12,7 +12,8 @@ import numpy as np
 
 from steering.vector_file import write_atomically
 
-NAMES = {"steered_chosen": "steered, chosen scale", "mean_difference": "mean difference"}
+NAMES = {"steered_chosen": "steered, lowest NLL", "mean_difference": "mean difference"}
+NAMES |= {"steered_recommended": "steered", "few_shot": "few-shot"}
 COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
 COLORS |= {"mean_difference": "#029e73", "steered": "#4a9fd4", "steered_chosen": "#9fd0f0"}
 
@@ -116,14 +117,14 @@ def plot_persona(axis, result):
     """Persona score of answers against scale, by probe and by judge, between 0 and 1."""
     scorers, answers = {}, result["answers"]
     if not result["probe"]["withheld"]:
-        scorers["probe"] = (lambda row: row["persona"], 1.0, COLORS["steered"])
-    if "judge" in result:
-        high = result["judge"]["scale"][1]
-        scorers[f"judge / {high}"] = (lambda row: row["judge"]["score"], high, "#cc78bc")
-    for name, (read, high, color) in scorers.items():
-        plot_band(axis, answers, read, color, f"steered, {name}", high)
+        scorers["probe"] = (answers, lambda row: row["persona"], 1.0, COLORS["steered"])
+    for judge, color in zip(result.get("judges", ()), ("#cc78bc", "#d55e00"), strict=False):
+        name, high, rows = judge["model"], judge["scale"][1], judge["conditions"]
+        scorers[f"{name} / {high}"] = (rows, lambda row: row["score"], high, color)
+    for name, (rows, read, high, color) in scorers.items():
+        plot_band(axis, rows, read, color, f"steered, {name}", high)
         for condition, style in (("prompted", "--"), ("mean_difference", ":")):
-            if found := condition in answers and read(answers[condition]):
+            if found := condition in rows and read(rows[condition]):
                 label = f"{NAMES.get(condition, condition)}, {name}"
                 axis.axhline(found["mean"] / high, linestyle=style, color=color, label=label)
         axis.legend(frameon=False, fontsize=8)

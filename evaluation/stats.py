@@ -55,7 +55,7 @@ def ranks(values):
 
 def spearman(first, second, questions):
     """(rank correlation of two scores a row, its 95% interval over questions or None).
-    None, None where one of them is the same everywhere. A jackknife as in `ratio`, of Fisher's z."""
+    None, None where one of them is the same everywhere. A jackknife as `ratio`, of Fisher's z."""
 
     def correlation(kept):
         a, b = (ranks(np.asarray(scores, float)[kept]) for scores in (first, second))
