@@ -22,28 +22,11 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import data_filter
 from data_filter import DataOptions
-from evaluation import measures, report, summary
-from evaluation.answers import (
-    EVERYDAY,
-    Sampling,
-    announce,
-    compare_answers,
-    converse,
-    first_rows,
-    generate_answers,
-    identity_rows,
-    prompted_rows,
-    without_end,
-)
+from evaluation import answers, judging, measures, report, summary
 from evaluation.capability import Tasks, compare_capability
-from evaluation.judge import Judge, rubrics_for
-from evaluation.judging import add_scores
-from evaluation.kept import Kept
+from evaluation.kept import Kept, kept_beside
 from evaluation.scale import recommend_scale
 from hook_model import Shelf
 from steering import run_state
@@ -101,7 +84,7 @@ def load_data(run, chat, heldout_tokens):
     asked = [example for example in splits.heldout if example.row["system_prompt"]]
     heldout = asked or splits.heldout
     if left_out := len(splits.heldout) - len(heldout):
-        announce(f"{left_out} held-out rows without a system prompt are left out")
+        answers.announce(f"{left_out} held-out rows without a system prompt are left out")
     train, validation = splits.train, splits.validation
     return measures.EvalData(train, validation, heldout, *plain, source, left_out)
 
@@ -110,16 +93,16 @@ def evaluate(model, chat, data, vector, kept, args):
     """All numbers and answers of one vector (n,), as a JSON-able dict. The model ends with it set.
     kept: answers of the plain model. AssertionError if a held-out question was seen before."""
     limit, seed = args.micro_batch_tokens, args.seed
-    sampling = Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
-    rows = first_rows(data.heldout, args.num_samples)
+    sampling = answers.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
+    rows = answers.first_rows(data.heldout, args.num_samples)
     if not (data.plain_train and data.plain_heldout):
         measures.add_own_answers(model, chat, data, sampling, kept)
     data.check()
 
     # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
-    announce("states of training, plain and held-out rows")
+    answers.announce("states of training, plain and held-out rows")
     persona, plain, *heldout_states = (
-        measures.response_means(model, without_end(examples, chat), limit)
+        measures.response_means(model, answers.without_end(examples, chat), limit)
         for examples in (data.train, data.plain_train, data.heldout, data.plain_heldout)
     )
     difference = persona.mean(dim=0) - plain.mean(dim=0)
@@ -137,52 +120,28 @@ def evaluate(model, chat, data, vector, kept, args):
     directions = {f"steered x{scale:g}": vector * scale for scale in scales}
     factor = result["coefficients"]["mean_difference"]["chosen"]
     directions["mean_difference"] = difference * factor
-    asked = rows + (identity_rows(rows[0]) if rows else [])
-    versions = prompted_rows(asked, data.train, each_prompt=True)
-    texts = compare_answers(model, chat, asked, versions, directions, sampling, kept)
-    answers = {condition: each[: len(rows)] for condition, each in texts.items()}
+    asked = rows + (answers.identity_rows(rows[0]) if rows else [])
+    versions = answers.prompted_rows(asked, data.train, each_prompt=True)
+    texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
+    written = {condition: each[: len(rows)] for condition, each in texts.items()}
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
-    described = measures.describe_answers(model, chat, rows, answers, probe, yardstick, limit)
+    if rows:
+        answers.announce("reading the answers")
+    described = measures.describe_answers(model, chat, rows, written, probe, yardstick, limit)
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
     plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
-    samples = [
-        {key: row[key] for key in ("question", "system_prompt")}
-        | {"answers": {condition: each[i] for condition, each in texts.items()}}
-        for i, row in enumerate(asked)
-    ]
+    samples = answers.side_by_side(asked, texts)
     result |= {
         "recommended": recommended, "answers": described, "side_effects": effects,
         "probe": probe_report, "plain": plain_report, "norms": norms,
         "samples": samples[: len(rows)], "identity": samples[len(rows) :],
     }  # fmt: skip
     if args.turns:
-        prompt, result["conversation"] = data.heldout[0].row["system_prompt"], {}
-        used = {
-            "vanilla": ("", 0),
-            "prompted": (prompt, 0),
-            f"steered x{scale or 1:g}": ("", scale or 1),
-        }
-        for condition, (prompt, factor) in used.items():
-            if condition == "prompted" and not prompt:
-                continue
-            announce(f"conversations of {args.turns} turns: {condition}")
-            with model.scaled(factor):
-                talks = converse(model, chat, args.turns, prompt, sampling)
-            persona = measures.persona_by_turn(model, chat, talks, probe, limit)
-            result["conversation"][condition] = {"talks": talks, "persona": persona}
+        about = args.turns, scale or 1.0, data.heldout[0].row["system_prompt"], probe, sampling
+        result["conversation"] = measures.conversations(model, chat, *about, limit)
     return result
-
-
-def kept_beside(run, model, chat, name, restart):
-    """What is Kept of the plain model by that name, for all runs of a layer; restart: nothing."""
-    code = run_state.source_hashes("evaluation/answers.py")["evaluation/answers.py"]
-    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, code
-    kept = Kept(run_state.shared_folder(run, run.folder) / name, *about)
-    if restart:
-        kept.found.clear()
-    return kept
 
 
 def evaluation_config(args, run):
@@ -221,7 +180,7 @@ def evaluate_folder(folder, args, shelf):
         other = [summary.WHY_NEW_FORMAT] if "format_version" in other else other
         old, why = path.exists(), ", ".join(other) or "--restart"
         if old:
-            announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
+            answers.announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
@@ -239,15 +198,12 @@ def evaluate_folder(folder, args, shelf):
         add_capability(result, run, args, shelf)
     code = 0
     if args.judge:
-        rubrics = rubrics_for(run.dataset, args.rubric_dir)
-        judges = [
-            Judge(args.judge[min(i, len(args.judge) - 1)], name, rubrics, args.judge_tokens)
-            for i, name in enumerate(args.judge_model)
-        ]
-        kept = Kept(folder / "judgements.jsonl")
-        code = add_scores(result, judges, kept, args.judge_workers, args.judge_dry_run)
+        about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
+        judges = judging.make_judges(*about)
+        about = Kept(folder / "judgements.jsonl"), args.judge_workers, args.judge_dry_run
+        code = judging.add_scores(result, judges, *about)
     elif "judges" in before and "judges" not in result:
-        announce("judged before: --judge adds the scores again, from the replies kept")
+        answers.announce("judged before: --judge adds the scores again, from the replies kept")
     result["flags"] = summary.find_flags(result, run.record)
     summary.write_evaluation(folder, result, suffix)
     return code
@@ -273,39 +229,32 @@ def print_answers(folder, args, shelf):
     run = read_run(folder, changes_of(args))
     chat, model = shelf.chat(run), shelf.model(run)
     model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.seed)
+    sampling = answers.Sampling(args.max_new_tokens, args.temperature, args.seed)
     turns = [[{"role": "user", "content": args.prompt}]]
     for scale in args.scales:
         with model.scaled(scale):
-            answer = generate_answers(model, chat, turns, sampling)[0]
+            answer = answers.generate_answers(model, chat, turns, sampling)[0]
         print(f"--- scale {scale:g}\n{answer}")
 
 
 def specificity(folders, args, shelf, path):
-    """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
-    A list of {"model", "layer", "names", "runs", "nll": [vector][persona], "vanilla"}, also written
-    to `path`; at most --specificity-runs runs each, since every vector meets every persona."""
-    groups, matrices = {}, []
-    for run in (read_run(folder, changes_of(args)) for folder in folders):
-        groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
-    groups = {k: runs[: args.specificity_runs] for k, runs in groups.items() if len(runs) > 1}
-    config = [[evaluation_config(args, run) for run in runs] for runs in groups.values()]
+    """`measures.specificity` of the runs of some folders, also written to `path`; done already, if
+    it is there of the same evaluations."""
+    runs = [read_run(folder, changes_of(args)) for folder in folders]
+    config = [args.specificity_runs, *(evaluation_config(args, run) for run in runs)]
     old = read_json(path)
     if not args.restart and old.get("config") == config:
         return old["matrices"]
-    for (name, layer), runs in groups.items():
-        announce(f"{len(runs)} vectors on each other's held-out rows")
-        vectors, columns = [*(run.vector for run in runs), torch.zeros_like(runs[0].vector)], []
-        for run in runs:
-            if run.folder not in shelf.heldout:
-                data = load_data(run, shelf.chat(run), args.heldout_tokens)
-                shelf.heldout[run.folder] = data.heldout
-            examples, limit = shelf.heldout[run.folder], args.micro_batch_tokens
-            columns.append(measures.mean_nll(shelf.model(run), examples, vectors, limit))
-        *rows, vanilla = np.array(columns).T.tolist()
-        names = report.short_names([report.report_row(run.folder) for run in runs])
-        matrix = {"model": name, "layer": layer, "names": names, "nll": rows, "vanilla": vanilla}
-        matrices.append({**matrix, "runs": [str(run.folder) for run in runs]})
+
+    def nll(run, vectors):
+        if run.folder not in shelf.heldout:
+            data = load_data(run, shelf.chat(run), args.heldout_tokens)
+            shelf.heldout[run.folder] = data.heldout
+        examples, limit = shelf.heldout[run.folder], args.micro_batch_tokens
+        return measures.mean_nll(shelf.model(run), examples, vectors, limit)
+
+    names = report.short_names([report.report_row(run.folder) for run in runs])
+    matrices = measures.specificity(runs, names, args.specificity_runs, nll)
     write_json(path, {"config": config, "matrices": matrices})
     return matrices
 
@@ -351,14 +300,14 @@ def make_parser():
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers and random vectors")
     text = "nats a token that the recommended scale may change plain rows by"
-    add("--kl-budget", type=float, default=0.5, metavar="NATS", help=text)
+    add("--kl-budget", type=float, default=0.75, metavar="NATS", help=text)
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
     add("--batch-size", type=int, default=16, help="answers written at once")
-    text = f"also conversations of so many everyday turns, {len(EVERYDAY)} at most"
+    text = f"also conversations of so many everyday turns, {len(answers.EVERYDAY)} at most"
     add("--turns", type=int, default=0, metavar="N", help=text)
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     add = parser.add_argument_group("judge").add_argument
@@ -407,7 +356,10 @@ def check_arguments(args):
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
         (models > 2 or len(args.judge or ()) > max(1, models), "judges: one or two, each a model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
-        (not 0 <= args.turns <= len(EVERYDAY), f"--turns {args.turns}: 0 to {len(EVERYDAY)}"),
+        (
+            not 0 <= args.turns <= len(answers.EVERYDAY),
+            f"--turns {args.turns}: 0 to {len(answers.EVERYDAY)}",
+        ),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (args.vector and not needed, "--vector needs --model and --dataset"),

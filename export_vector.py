@@ -29,7 +29,7 @@ from evaluation.card import card
 from evaluation.summary import FORMAT_VERSION
 from hook_model import Shelf, find_layers
 from steering import adapter
-from steering.command_line import exit_code, new_parser, parse
+from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import parse_name, pooled_names
 from steering.fast_path import FastPath
 from steering.loading import DTYPES, read_config
@@ -70,6 +70,13 @@ class Source:
     row: torch.Tensor | None = None
     adapter: dict = field(default_factory=dict)
     place: dict = field(default_factory=dict)
+
+    def scale_of(self, wanted):
+        """`wanted`, or the scale that the evaluation recommends; ValueError where it does not."""
+        known = self.result.get("recommended", {}).get("scale")
+        if not (found := known if wanted == "recommended" else wanted):
+            raise ValueError(f"{self.path}: no recommended scale (eval_steering.py finds one)")
+        return found
 
 
 def from_run(run, args):
@@ -191,7 +198,7 @@ class Workshop:
         source.place |= {"module": site.name, "features": site.module.in_features}
         if not {*formats} & {*WITH_ROW}:
             return
-        path = row_path(run, model)
+        path = shared_folder(run, run_path("runs", model.name, model.layer, "")) / adapter.ROW_FILE
         if path not in kept:
             row_of = adapter.load_row if path.exists() else functools.partial(self.fit, run)
             kept[path] = row_of(path, model, site)
@@ -246,11 +253,6 @@ class Workshop:
             kept["check"] = fast, adapter_check.to_compare(fast, examples, products)
             kept["checked"] = wanted
         return kept["check"]
-
-
-def row_path(run, model):
-    """Where the input row of a run's model and layer is: beside its runs, else below runs/."""
-    return shared_folder(run, run_path("runs", model.name, model.layer, "")) / adapter.ROW_FILE
 
 
 def examples_of(name, datasets, chat, options, tokens, heldout_tokens):
@@ -326,8 +328,9 @@ def run(args):
             else:
                 made_of = read_run(folder, changes)
                 source = from_run(made_of, args)
-            workshop.prepare(source, made_of, args.format, args.scale)
-            names = export(source, args.format, out, args.scale, args.overwrite)
+            scale = source.scale_of(args.scale)
+            workshop.prepare(source, made_of, args.format, scale)
+            names = export(source, args.format, out, scale, args.overwrite)
             print(f"exported {out}: {', '.join(names)}")
             if source.adapter:
                 print(f"         {adapter_check.adapter_words(source.adapter)}")
@@ -364,7 +367,8 @@ def parse_args(argv=None):
     text = f"may be given repeatedly; all: {', '.join(VECTOR_ALONE)}"
     add("--format", required=True, action="append", choices=choices, help=text)
     add("--out", required=True, metavar="DIR", help="folder to write to")
-    add("--scale", type=float, default=1.0, help="multiply the vector by this")
+    text = 'multiply the vector by this, or "recommended": by what its evaluation found'
+    add("--scale", type=number_or_word, default=1.0, help=text)
     add("--overwrite", action="store_true", help="replace files that are there and differ")
     args = parse(parser, argv, {}, check_arguments)
     every = [*args.format, *(VECTOR_ALONE if "all" in args.format else ())]
@@ -374,7 +378,8 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """(whether something is wrong, what) of the options."""
-    text = f"--scale {args.scale}: must be finite and not 0"
+    text = f'--scale {args.scale}: must be finite and not 0, or "recommended"'
+    is_number = isinstance(args.scale, float) and math.isfinite(args.scale) and args.scale
     fitted = args.source and {*args.format} & {*WITH_ROW} and not (args.data_root and args.dataset)
     return [
         (fitted, "lora with --from needs --data-root and --dataset: rows to fit and check it on"),
@@ -382,7 +387,7 @@ def check_arguments(args):
         (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
         (args.source and not args.model, "--from needs --model: the model that the vector is for"),
         (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),
-        (not (math.isfinite(args.scale) and args.scale), text),
+        (not is_number and args.scale != "recommended", text),
     ]
 
 

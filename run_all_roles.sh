@@ -79,7 +79,7 @@ trap 'rm -rf "$work"' EXIT
 todo() { # names of a file that are neither done nor in another process's hands, into $work/todo
     local code=0
     "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$1" --print-todo </dev/null \
-        >"$work/todo" 2>"$work/errors" || code=$?
+        2>"$work/errors" | awk '!seen[$0]++' >"$work/todo" || code=$?  # once, of several --seeds
     cat -- "$work/errors" >&2
     [[ $code -eq 0 ]] || { echo "error: what is left to do cannot be told (exit code $code)" >&2; exit 2; }
 }

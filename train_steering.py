@@ -35,7 +35,7 @@ AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
     gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
-    accept_code_change print_todo print_status output_dir run_name trust_remote_code
+    accept_code_change print_todo print_status output_dir run_name trust_remote_code seeds
 """
 log = logging.getLogger("steering")
 
@@ -252,9 +252,7 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
         log.info(f"{name}: done already, {folder}")
         return 0
     if run_folder.is_locked(folder) or run_state.failed_meanwhile(folder):
-        log.info(
-            f"{name}: skipped, another process works in {folder}, or has failed there just now"
-        )
+        log.info(f"{name}: skipped, another process works in {folder}, or just failed there")
         return 0
     if not args.restart:  # a run goes on with the date that its prompts began with
         chat = chat.at(vector_file.read_json(folder / "run.json").get("date"))
@@ -307,11 +305,9 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     log.info(f"{under or 'budget  '} {splits.tokens:,} of --target-tokens {args.target_tokens:,}")
     if not val_set:
         log.warning("WARNING: no validation questions: the last vector is kept, not the best")
-    count = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.steering)]
+    n = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.steering)]
     where = f"{record['config']['dtype']} on {model.input_device}, {len(model.layers)} layers"
-    log.info(
-        f"model    {args.model}: {where}, parameters: {count[0]:,} frozen, {count[1]:,} trained"
-    )
+    log.info(f"model    {args.model}: {where}, parameters: {n[0]:,} frozen, {n[1]:,} trained")
     stop.in_loop = True
     final = train(model, train_set, val_set, folder, state, args, laps, stop)
     record["startup"] = dict(laps)
@@ -337,10 +333,22 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
 
 
 def run(args, laps, stop):
-    """Train every requested dataset with one model load; returns the worst exit code."""
+    """Train every requested dataset under each seed, with one model load; the worst exit code."""
+    name, codes, loaded = args.run_name, [], []
+    for seed in range(args.seed, args.seed + args.seeds):
+        args.seed = seed
+        if args.seeds > 1:  # a folder each
+            args.run_name = f"{name}-seed{seed}" if name else f"seed{seed}"
+        codes.append(run_datasets(args, laps, stop, loaded))
+        if stop.exit_code:
+            return stop.exit_code
+    return max(codes)
+
+
+def run_datasets(args, laps, stop, loaded):
+    """`run` for one seed. loaded: a list that holds the model once it has been needed."""
     datasets = data_filter.DataOptions.of(vars(args)).datasets()
-    named = args.dataset, args.list_file, args.source_model, args.kind
-    names = requested_names(datasets, *named)
+    names = requested_names(datasets, args.dataset, args.list_file, args.source_model, args.kind)
     if not args.print_status:  # which starts without transformers
         num_layers, hidden_size = loading.model_shape(args.model, args.trust_remote_code)
         loading.check_layer(args.layer, num_layers, args.model)
@@ -353,12 +361,9 @@ def run(args, laps, stop):
         return 0
     chat = loading.load_chat(args.model, args.chat_template, args.trust_remote_code)
     if not chat.end_of_turn:
-        log.warning(
-            "WARNING: no special token ends a turn of the chat template: no stop is trained"
-        )
+        log.warning("WARNING: no special token ends a turn in the template: no stop is trained")
     if args.include_missing_scores:
         log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
-    loaded = []
 
     def get_model():
         """The model, loaded at its first use, with the vector at its start."""
@@ -408,8 +413,7 @@ def make_parser():
     data_filter.add_data_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-32B", help="HF id, local folder or .gguf file")
-    dtypes = ("auto", *loading.DTYPES)
-    add("--dtype", default="auto", choices=dtypes, help="auto: bf16 where it is native")
+    add("--dtype", default="auto", choices=("auto", *loading.DTYPES), help="auto: native bf16")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -439,6 +443,8 @@ def make_parser():
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="runs", help="root of the run folders")
     add("--run-name", help="subfolder for a second setting on the same dataset")
+    text = "train so many times, from --seed on, each in a subfolder seed<k>"
+    add("--seeds", type=int, default=1, metavar="N", help=text)
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints to keep")
     add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
@@ -458,7 +464,7 @@ def option_defaults():
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
     counts = "batch_size gradient_accumulation num_epochs max_steps patience micro_batch_tokens"
-    counts += " val_every save_every keep_checkpoints"
+    counts += " val_every save_every keep_checkpoints seeds"
     bounds = {**data_filter.DATA_BOUNDS, "size": "init_scale"}
     bounds["count"] += f" {counts}"
     bounds["share"] += " val_fraction warmup_ratio"

@@ -177,6 +177,15 @@ def compare_answers(model, chat, rows, versions, directions, sampling, kept):
     return answers
 
 
+def side_by_side(rows, texts):
+    """[{"question", "system_prompt", "answers": {condition: text}}]; texts: of compare_answers."""
+    return [
+        {key: row[key] for key in ("question", "system_prompt")}
+        | {"answers": {condition: each[i] for condition, each in texts.items()}}
+        for i, row in enumerate(rows)
+    ]
+
+
 def identity_rows(row):
     """Rows that ask the IDENTITY questions with the system prompt of a row, their answers empty."""
     turns = [

@@ -8,11 +8,18 @@ whether it is a caricature. Of conversations: the persona, turn by turn.
 import sys
 from collections import Counter
 
-from evaluation.judge import SCALES, WORDS, JudgeError
+from evaluation.judge import SCALES, WORDS, Judge, JudgeError, rubrics_for
 from evaluation.stats import drift_by_turn, mean_interval, spearman
 
 ALIKE = 0.05  # share of the scale within which a judge finds vanilla and persona alike
 CHARACTERS = 4  # a token, about
+
+
+def make_judges(urls, models, dataset, rubric_dir, max_tokens):
+    """A Judge of a dataset for each model, at its own address or all at the last one."""
+    rubrics = rubrics_for(dataset, rubric_dir)
+    urls = [*urls, *urls[-1:] * (len(models) - len(urls))]
+    return [Judge(u, m, rubrics, max_tokens) for u, m in zip(urls, models, strict=True)]
 
 
 def to_ask(result, kind):

@@ -7,6 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
+from steering.loading import model_digest
+from steering.run_state import shared_folder, source_hashes
+
 
 class Kept:
     """{key: dict} in a file that several processes may add to; a torn line is passed over.
@@ -41,3 +44,14 @@ class Kept:
                     print(f"WARNING: {self.path} keeps nothing: {error}", file=sys.stderr)
                 self._warned = True
             self.found[key] = entry
+
+
+def kept_beside(run, model, chat, name, restart=False):
+    """What is Kept of the plain model, in a file that all runs of its layer share.
+    restart: with nothing in it, so that all is made anew."""
+    code = source_hashes("evaluation/answers.py")["evaluation/answers.py"]
+    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, code
+    kept = Kept(shared_folder(run, run.folder) / name, *about)
+    if restart:
+        kept.found.clear()
+    return kept

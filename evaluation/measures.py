@@ -15,6 +15,7 @@ import torch
 from evaluation.answers import (
     announce,
     answer_examples,
+    converse,
     first_rows,
     plain_answers,
     prompted_rows,
@@ -273,8 +274,6 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens):
     """{condition: what its answers are like}: TEXT_METRICS, perplexity, persona, collapsed.
     Answers are read by the plain model, after the question alone. yardstick: perplexity to it of
     real rows of the persona."""
-    if answers:
-        announce(f"reading the answers of {len(answers)} conditions")
     result, fast = {}, FastPath(model)
     for condition, texts in answers.items():
         examples = without_end(answer_examples(chat, rows, texts), chat)
@@ -330,3 +329,40 @@ def persona_by_turn(model, chat, talks, probe, max_tokens):
     return drift_by_turn(
         [(*e.row["at"], score) for e, score in zip(examples, scores, strict=True)], len(talks[0])
     )
+
+
+def conversations(model, chat, turns, scale, system_prompt, probe, sampling, max_tokens):
+    """{condition: {"talks": what `converse` gave, "persona": `persona_by_turn` of them}}: vanilla,
+    prompted, if there is a system prompt, and steered by `scale` times the vector that is set."""
+    used = {"vanilla": ("", 0), "prompted": (system_prompt, 0), f"steered x{scale:g}": ("", scale)}
+    result = {}
+    for condition, (prompt, factor) in used.items():
+        if condition == "prompted" and not prompt:
+            continue
+        announce(f"conversations of {turns} turns: {condition}")
+        with model.scaled(factor):
+            talks = converse(model, chat, turns, prompt, sampling)
+        persona = persona_by_turn(model, chat, talks, probe, max_tokens)
+        result[condition] = {"talks": talks, "persona": persona}
+    return result
+
+
+def specificity(runs, names, limit, nll):
+    """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
+    runs: Run objects, names: what to call them, of which `limit` a group count, since every vector
+    meets every persona; nll(run, vectors): of a run's held-out rows. A list of {"model", "layer",
+    "names", "runs", "nll": [vector][persona], "vanilla"}."""
+    groups, matrices = {}, []
+    for run, name in zip(runs, names, strict=True):
+        place = run.args["model"], run.args["layer"]
+        groups.setdefault(place, []).append((run, name))
+    for (model, layer), group in groups.items():
+        if len(group) > 1:
+            members, called = zip(*group[:limit], strict=True)
+            announce(f"{len(members)} vectors on each other's held-out rows")
+            vectors = [*(run.vector for run in members), torch.zeros_like(members[0].vector)]
+            *rows, vanilla = np.array([nll(run, vectors) for run in members]).T.tolist()
+            matrix = {"model": model, "layer": layer, "names": list(called), "nll": rows}
+            folders = [str(run.folder) for run in members]
+            matrices.append({**matrix, "vanilla": vanilla, "runs": folders})
+    return matrices

@@ -48,10 +48,10 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
         return divergences[scale]
 
     top = largest_scale(divergence, budget)
-    asked = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
+    seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
     result = {
         "scale": None, "why": None, "kl_budget": budget, "chosen_on": data.chosen_on,
-        "questions": sorted(asked), "candidates": [],
+        "questions": sorted(seen), "candidates": [],
     }  # fmt: skip
     if not (top and rows):
         above = f"KL {divergences[min(divergences)]:.3g} at {min(divergences):g} is over the budget"
@@ -59,12 +59,12 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
     with model.steering_off():
         losses = nll_sums(FastPath(model), examples, max_tokens)
     yardstick = math.exp(min(sum(losses) / sum(map(label_count, examples)), 700.0))
-    plain_turns = [row["messages"][:-1] for row in rows]
-    for scale in sorted({max(STEP, round(top * f / STEP) * STEP) for f in FRACTIONS}):
-        scale = round(scale, 6)
+    asked, texts = [row["messages"][:-1] for row in rows], {}
+    for scale in sorted({round(max(1, round(top * f / STEP)) * STEP, 6) for f in FRACTIONS}):
         model.set_vector(vector, scale)
-        texts = {"here": generate_answers(model, chat, plain_turns, sampling)}
-        about = describe_answers(model, chat, rows, texts, probe, yardstick, max_tokens)["here"]
+        texts[scale] = generate_answers(model, chat, asked, sampling)
+    described = describe_answers(model, chat, rows, texts, probe, yardstick, max_tokens)
+    for scale, about in described.items():
         persona = about["persona"] and about["persona"]["mean"]
         found = {"scale": scale, "kl": divergence(scale), "persona": persona}
         result["candidates"].append(found | {"collapsed": about["collapsed"]})

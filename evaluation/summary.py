@@ -200,7 +200,7 @@ def find_flags(result, record):
         collapsed = name.startswith("steered x") and row["collapsed"]
         checks.append((f"collapse at {name.removeprefix('steered ')}", collapsed))
     found = [name for name, wrong in checks if wrong]
-    if result["samples"] and not result["recommended"]["scale"]:
+    if result.get("samples") and not result["recommended"]["scale"]:
         found.append("no recommended scale")
     if "capability" in result:
         found += [f"loses {what}" for what in losses(result["capability"])]

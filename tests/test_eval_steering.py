@@ -25,9 +25,12 @@ import data_filter as df
 import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
+from evaluation import answers as an
+from evaluation import judging
 from evaluation import measures as me
 from evaluation import report as eval_report
 from evaluation import stats as es
+from evaluation import summary
 from steering import data_layouts as dl
 from steering import run_folder as rf
 from steering import run_state as rs
@@ -35,7 +38,7 @@ from steering.chat_format import label_count
 from steering.fast_path import FastPath
 from steering.vector_file import VECTOR_FILE
 
-SETTINGS = me.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
+SETTINGS = an.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
 QUESTIONS = ["Hi?", "What is the longest river that you have ever sailed on, captain?", "Why?"]
 CONVERSATIONS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 QUICK = ["--num-samples", "2", "--max-new-tokens", "6", "--scales", "1", "2"]
@@ -80,7 +83,7 @@ def steered(tiny_folder):
 
 def check_greedy_answers(steered, chat, tokenize):
     """Assert that greedy answers are token by token the argmax of the steered forward."""
-    answers = me.generate_answers(steered, chat, CONVERSATIONS, SETTINGS)
+    answers = an.generate_answers(steered, chat, CONVERSATIONS, SETTINGS)
     for messages, answer in zip(CONVERSATIONS, answers, strict=True):
         ids = tokenize([chat.prompt_text(messages)])[0]
         start = len(ids)
@@ -99,14 +102,14 @@ def test_greedy_answers_equal_the_argmax_of_the_steered_forward(steered, smol_ch
     steered.model.generation_config.repetition_penalty = 5.0  # a model's own, which must not act
     answers = check_greedy_answers(steered, smol_chat, smol_chat.tokenize)
     with steered.steering_off():
-        assert me.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS) != answers
+        assert an.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS) != answers
 
 
 def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat):
     model = hm.load_model(smol, 12, device="cpu")
     settings = replace(SETTINGS, max_new_tokens=40)
     conversations = [[{"role": "user", "content": "Say only the word yes."}], CONVERSATIONS[1]]
-    short, long = me.generate_answers(model, smol_chat, conversations, settings)
+    short, long = an.generate_answers(model, smol_chat, conversations, settings)
     for text in (short, long):
         assert text and "<|im" not in text
         assert (
@@ -120,7 +123,7 @@ def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat
 def test_sampling_is_seeded(steered, smol_chat):
     def sample(seed):
         settings = replace(SETTINGS, temperature=1.0, seed=seed)
-        return me.generate_answers(steered, smol_chat, CONVERSATIONS, settings)
+        return an.generate_answers(steered, smol_chat, CONVERSATIONS, settings)
 
     assert sample(0) == sample(0) != sample(1)
 
@@ -219,11 +222,20 @@ def test_coefficients_are_chosen_on_validation_questions(data, tiny_folder, smol
     assert set.union(*scored) == set(map(id, data.validation))
     tokens = sum(map(label_count, data.validation))
     best, fast = {}, FastPath(model)
-    for coefficient in me.COEFFICIENTS:
-        model.set_vector(coefficient * direction)
+    for half_octave in range(-4, 7):  # all that can be chosen
+        model.set_vector(2 ** (half_octave / 2) * direction)
         each = [real(fast, [e], me.token_nll).sum().item() for e in data.validation]
-        best[coefficient] = sum(each) / tokens
-    assert got["nll"] == pytest.approx(best) and got["chosen"] == min(best, key=best.get)
+        best[2 ** (half_octave / 2)] = sum(each) / tokens
+    assert got["nll"] == pytest.approx({c: best[c] for c in got["nll"]})
+    assert got["chosen"] == min(best, key=best.get) and len(got["nll"]) <= 7
+
+
+def test_coefficient_search_finds_the_bottom_of_any_valley_in_some_six_passes():
+    for bottom in (0.1, 0.25, 0.3, 0.5, 0.71, 1.0, 1.3, 2.0, 3.0, 5.0, 8.0, 20.0):
+        curve = me.search_coefficient(lambda c, bottom=bottom: abs(math.log2(c / bottom)))
+        grid = [2 ** (i / 2) for i in range(-4, 7)]
+        assert min(curve, key=curve.get) == min(grid, key=lambda c: abs(math.log2(c / bottom)))
+        assert 3 <= len(curve) <= 7 and list(curve) == sorted(curve)
 
 
 # ---------------------------------------------------------------- questions
@@ -322,7 +334,7 @@ def test_probe_scored_on_its_own_training_rows_is_caught():
 def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folder, smol_chat):
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     model.set_vector(torch.full((32,), 4.0))
-    rows = me.first_rows(data.heldout, 3)
+    rows = an.first_rows(data.heldout, 3)
     texts = {
         "good": ["Aye aye.", "No.", "Sail on, my friend."],
         "bad": ["", "", "so it goes " * 20],
@@ -348,7 +360,7 @@ def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypat
     with monkeypatch.context() as fault:  # a generate that gives its left padding back unpadded
         fault.setattr(steered.model, "generate", lambda **options: real(**options)[:, 1:])
         with pytest.raises(AssertionError, match="where its prompt ends"):
-            me.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
+            an.generate_answers(steered, smol_chat, CONVERSATIONS, SETTINGS)
     with monkeypatch.context() as fault:  # the end of the prompt, cut off too late, in the answer
 
         def echo(**options):
@@ -363,7 +375,7 @@ def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypat
 # ---------------------------------------------------------------- the whole script
 
 
-CONDITIONS = ["vanilla", "prompted", "steered x1", "steered x2", "mean_difference"]
+CONDITIONS = ["vanilla", "prompted", "few_shot", "steered x1", "steered x2", "mean_difference"]
 
 
 def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
@@ -371,13 +383,19 @@ def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
     printed = capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
     table = result["likelihood"]
-    assert {"vanilla", "prompted", "random", "mean_difference", "steered"} <= set(table)
+    assert {"vanilla", "prompted", "few_shot", "random", "mean_difference", "steered"} <= set(table)
+    recommended = result["recommended"]
+    scale = f"steered x{recommended['scale']:g}"
+    assert scale in result["answers"] and scale in result["side_effects"]
+    conditions = [c for c in result["answers"] if c in CONDITIONS]
+    assert {*result["answers"]} - {*CONDITIONS} <= {scale}
     for row in table.values():
         assert row["interval"][0] <= row["nll"] <= row["interval"][1]
         assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
-    assert len(result["samples"]) == 2 and list(result["answers"]) == CONDITIONS
-    assert list(result["samples"][0]["answers"]) == CONDITIONS
-    assert list(result["side_effects"]) == CONDITIONS[2:]
+    assert len(result["samples"]) == 2 and conditions == CONDITIONS
+    assert list(result["samples"][0]["answers"]) == list(result["answers"])
+    assert list(result["side_effects"]) == list(result["answers"])[3:]
+    assert [sample["question"] for sample in result["identity"]] == list(an.IDENTITY)
     assert result["side_effects"]["steered x1"]["mean"] > 0
     assert result["plain"]["source"] == "src__role__0_default"
     assert "under budget" in result["flags"]
@@ -419,7 +437,7 @@ def test_each_pass_is_one_line_with_its_time(finished, capsys):
     passes = [line[9:] for line in lines]
     assert "states of training, plain and held-out rows" in passes
     assert "held-out rows: prompted" in passes and "answers: steered x2" in passes
-    assert len(passes) == len(set(passes)) < 20
+    assert len(passes) == len(set(passes)) < 25
 
 
 def test_evaluation_parses_each_dataset_once_and_the_matrix_none_again(
@@ -456,9 +474,9 @@ def test_without_plain_rows_the_models_own_answers_serve(finished, tmp_path, cap
 def test_added_condition_is_in_every_table_and_picture(finished, tmp_path, monkeypatch, capsys):
     real = me.heldout_losses
 
-    def with_negated(model, chat, examples, vectors, limit):
+    def with_negated(model, chat, examples, vectors, *rest):
         (vector,) = vectors["steered"]
-        return real(model, chat, examples, {**vectors, "negated": [-vector]}, limit)
+        return real(model, chat, examples, {**vectors, "negated": [-vector]}, *rest)
 
     monkeypatch.setattr(me, "heldout_losses", with_negated)
     report_dir = ["--report-dir", str(tmp_path)]
@@ -541,7 +559,7 @@ def test_flags_say_what_is_wrong():
             "likelihood": table(**bounds),
             "answers": {"steered x1": {"collapsed": collapsed}},
         }
-        return eval_report.find_flags(result, record | changes)
+        return summary.find_flags(result, record | changes)
 
     assert flags() == []
     assert flags({**good, "vanilla": [-0.1, 0.1]}) == ["no better than vanilla"]
@@ -562,18 +580,32 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
         assert ev.main([*arguments, "--judge", endpoint.url]) == 1
     said = capsys.readouterr()
     result = json.loads((finished / "eval.json").read_text())
+    asked = judging.to_ask(result, "role")
     answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
+    more = {(s["question"], t) for s in result["identity"] for t in s["answers"].values() if t}
+    assert len(asked) == 2 * len(answers) + 2 * len(more)
     assert len(path.read_text().splitlines()) == 2 and "HTTP 400" in said.err
-    assert result["judge"]["failed"] == len(answers) - 2 > 0
+    assert result["judges"][0]["failed"] == len(asked) - 2 > 0
+    assert f"{len(asked)} requests to make" in said.out
     monkeypatch.setattr(hm, "load_model", None)  # the answers are those that were there
-    with serve(lambda *_: "3") as endpoint:
+    replies = {"PERSONA:": "Mixed.", "overacts": "1", "coherent": "80"}
+
+    def reply(prompt, count):
+        return next((said for words, said in replies.items() if words in prompt), "3")
+
+    with serve(reply) as endpoint:
+        assert ev.main([*arguments, "--judge", endpoint.url, "--judge-dry-run"]) == 0
+        assert not endpoint.seen and f"{len(asked) - 2} requests" in capsys.readouterr().out
         assert ev.main([*arguments, "--judge", endpoint.url]) == 0
-        assert len(endpoint.seen) == len(answers) - 2
+        assert len(endpoint.seen) == len(asked) - 2
     result = json.loads((finished / "eval.json").read_text())
-    assert result["judge"]["failed"] == 0
-    judged = [row["judge"] for row in result["answers"].values()]
-    assert all(row["failed"] == row["refusal"] == row["unparsable"] == 0 for row in judged)
-    assert all(2.0 <= row["score"]["mean"] <= 3.0 for row in judged)
+    (judge,) = result["judges"]
+    assert judge["failed"] == 0 and list(judge["conditions"]) == list(result["answers"])
+    for row in judge["conditions"].values():
+        assert row["failed"] == row["refusal"] == row["unparsable"] == 0
+        assert 2.0 <= row["score"]["mean"] <= 3.0 and row["coherence"]["mean"] <= 80
+        assert row["identity"] == {"persona": 0, "assistant": 0, "mixed": 5}
+    assert "judge j scores vanilla like the persona" in result["flags"]  # 3 to everything
     capsys.readouterr()
 
 
@@ -686,8 +718,8 @@ def test_sampled_answers_do_not_depend_on_the_batch_but_on_the_seed(steered, smo
     turns = [[{"role": "user", "content": f"{q}?"}] for q in ("Who are you", "Tea", "What is 2+2")]
 
     def answers(batch_size, seed=0, conversations=turns):
-        sampling = me.Sampling(8, 1.0, seed, batch_size)
-        return me.generate_answers(steered, smol_chat, conversations, sampling)
+        sampling = an.Sampling(8, 1.0, seed, batch_size)
+        return an.generate_answers(steered, smol_chat, conversations, sampling)
 
     together = answers(3)
     assert together == answers(1) == answers(2)
@@ -697,7 +729,7 @@ def test_sampled_answers_do_not_depend_on_the_batch_but_on_the_seed(steered, smo
 
 def test_seeded_noise_samples_from_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
-    process = me.seeded_noise([[]], me.Sampling(temperature=0.5))
+    process = an.seeded_noise([[]], an.Sampling(temperature=0.5))
     picks = torch.stack([process(None, scores).argmax() for _ in range(4000)])
     got = picks.bincount(minlength=4) / len(picks)
     assert torch.allclose(got, (scores[0] / 0.5).softmax(-1), atol=0.03)
@@ -770,7 +802,7 @@ def test_answers_cannot_write_the_markdown_around_them():
         "system_prompt": "# P",
         "answers": {"vanilla": "# A\n<i>"},
     }
-    text = eval_report.answers_text(sample)
+    text = summary.answers_text(sample)
     assert "<b>" not in text and "<i>" not in text and "\n# " not in text
     assert "> # A\n> &lt;i&gt;" in text
 
@@ -794,17 +826,17 @@ def test_a_judge_that_is_down_costs_neither_evaluation_nor_matrix(trained, tmp_p
 def test_an_evaluation_done_anew_says_that_it_was_judged_before(finished, capsys):
     with serve(lambda *_: "2") as endpoint:
         judge = ["--judge", endpoint.url, "--judge-model", "other"]
-        assert "judge" in evaluate(finished, *judge)
-    assert "judge" not in evaluate(finished, "--restart")
+        assert "judges" in evaluate(finished, *judge)
+    assert "judges" not in evaluate(finished, "--restart")
     assert "judged before: --judge adds" in capsys.readouterr().err
 
 
 def test_a_models_own_generation_config_does_not_touch_answers(steered, smol_chat):
-    sampling = me.Sampling(8, 0.7, 0, 2)
-    before = me.generate_answers(steered, smol_chat, CONVERSATIONS, sampling)
+    sampling = an.Sampling(8, 0.7, 0, 2)
+    before = an.generate_answers(steered, smol_chat, CONVERSATIONS, sampling)
     own = steered.model.generation_config
     own.repetition_penalty, own.num_beams, own.forced_eos_token_id = 5.0, 2, 3
-    assert me.generate_answers(steered, smol_chat, CONVERSATIONS, sampling) == before
+    assert an.generate_answers(steered, smol_chat, CONVERSATIONS, sampling) == before
     assert steered.model.generation_config is own
 
 

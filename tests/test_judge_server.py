@@ -54,7 +54,7 @@ def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_f
     keys = [json.loads(line)["key"] for line in lines]
     assert 15 <= len(half) < len(answers) == len(set(keys)) == len(keys)
     assert lines[: len(half)] == half
-    assert result["judge"]["asked_now"] == len(answers) - len(half)
+    assert result["judges"][0]["asked_now"] == len(answers) - len(half)
     asked = log.read_text().count("POST /v1/chat/completions")
     assert asked == len(answers)
     print(f"{len(half)} judged, interrupted, {len(answers) - len(half)} more; server saw {asked}")

@@ -659,7 +659,7 @@ def test_run_in_which_processes_die_is_given_up_unless_it_gets_further(
     assert "its process died 5 times in a row" in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
     assert ts.main(arguments) == 0  # failed meanwhile, in this very process: passed over
-    assert "has failed there just now" in capsys.readouterr().out
+    assert "just failed there" in capsys.readouterr().out
     died(rs.ATTEMPTS, 4)  # further than where they died
     assert ts.main(arguments) == 0 and (folder / VECTOR_FILE).exists()
     assert json.loads((folder / "run.json").read_text())["attempts"] == 1
