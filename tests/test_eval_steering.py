@@ -26,11 +26,10 @@ import eval_steering as ev
 import hook_model as hm
 import train_steering as ts
 from evaluation import answers as an
-from evaluation import judging
+from evaluation import judging, summary
 from evaluation import measures as me
 from evaluation import report as eval_report
 from evaluation import stats as es
-from evaluation import summary
 from steering import data_layouts as dl
 from steering import run_folder as rf
 from steering import run_state as rs
