@@ -101,9 +101,11 @@ def evaluate(model, chat, data, vector, kept, args):
 
     # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
     answers.announce("states of training, plain and held-out rows")
+    parts = data.train, data.plain_train, data.heldout, data.plain_heldout
+    parts = (measures.first_tokens(part, measures.MEAN_TOKENS) for part in parts)
     persona, plain, *heldout_states = (
         measures.response_means(model, answers.without_end(examples, chat), limit)
-        for examples in (data.train, data.plain_train, data.heldout, data.plain_heldout)
+        for examples in parts
     )
     difference = persona.mean(dim=0) - plain.mean(dim=0)
     probe, probe_report = measures.train_probe(persona, plain, *heldout_states)
@@ -112,8 +114,8 @@ def evaluate(model, chat, data, vector, kept, args):
     about = args.kl_budget, sampling, args.num_samples, limit
     recommended = recommend_scale(model, chat, data, vector, probe, *about)
     data.check(recommended["questions"])
-    scale, budget = recommended["scale"], (args.heldout_tokens, limit, seed)
-    result = measures.likelihood(model, chat, data, vector, difference, scale, *budget)
+    scale = recommended["scale"]
+    result = measures.likelihood(model, chat, data, vector, difference, scale, limit, seed)
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
     scales = sorted({*args.scales, *([scale] if scale else [])})

@@ -136,13 +136,17 @@ def plain_answers(model, chat, conversations, sampling, kept):
     return [kept.found[key]["answer"] for key in keys]
 
 
-def few_shot(rows, train):
-    """The rows with SHOTS training rows, question and answer, as turns before their own: what a
-    user would do who has examples and no vector. [] where there are not as many questions."""
-    shots = [turn for row in first_rows(train, SHOTS) for turn in row["messages"]]
-    shots = [turn for turn in shots if turn["role"] != "system"]
-    enough = len(first_rows(train, SHOTS)) == SHOTS
-    return [{**row, "messages": [*shots, *row["messages"]]} for row in rows] if enough else []
+def few_shot(rows, train, prompts):
+    """The rows with SHOTS training rows, question and answer, as turns before their own, and the
+    most frequent system prompt: what a user would do who has examples and no vector.
+    [] where there are not as many questions. prompts: a Counter of system prompts."""
+    shown = first_rows(train, SHOTS)
+    shots = [turn for row in shown for turn in row["messages"] if turn["role"] != "system"]
+    system = next((prompt for prompt, _ in prompts.most_common(1)), "")
+    made = [
+        {**row, "system_prompt": system, "messages": [*shots, *row["messages"]]} for row in rows
+    ]
+    return made if len(shown) == SHOTS else []
 
 
 def prompted_rows(rows, train, each_prompt=False):
@@ -157,7 +161,7 @@ def prompted_rows(rows, train, each_prompt=False):
     if each_prompt and "prompted" in versions and len(prompts) > 1:
         for number, (prompt, _) in enumerate(prompts.most_common(MAX_PROMPTS), 1):
             versions[f"prompt {number}"] = [{**row, "system_prompt": prompt} for row in rows]
-    return versions | ({"few_shot": shown} if (shown := few_shot(rows, train)) else {})
+    return versions | ({"few_shot": made} if (made := few_shot(rows, train, prompts)) else {})
 
 
 def compare_answers(model, chat, rows, versions, directions, sampling, kept):

@@ -4,6 +4,7 @@ Each function takes a SteerModel and rows, and gives numbers. max_tokens: padded
 pass. The answers are those of evaluation/answers.py.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from evaluation.answers import (
     prompted_rows,
     without_end,
 )
+from evaluation.shared_prefix import shared_prefix_sums
 from evaluation.stats import (
     TEXT_METRICS,
     auroc,
@@ -35,6 +37,8 @@ from steering.fast_path import FastPath, by_example, example_sums
 
 OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm
+CHOOSE_TOKENS, MEAN_TOKENS = 4_000, 40_000  # of rows to choose by; to take mean states of, at most
+PLAIN_TOKENS = 8_000  # of plain rows that side effects are measured on, at most
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
 MIN_AUROC, MIN_ROWS = 0.8, 5  # below these a probe's scores are withheld
 # Text has collapsed at a scale if, of its answers, more than this share are empty or repeat
@@ -155,7 +159,8 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
             if (longest := max(len(e.input_ids) for e in prompted)) > context_length(model):
                 announce(f"left out: its prompts are too long for the model ({longest} tokens)")
                 continue
-            losses[condition] = nll_sums(fast, prompted, max_tokens)
+            shared = shared_prefix_sums(model.model, prompted, token_nll, max_tokens)
+            losses[condition] = shared or nll_sums(fast, prompted, max_tokens)
     for condition, directions in vectors.items():
         announce(f"held-out rows: {condition}")
         each = []
@@ -177,12 +182,11 @@ def first_tokens(examples, tokens):
     return examples[: int(np.searchsorted(total, tokens)) + 1]
 
 
-def likelihood(model, chat, data, vector, difference, scale, tokens, max_tokens, seed):
+def likelihood(model, chat, data, vector, difference, scale, max_tokens, seed):
     """Coefficients by questions to choose by, NLL table and recovered fraction on held-out ones.
-    vector: the trained one (n,); difference: the mean one (n,); scale: the recommended one, or
-    None; tokens: of rows to choose by."""
+    vector: the trained one (n,); difference: the mean one (n,); scale: the recommended, or None."""
     directions = {"steered": vector, "mean_difference": difference}
-    chooser = first_tokens(data.chooser, tokens)
+    chooser = first_tokens(data.chooser, CHOOSE_TOKENS)
     chosen = choose_coefficients(model, chooser, directions, max_tokens)
     seeded = torch.Generator().manual_seed(seed)
     noise = torch.randn(RANDOM_VECTORS, len(vector), generator=seeded)
@@ -299,15 +303,26 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens):
 def side_effects(model, examples, directions, max_tokens):
     """{condition: {"mean", "interval"}}: KL(vanilla || steered) in nats a token, on plain rows."""
     announce(f"side effects on plain rows: {', '.join(directions)}")
-    fast, result = FastPath(model), {}
+    fast, each, examples = (
+        FastPath(model),
+        [*directions.values()],
+        first_tokens(examples, PLAIN_TOKENS),
+    )
     fast.cache_prefix(examples, max_tokens=max_tokens)
-    tokens, questions = list(map(label_count, examples)), questions_of(examples)
-    for condition, direction in directions.items():
-        model.set_vector(direction)
-        sums = example_sums(fast.divergences, examples, max_tokens)
-        per_token = [value / count for value, count in zip(sums, tokens, strict=True)]
-        result[condition] = mean_interval(per_token, questions)
-    return result
+
+    def divergences(batch):
+        with model.steering_off():
+            plain = fast.states(batch)
+        found = []
+        for direction in each:
+            model.set_vector(direction)
+            found.append(fast.compare(batch, [plain, contextlib.nullcontext])[1])
+        parts = torch.stack(found, dim=1).split([label_count(example) for example in batch])
+        return [part.mean(dim=0) for part in parts]  # (D,) of each example
+
+    rows = torch.stack(by_example(divergences, examples, max_tokens)).T.tolist()
+    questions = questions_of(examples)
+    return {name: mean_interval(row, questions) for name, row in zip(directions, rows, strict=True)}
 
 
 def persona_by_turn(model, chat, talks, probe, max_tokens):

@@ -7,13 +7,18 @@ second, as KL(vanilla || steered) on plain rows, and the first decides among wha
 import math
 
 from evaluation.answers import announce, first_rows, generate_answers
-from evaluation.measures import describe_answers, first_tokens, nll_sums, questions_of
+from evaluation.measures import (
+    CHOOSE_TOKENS,
+    describe_answers,
+    first_tokens,
+    nll_sums,
+    questions_of,
+)
 from steering.chat_format import label_count
 from steering.fast_path import FastPath, example_sums
 
 STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at
-TOKENS = 4_000  # of the rows that it is chosen by, at most
 CLOSE = 0.01  # persona scores that are no worse: the smaller scale changes less
 
 
@@ -34,8 +39,8 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
     collapsed, the one with the best persona score; without a probe, the largest. scale is None, and
     "why" says it, where there is none. data: an EvalData, of which only what was seen is read."""
     announce("scales, on questions to choose by")
-    examples = first_tokens(data.chooser, TOKENS)
-    plain = first_tokens(data.plain_chooser, TOKENS)
+    examples = first_tokens(data.chooser, CHOOSE_TOKENS)
+    plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
     rows = first_rows(data.chooser, count)
     fast, divergences = FastPath(model), {}
     fast.cache_prefix(plain, max_tokens=max_tokens)
