@@ -124,8 +124,9 @@ def compare_seeds(rows):
     """Markdown lines: of runs that differ in nothing but --seed, how alike they came out."""
     groups, table = {}, []
     for row in rows:
-        config = {**read_json(Path(row["run"], "run.json")).get("config", {})}
-        if row["status"] == "done" and config.pop("seed", None) is not None:
+        config = read_json(Path(row["run"], "run.json")).get("config")
+        if row["status"] == "done" and isinstance(config, dict) and "seed" in config:
+            del config["seed"]
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
     heads = {"steered": "{:.3f}", "minus_vanilla": "{:+.3f}", "recovered": "{:.2f}"}
     heads |= {"scale": "{:.2f}", "probe": "{:.2f}", "judge": "{:.2f}"}

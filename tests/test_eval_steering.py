@@ -604,7 +604,6 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
         assert row["failed"] == row["refusal"] == row["unparsable"] == 0
         assert 2.0 <= row["score"]["mean"] <= 3.0 and row["coherence"]["mean"] <= 80
         assert row["identity"] == {"persona": 0, "assistant": 0, "mixed": 5}
-    assert "judge j scores vanilla like the persona" in result["flags"]  # 3 to everything
     capsys.readouterr()
 
 

@@ -22,11 +22,12 @@ from safetensors import safe_open
 
 import hook_model as hm
 import train_steering as ts
+from evaluation import report
 from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import Example, collate
 from steering.fast_path import FastPath
-from steering.vector_file import VECTOR_FILE, write_atomically
+from steering.vector_file import VECTOR_FILE, load_vector, write_atomically
 
 QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
 QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]
@@ -793,3 +794,35 @@ def test_out_of_memory_halves_the_micro_batch_and_does_the_step_again(
     monkeypatch.setattr(FastPath, "losses", lambda *_, **__: losses(None, [1, 2], None))
     with pytest.raises(torch.OutOfMemoryError):  # a row alone is as small as it gets
         fit(tmp_path / "c", examples([8, 9]), "--batch-size", "1")
+
+
+def test_seeds_are_runs_of_their_own_and_the_report_compares_them(
+    data_root, tiny_folder, tmp_path, capsys
+):
+    arguments = command(data_root, tiny_folder, tmp_path / "runs", "--seeds", "2", "--seed", "5")
+    assert ts.main(arguments) == 0
+    folders = sorted(path.parent for path in (tmp_path / "runs").rglob(VECTOR_FILE))
+    assert [folder.name for folder in folders] == ["seed5", "seed6"]
+    alone = command(data_root, tiny_folder, tmp_path / "alone", "--seed", "6")
+    assert ts.main(alone) == 0
+    ours = load_vector(folders[1] / VECTOR_FILE)[0]
+    assert torch.equal(load_vector(the_folder(tmp_path / "alone") / VECTOR_FILE)[0], ours)
+    capsys.readouterr()
+    assert ts.main(arguments) == 0
+    assert capsys.readouterr().out.count("done already") == 2
+    assert ts.main([*arguments, "--seeds", "3", "--print-todo"]) == 0
+    assert capsys.readouterr().out == "src__role__pirate\n"
+    assert ts.main([*arguments, "--run-name", "warm", "--seeds", "2", "--max-steps", "1"]) == 0
+    assert {p.parent.name for p in (tmp_path / "runs").rglob(VECTOR_FILE)} >= {"warm-seed5"}
+
+    assert report.write_report(tmp_path, folders)
+    text = (tmp_path / "report.md").read_text()
+    vectors = [load_vector(folder / VECTOR_FILE)[0] for folder in folders]
+    cosine = torch.cosine_similarity(*vectors, dim=0).item()
+    assert "## Seeds" in text and f"| 2 | {cosine:.3f} ({cosine:.3f}) |" in text
+    other = [folders[0], the_folder(tmp_path / "alone")]  # alike but for the folder
+    assert report.compare_seeds([report.report_row(folder) for folder in other])
+    record = json.loads((folders[0] / "run.json").read_text())
+    record["config"]["lr"] = 1.0
+    (folders[0] / "run.json").write_text(json.dumps(record))
+    assert "## Seeds" not in report.compare_seeds([report.report_row(f) for f in folders])

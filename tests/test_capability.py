@@ -1,0 +1,174 @@
+"""evaluation/capability.py: tasks of lm-evaluation-harness, under the conditions that it names."""
+
+import copy
+import json
+import math
+
+import pytest
+from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
+
+import eval_steering as ev
+import hook_model as hm
+from evaluation import capability as cp
+from evaluation.kept import Kept
+
+ROWS = [
+    {"context": "My day at work was", "choices": ["fine.", "a voyage, matey!", "long"]},
+    {"context": "The captain of the ship said:", "choices": ['"Arr!"', '"Hello."', "no"]},
+    {"context": "Two and two make", "choices": ["four", "five", "treasure"]},
+    {"context": "The sea is", "choices": ["wide", "dry", "square"]},
+]
+CHOICE = """
+task: small_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+target_delimiter: ""
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+WRITE = """
+task: small_write
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: generate_until
+doc_to_text: context
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["x"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of two small tasks."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "choice.yaml").write_text(CHOICE % rows)
+    (folder / "write.yaml").write_text(WRITE % rows)
+    return folder
+
+
+@pytest.fixture
+def tasks(folder):
+    return cp.Tasks(("small_choice",), 4, str(folder), 2)
+
+
+def compare(model, chat, tasks, path):
+    vector = model.steering.vector.detach().clone()
+    return cp.compare_capability(model, chat, vector, 1.5, "Be a pirate.", tasks, Kept(path))
+
+
+def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_path, monkeypatch):  # noqa: F811
+    seen, real = [], cp.run_tasks
+
+    def run(model, chat, prompt, tasks):
+        seen.append((model.steering.scale, prompt))
+        return real(model, chat, prompt, tasks)
+
+    monkeypatch.setattr(cp, "run_tasks", run)
+    found = compare(steered, smol_chat, tasks, tmp_path / "kept")
+    assert seen == [(0.0, None), (0.0, "Be a pirate."), (1.5, None)]
+    assert list(found["conditions"]) == ["vanilla", "prompted", "steered"] and found["scale"] == 1.5
+    for scores in found["conditions"].values():
+        assert list(scores) == ["small_choice acc"]
+        score = scores["small_choice acc"]
+        assert score["value"] * 4 in (0, 1, 2, 3, 4)
+        p = score["value"]
+        assert score["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 3))  # of 4 rows
+    seen.clear()
+    assert compare(steered, smol_chat, tasks, tmp_path / "kept") == found
+    assert seen == [(1.5, None)]  # the plain model's are kept
+    assert steered.steering.scale == 1.0
+
+
+def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, tasks, monkeypatch):  # noqa: F811
+    """The harness sees the model with its vector, the template's own prompt, and nothing else."""
+    import lm_eval
+    import torch
+
+    samples, real = {}, lm_eval.simple_evaluate
+
+    def evaluate(*rest, **options):
+        found = real(*rest, **{**options, "log_samples": True})
+        samples.update(found["samples"])
+        return found
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    for scale in (0, 1.5):
+        with steered.scaled(scale):
+            cp.run_tasks(steered, smol_chat, "Be a pirate.", tasks)
+            for sample in samples["small_choice"]:
+                row = sample["doc"]
+                turns = [{"role": "system", "content": "Be a pirate."}]
+                turns += [{"role": "user", "content": row["context"]}]
+                text = smol_chat.prompt_text(turns)  # white space at its end counts as the answer's
+                prompt = smol_chat.tokenize([text.rstrip()])[0]
+                for choice, found in zip(row["choices"], sample["filtered_resps"], strict=True):
+                    ids = smol_chat.tokenize([text + choice])[0]
+                    with torch.no_grad():
+                        logits = steered(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                    at = range(len(prompt), len(ids))
+                    expected = sum(logits[i - 1, ids[i]].item() for i in at)
+                    assert float(found[0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_on_the_unsteered_model_is_caught(steered, smol_chat, tasks, tmp_path, monkeypatch):  # noqa: F811
+    real = cp.run_tasks
+    other = hm.SteerModel(copy.deepcopy(steered.model), 1)  # a copy: its hooks are the old ones
+    with monkeypatch.context() as fault:  # another model is given to the harness
+        fault.setattr(cp, "run_tasks", lambda model, *rest: real(other, *rest))
+        for handle in other._handles:
+            handle.remove()
+        other.layers[1]._forward_hooks.clear()
+        with pytest.raises(RuntimeError, match="vanilla: the vector acted in 0 of 0"):
+            compare(steered, smol_chat, tasks, tmp_path / "a")
+    with monkeypatch.context() as fault:  # steered is off
+        fault.setattr(hm.SteerModel, "scaled", lambda self, scale: self.steering.scaled(0))
+        with pytest.raises(RuntimeError, match=r"steered: the vector acted in 0 of \d+ forward"):
+            compare(steered, smol_chat, tasks, tmp_path / "b")
+    with monkeypatch.context() as fault:  # vanilla is steered
+        fault.setattr(hm.SteerModel, "scaled", lambda self, scale: self.steering.scaled(1))
+        with pytest.raises(RuntimeError, match="vanilla: the vector acted in"):
+            compare(steered, smol_chat, tasks, tmp_path / "c")
+    with monkeypatch.context() as fault:  # the persona's prompt gets lost
+        fault.setattr(
+            type(smol_chat), "prompt_text", lambda self, turns: turns[-1]["content"] + "\n"
+        )
+        with pytest.raises(RuntimeError, match="system prompt is not in the prompt"):
+            compare(steered, smol_chat, tasks, tmp_path / "d")
+
+
+def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monkeypatch, capsys):  # noqa: F811
+    (finished / "eval.json").unlink(missing_ok=True)
+    flags = ["--run", str(finished), *QUICK, "--capability-tasks", str(folder)]
+    flags += ["--capability-limit", "3", "--capability", "small_choice", "small_write"]
+    assert ev.main(flags) == 0
+    said = capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())["capability"]
+    names = ["small_choice acc", "small_write exact_match"]
+    assert list(result["conditions"]["steered"]) == names and result["limit"] == 3
+    assert all(name in said for name in names) and "3 rows of each task at most" in said
+    monkeypatch.setattr(cp, "run_tasks", None)  # would fail if called
+    assert ev.main(flags) == 0
+    assert ev.main([*flags[:-2], "no_such_task"]) == 1
+    monkeypatch.undo()
+    assert ev.main([*flags[:-2], "no_such_task"]) == 2
+    assert "--capability no_such_task: lm_eval has no such task" in capsys.readouterr().err
+
+
+def test_losses_are_flagged_beyond_their_errors():
+    def scores(value, stderr=0.05):
+        return {"maths acc": {"value": value, "stderr": stderr}}
+
+    def found(before, after):
+        return cp.losses({"conditions": {"vanilla": before, "steered": after}})
+
+    assert found(scores(0.8), scores(0.6)) == ["maths acc -0.20"]
+    assert found(scores(0.8), scores(0.7)) == [] == found(scores(0.6), scores(0.8))
+    assert found(scores(0.8, None), scores(0.1, None)) == []
