@@ -4,13 +4,15 @@
     python eval_steering.py --run runs                            # every run in there, and a report
     python eval_steering.py --run runs --report-only              # the report of what is there
     python eval_steering.py --run RUN_DIR --judge http://localhost:8000/v1 --judge-model NAME
+    python eval_steering.py --run RUN_DIR --capability gsm8k arc_easy # what the vector costs
     python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
     python eval_steering.py --vector evil.pt --model Qwen/Qwen3-32B --layer 22 --dataset NAME
 
-vanilla: the plain model; prompted: the row's own persona system prompt put back; steered: the
-vector added, no prompt; mean_difference: the vector that no training made; random: of the same
-norm. What is chosen (coefficients) is chosen on validation questions; what is reported is of
-held-out ones. Exit codes: 0 done, 1 the judge failed on some answers, 2 bad input, 130 Ctrl-C.
+vanilla: the plain model; prompted: the row's own persona system prompt put back; few_shot: a prompt
+with three examples; steered: the vector added, no prompt; mean_difference: the vector that no
+training made; random: of the same norm. What is chosen (the recommended scale, coefficients) is
+chosen on validation questions; what is reported is of held-out ones. Exit codes: 0 done, 1 the
+judge failed on some answers, 2 bad input, 130 Ctrl-C.
 """
 
 import math
@@ -32,7 +34,7 @@ from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
-from steering.loading import DTYPES, is_same_model, model_digest
+from steering.loading import DTYPES, model_digest
 from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
@@ -85,8 +87,7 @@ def load_data(run, chat, heldout_tokens):
     heldout = asked or splits.heldout
     if left_out := len(splits.heldout) - len(heldout):
         answers.announce(f"{left_out} held-out rows without a system prompt are left out")
-    train, validation = splits.train, splits.validation
-    return measures.EvalData(train, validation, heldout, *plain, source, left_out)
+    return measures.EvalData(splits.train, splits.validation, heldout, *plain, source, left_out)
 
 
 def evaluate(model, chat, data, vector, kept, args):
@@ -119,25 +120,23 @@ def evaluate(model, chat, data, vector, kept, args):
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
     scales = sorted({*args.scales, *([scale] if scale else [])})
-    directions = {f"steered x{scale:g}": vector * scale for scale in scales}
-    factor = result["coefficients"]["mean_difference"]["chosen"]
-    directions["mean_difference"] = difference * factor
+    directions = {f"steered x{s:g}": vector * s for s in scales}
+    directions["mean_difference"] = difference * result["coefficients"]["mean_difference"]["chosen"]
     asked = rows + (answers.identity_rows(rows[0]) if rows else [])
     versions = answers.prompted_rows(asked, data.train, each_prompt=True)
     texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
     written = {condition: each[: len(rows)] for condition, each in texts.items()}
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
-    if rows:
-        answers.announce("reading the answers")
+    answers.announce("reading the answers")
     described = measures.describe_answers(model, chat, rows, written, probe, yardstick, limit)
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
-    plain_report = {"source": data.plain_source, "train": len(data.plain_train)}
     samples = answers.side_by_side(asked, texts)
     result |= {
         "recommended": recommended, "answers": described, "side_effects": effects,
-        "probe": probe_report, "plain": plain_report, "norms": norms,
+        "probe": probe_report, "norms": norms,
+        "plain": {"source": data.plain_source, "train": len(data.plain_train)},
         "samples": samples[: len(rows)], "identity": samples[len(rows) :],
     }  # fmt: skip
     if args.turns:
@@ -158,21 +157,13 @@ def evaluation_config(args, run):
     return config | {"format_version": summary.FORMAT_VERSION}
 
 
-def suffix_of(run):
-    """What the names of an evaluation's files end in: "" if the model is the run's own."""
-    header = {"model": run.record["args"].get("model", "")}
-    header["model_digest"] = run.record["config"].get("model_digest") or ""  # not in older runs
-    same, name = is_same_model(header, run.args["model"]), run.args["model"]
-    return "" if same else f"-{run_path('', name, 0, '').parts[0]}"
-
-
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
     started, run = time.time(), read_run(folder, changes_of(args))
     sources = run_state.source_hashes("eval_steering.py", SHOWING)
     config = evaluation_config(args, run)
-    suffix = suffix_of(run)
+    suffix = run_state.model_suffix(run)
     path = folder / f"eval{suffix}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
@@ -198,6 +189,7 @@ def evaluate_folder(folder, args, shelf):
         print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
     if args.capability:
         add_capability(result, run, args, shelf)
+        write_json(path, result)
     code = 0
     if args.judge:
         about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
@@ -213,17 +205,14 @@ def evaluate_folder(folder, args, shelf):
 
 def add_capability(result, run, args, shelf):
     """Add the scores of the --capability tasks to an eval.json's dict, unless they are there."""
-    names, limit = tuple(args.capability), args.capability_limit
-    tasks = Tasks(names, limit, args.capability_tasks, args.batch_size)
-    scale = result["recommended"]["scale"] or 1.0
+    tasks, scale = tasks_of(args), result["recommended"]["scale"] or 1.0
     asked, before = {**tasks.asked(), "scale": scale}, result.get("capability", {})
-    if not args.restart and asked == {key: before.get(key) for key in asked}:
-        return
-    chat, model = shelf.chat(run), shelf.model(run)
-    kept = kept_beside(run, model, chat, "plain_capability.jsonl", args.restart)
-    prompt = next((s["system_prompt"] for s in result["samples"]), "")
-    about = run.vector, scale, prompt, tasks, kept
-    result["capability"] = compare_capability(model, chat, *about)
+    if args.restart or asked != {key: before.get(key) for key in asked}:
+        chat, model = shelf.chat(run), shelf.model(run)
+        kept = kept_beside(run, model, chat, "plain_capability.jsonl", args.restart)
+        prompt = next((s["system_prompt"] for s in result["samples"]), "")
+        about = run.vector, scale, prompt, tasks, kept
+        result["capability"] = compare_capability(model, chat, *about)
 
 
 def print_answers(folder, args, shelf):
@@ -301,29 +290,24 @@ def make_parser():
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers and random vectors")
-    text = "nats a token that the recommended scale may change plain rows by"
-    add("--kl-budget", type=float, default=0.75, metavar="NATS", help=text)
+    add("--kl-budget", type=float, default=0.75, help="nats a token, of the recommended scale")
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
     add("--batch-size", type=int, default=16, help="answers written at once")
-    text = f"also conversations of so many everyday turns, {len(answers.EVERYDAY)} at most"
-    add("--turns", type=int, default=0, metavar="N", help=text)
+    add("--turns", type=int, default=0, help="also have conversations of so many turns")
     add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
     add = parser.add_argument_group("judge").add_argument
-    text = "OpenAI-compatible endpoint, such as http://host:8000/v1; two for two judges"
-    add("--judge", nargs="+", metavar="URL", help=text)
-    text = "model there, key from $JUDGE_API_KEY; two are compared with each other"
-    add("--judge-model", nargs="+", metavar="NAME", help=text)
+    add("--judge", nargs="+", metavar="URL", help="OpenAI-compatible, as http://host:8000/v1")
+    add("--judge-model", nargs="+", metavar="NAME", help="model there, or two to compare")
     add("--judge-dry-run", action="store_true", help="only say what asking the judge would take")
     add("--rubric-dir", metavar="DIR", help="<name>.json files with an eval_prompt")
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")
     add = parser.add_argument_group("capability").add_argument
-    text = "tasks of lm-evaluation-harness: plain, prompted, steered at the recommended scale"
-    add("--capability", nargs="+", metavar="TASK", help=text)
+    add("--capability", nargs="+", metavar="TASK", help="of lm-evaluation-harness, such as gsm8k")
     add("--capability-limit", type=int, default=100, metavar="N", help="rows of each task")
     add("--capability-tasks", metavar="DIR", help="folder of tasks of your own")
     add = parser.add_argument_group("output").add_argument
@@ -351,6 +335,7 @@ def parse_args(argv=None):
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
     needed, models = args.model and args.dataset, len(args.judge_model or ())
+    most = len(answers.EVERYDAY)
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
     text = "--dataset, --layer, --any-model, --out: for --vector, a run knows its own"
     return [
@@ -358,15 +343,18 @@ def check_arguments(args):
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
         (models > 2 or len(args.judge or ()) > max(1, models), "judges: one or two, each a model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
-        (
-            not 0 <= args.turns <= len(answers.EVERYDAY),
-            f"--turns {args.turns}: 0 to {len(answers.EVERYDAY)}",
-        ),
+        (not 0 <= args.turns <= most, f"--turns {args.turns}: 0 to {most}"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
         (args.run and foreign, text),
     ]
+
+
+def tasks_of(args):
+    """The Tasks of --capability."""
+    about = args.capability_limit, args.capability_tasks, args.batch_size
+    return Tasks(tuple(args.capability), *about)
 
 
 def changes_of(args):
@@ -378,6 +366,8 @@ def changes_of(args):
 def run(args):
     """Evaluate every run; returns the worst exit code."""
     shelf, codes, evaluated = Shelf(), [], []
+    if args.capability:
+        tasks_of(args).asked()  # whether they are there, before hours of work
     if args.report_only:
         write_report([], args, shelf)
         return 0

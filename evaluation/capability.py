@@ -7,6 +7,7 @@ Needs the lm_eval package, which downloads the tasks' data, but for those of a f
 """
 
 import contextlib
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ class Tasks:
 
     def asked(self):
         """What decides the scores, as a dict: the files of the folder count, not its place.
-        Raises ValueError without the package."""
+        Raises ValueError without the package, and for a task that it does not have."""
         try:
             import lm_eval
         except ImportError as error:
             raise ValueError("--capability needs lm_eval (pip install lm_eval[hf])") from error
+        there = task_manager(self.folder).all_tasks
+        if unknown := [name for name in self.names if name not in there]:
+            raise ValueError(f"--capability {' '.join(unknown)}: lm_eval has no such task")
         found = sorted(Path(self.folder).rglob("*")) if self.folder else []
         files = [hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in found if p.is_file()]
         asked = {"tasks": sorted(self.names), "limit": self.limit, "files": files}
@@ -52,12 +56,19 @@ def watched(steering):
         handle.remove()
 
 
+@functools.cache
+def task_manager(folder):
+    """lm_eval's index of its tasks, and of a folder's: seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
+
+
 def run_tasks(model, chat, system_prompt, tasks):
     """{"task metric": {"value", "stderr" or None}} of a SteerModel as it is, in ChatFormat's words.
-    system_prompt: before each, or None. ValueError for a task that is not there."""
+    system_prompt: before each, or None."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     class Harness(HFLM):
         """The package's own would drop a system prompt that the template has no role for."""
@@ -70,9 +81,7 @@ def run_tasks(model, chat, system_prompt, tasks):
                 raise RuntimeError("the system prompt is not in the prompt of a task")
             return text + begun
 
-    manager = TaskManager(include_path=tasks.folder)
-    if unknown := [name for name in tasks.names if name not in manager.all_tasks]:
-        raise ValueError(f"--capability {' '.join(unknown)}: lm_eval has no such task")
+    manager = task_manager(tasks.folder)
     harness = Harness(model.model, tokenizer=chat.tokenizer, batch_size=tasks.batch_size)
     found = simple_evaluate(
         harness, tasks=[*tasks.names], limit=tasks.limit, task_manager=manager,

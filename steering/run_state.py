@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from steering.run_folder import checkpoints, environment, is_locked, last_speed
+from steering.loading import is_same_model
+from steering.run_folder import checkpoints, environment, is_locked, last_speed, run_path
 from steering.vector_file import (
     VECTOR_FILE,
     load_vector,
@@ -201,6 +202,14 @@ def read_run(folder, changes=None):
         raise ValueError(f"{folder}: no {VECTOR_FILE}, so this run has not finished")
     vector = load_vector(folder / VECTOR_FILE)[0]
     return Run(folder, record["dataset"], record, vector, args)
+
+
+def model_suffix(run):
+    """What the names of a run's evaluation end in: "" if it is of the model it was trained on."""
+    header = {"model": run.record["args"].get("model", "")}
+    header["model_digest"] = run.record["config"].get("model_digest") or ""  # not in older runs
+    same, name = is_same_model(header, run.args["model"]), run.args["model"]
+    return "" if same else f"-{run_path('', name, 0, '').parts[0]}"
 
 
 def shared_folder(run, default):
