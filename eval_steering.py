@@ -163,8 +163,7 @@ def evaluate_folder(folder, args, shelf):
     started, run = time.time(), read_run(folder, changes_of(args))
     sources = run_state.source_hashes("eval_steering.py", SHOWING)
     config = evaluation_config(args, run)
-    suffix = run_state.model_suffix(run)
-    path = folder / f"eval{suffix}.json"
+    path = folder / f"eval{(suffix := run_state.model_suffix(run))}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     before = result = read_json(path)
@@ -325,36 +324,37 @@ def option_defaults():
 
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
-    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers "
-    counts += "capability_limit"
+    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
     sizes = "num_samples temperature specificity_runs kl_budget"
-    bounds = {"count": f"{counts} judge_tokens", "size": sizes, "seed": "seed"}
+    bounds = {"count": f"{counts} judge_tokens capability_limit", "size": sizes, "seed": "seed"}
     return parse(make_parser(), argv, bounds, check_arguments)
 
 
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
     needed, models = args.model and args.dataset, len(args.judge_model or ())
-    most = len(answers.EVERYDAY)
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
-    text = "--dataset, --layer, --any-model, --out: for --vector, a run knows its own"
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
-        (models > 2 or len(args.judge or ()) > max(1, models), "judges: one or two, each a model"),
+        (
+            models > 2 or len({*(args.judge_model or ())}) < models,
+            "--judge-model: one, or two names",
+        ),
+        (len(args.judge or ()) > max(1, models), "--judge: one address, or one for each model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
-        (not 0 <= args.turns <= most, f"--turns {args.turns}: 0 to {most}"),
+        (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
-        (args.run and foreign, text),
+        (args.run and foreign, "--dataset, --layer, --any-model, --out: a run knows its own"),
     ]
 
 
 def tasks_of(args):
     """The Tasks of --capability."""
-    about = args.capability_limit, args.capability_tasks, args.batch_size
-    return Tasks(tuple(args.capability), *about)
+    names, limit = tuple(args.capability), args.capability_limit
+    return Tasks(names, limit, args.capability_tasks, args.batch_size)
 
 
 def changes_of(args):
