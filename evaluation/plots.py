@@ -13,7 +13,7 @@ import numpy as np
 from steering.vector_file import write_atomically
 
 NAMES = {"steered_chosen": "steered, lowest NLL", "mean_difference": "mean difference"}
-NAMES |= {"steered_recommended": "steered", "few_shot": "few-shot"}
+NAMES |= {"steered_recommended": "steered, recommended", "few_shot": "few-shot"}
 COLORS = {"vanilla": "#a6a6a6", "prompted": "#de8f05", "random": "#cccccc"}
 COLORS |= {"mean_difference": "#029e73", "steered": "#4a9fd4", "steered_chosen": "#9fd0f0"}
 
@@ -53,6 +53,8 @@ def plot_run(pyplot, result, metrics_path):
     at_zero = {"vanilla": {"mean": 0.0, "interval": [0.0, 0.0]}}
     plot_band(axes[1, 2], at_zero | result["side_effects"], lambda row: row, COLORS["steered"])
     axes[1, 2].set(title="Side effect on plain rows", xlabel="scale", ylabel="KL, nats a token")
+    for axis in axes[1] if result["recommended"]["scale"] else ():
+        axis.axvline(result["recommended"]["scale"], color="k", linewidth=0.8, linestyle=":")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure

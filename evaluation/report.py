@@ -57,6 +57,8 @@ def report_row(folder):
     files, use = {"run": {**record, "folder": str(folder)}, "eval": result}, scale_condition(result)
     row = {column: pick(files, path.replace("@", use)) for column, path in COLUMNS.items()}
     row |= {name: found["nll"] for name, found in result.get("likelihood", {}).items()}
+    for condition, scores in result.get("capability", {}).get("conditions", {}).items():
+        row |= {f"{task}, {condition}": score["value"] for task, score in scores.items()}
     flags = result["flags"] if "flags" in result else training_flags(record)
     flags = flags if row["status"] == "done" else [str(row["status"]), *result.get("flags", [])]
     other = ["other code"] if changed_sources(record.get("code", {})) else []

@@ -40,7 +40,7 @@ def likelihood_text(result):
             key = condition.removesuffix("_chosen")
             name += f" x{result['coefficients'][key]['chosen']:.2g}"
         if condition == "steered_recommended":
-            name += f" x{result['recommended']['scale']:g}"
+            name = f"steered x{result['recommended']['scale']:g} *"
         cells = [name, number(row["nll"]), bracket(row["interval"], "{:.3f}")]
         paired = row.get("steered_minus"), "{:+.3f}", row.get("steered_minus_interval")
         cells += [f"{row['perplexity']:.2f}", number(*paired) if "steered_minus" in row else ""]
@@ -90,7 +90,7 @@ def scale_text(result):
         f"x{c['scale']:g} {'collapsed' if c['collapsed'] else number(c['persona'], '{:.2f}')}"
         for c in found["candidates"]
     )
-    return f"* recommended scale {found['scale']:g} ({about}: {tried})"
+    return f"* the recommended scale ({about}: {tried})"
 
 
 def judge_table(judge):

@@ -154,6 +154,10 @@ def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monke
     names = ["small_choice acc", "small_write exact_match"]
     assert list(result["conditions"]["steered"]) == names and result["limit"] == 3
     assert all(name in said for name in names) and "3 rows of each task at most" in said
+    report = ["--report-only", "--report-dir", str(finished / "report")]
+    assert ev.main(["--run", str(finished), *report]) == 0
+    head = (finished / "report" / "report.csv").read_text().splitlines()[0]
+    assert all(f'"small_choice acc, {name}"' in head for name in result["conditions"])
     monkeypatch.setattr(cp, "run_tasks", None)  # would fail if called
     assert ev.main(flags) == 0
     assert ev.main([*flags[:-2], "no_such_task"]) == 2

@@ -494,7 +494,7 @@ def test_evaluation_of_something_else_is_left_out(a_run, tmp_path, capsys, fault
     if fault == "torn":
         path.write_text(path.read_text()[:500])
     elif fault == "another version":
-        path.write_text(path.read_text().replace('"format_version": "3"', '"format_version": "2"'))
+        path.write_text(path.read_text().replace('"format_version": "4"', '"format_version": "2"'))
     else:
         vector, header = load_vector(vector_path)
         save_vector(vector_path, vector * 1.01, header)

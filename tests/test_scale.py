@@ -122,12 +122,13 @@ def test_report_and_export_use_the_recommended_scale(finished, tmp_path, capsys)
     assert ev.main(["--run", str(finished), *QUICK]) == 0
     result = json.loads((finished / "eval.json").read_text())
     scale = result["recommended"]["scale"]
-    assert f"* recommended scale {scale:g}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"steered x{scale:g} *" in said and "* the recommended scale" in said
     assert ex.main([str(finished), *to]) == 0
     vector, header = load_vector(tmp_path / "out" / VECTOR_FILE)
     assert torch.equal(vector, load_vector(finished / VECTOR_FILE)[0] * scale)
     assert float(header["scale"]) == scale
-    assert f"recommended scale {scale:g}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"steered x{scale:g} *" in (tmp_path / "out" / "README.md").read_text()
     only = ["--report-only", "--report-dir", str(tmp_path)]
     assert ev.main(["--run", str(finished), *only]) == 0
     with open(tmp_path / "report.csv", newline="") as file:
