@@ -7,12 +7,11 @@ DEMO_RUN = runs/demo
 .PHONY: demo test test-full test-interop test-slurm bench clean
 
 # One real persona vector on a real chat model, 2 CPU cores, about 5 minutes once installed.
-# Scale 1.3 was fixed on training questions: 29 of 30 answers there had a pirate word, 19 at scale 1.
 demo: .venv/ready $(MODEL)/config.json
 	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
 	    --dataset sample__role__pirate --layer 12 --output-dir $(DEMO_RUN)
 	$(PY) eval_steering.py --run $(DEMO_RUN)/*/layer12/sample__role__pirate \
-	    --num-samples 10 --temperature 0 --max-new-tokens 80 --scales 1.3
+	    --num-samples 10 --temperature 0 --max-new-tokens 80 --scales 1
 	$(PY) demo/count_lexicon.py $(DEMO_RUN)/*/layer12/sample__role__pirate demo/pirate_lexicon.txt
 
 test: .venv/ready $(MODEL)/config.json

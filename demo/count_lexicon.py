@@ -25,10 +25,12 @@ def count(samples, pattern):
 def main():
     """Print the counts and the run's folder."""
     run, lexicon = sys.argv[1:]
-    samples = json.loads(Path(run, "eval.json").read_text(encoding="utf-8"))["samples"]
+    result = json.loads(Path(run, "eval.json").read_text(encoding="utf-8"))
+    samples, scale = result["samples"], result["recommended"]["scale"]
+    use = scale and f"steered x{scale:g}"
     print(f"answers with a word of {lexicon}, of {len(samples)} held-out questions:")
     for condition, hits in count(samples, lexicon_pattern(lexicon)).items():
-        print(f"  {condition:<16} {hits:>3}")
+        print(f"  {condition:<16} {hits:>3}" + "  the recommended scale" * (condition == use))
     print(f"run: {run}")
 
 

@@ -163,7 +163,7 @@ def test_evaluation_by_other_code_is_kept_and_named(
     assert ts.main(command(data_root, tiny_folder, tmp_path / "runs")) == 0
     evaluate = ["--run", str(the_folder(tmp_path / "runs")), *QUICK]
     assert ev.main(evaluate) == 0
-    sources.edit("evaluation/report.py", '"NLL/token"', '"NLL"')  # shows numbers, makes none
+    sources.edit("evaluation/summary.py", '"NLL/token"', '"NLL"')  # shows numbers, makes none
     capsys.readouterr()
     assert ev.main(evaluate) == 0 and "WARNING" not in capsys.readouterr().err
     sources.edit("evaluation/measures.py", "return -logits.float()", "return -2 * logits.float()")
