@@ -21,7 +21,7 @@ import re
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import data_filter
@@ -67,9 +67,11 @@ def import_run(args):
 
 
 def load_data(run, chat, heldout_tokens):
-    """EvalData of a run's dataset: its training rows, and up to so many tokens of held-out ones.
+    """EvalData of a run's dataset: rows of training questions, and so many tokens of held-out ones.
+    Which, and in which order, --seed of the run has no say in: seeds can be compared.
     Raises ValueError if no row is left to train on, or none of a held-out question."""
     options = DataOptions.of(run.args)
+    options = replace(options, seed=options.split_seed)
     datasets = options.datasets()
     splits = data_filter.split_dataset(run.dataset, datasets, chat, options, heldout_tokens)
     if not (splits.train and splits.heldout):
@@ -109,13 +111,13 @@ def evaluate(model, chat, data, vector, kept, args):
         for examples in parts
     )
     difference = persona.mean(dim=0) - plain.mean(dim=0)
-    probe, probe_report = measures.train_probe(persona, plain, *heldout_states)
+    fitted, probe_report = measures.train_probe(persona, plain, *heldout_states)
 
     # Chosen on validation questions: the scale; and coefficients, before the likelihood is taken.
     about = args.kl_budget, sampling, args.num_samples, limit
-    recommended = recommend_scale(model, chat, data, vector, probe, *about)
+    recommended = recommend_scale(model, chat, data, vector, fitted, *about)
     data.check(recommended["questions"])
-    scale = recommended["scale"]
+    scale, probe = recommended["scale"], None if probe_report["withheld"] else fitted
     result = measures.likelihood(model, chat, data, vector, difference, scale, limit, seed)
 
     # Behaviour: answers, what they are like, and what the vector does to everything else.
@@ -125,19 +127,23 @@ def evaluate(model, chat, data, vector, kept, args):
     asked = rows + (answers.identity_rows(rows[0]) if rows else [])
     versions = answers.prompted_rows(asked, data.train, each_prompt=True)
     texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
-    written = {condition: each[: len(rows)] for condition, each in texts.items()}
+    real = {
+        "dataset": [row["messages"][-1]["content"] for row in asked]
+    }  # by which to judge judges
+    written = {condition: each[: len(rows)] for condition, each in (real | texts).items()}
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
     answers.announce("reading the answers")
     described = measures.describe_answers(model, chat, rows, written, probe, yardstick, limit)
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
-    samples = answers.side_by_side(asked, texts)
+    samples = answers.side_by_side(rows, written)
     result |= {
         "recommended": recommended, "answers": described, "side_effects": effects,
         "probe": probe_report, "norms": norms,
         "plain": {"source": data.plain_source, "train": len(data.plain_train)},
-        "samples": samples[: len(rows)], "identity": samples[len(rows) :],
+        "samples": samples, "prompts": answers.prompts_of(versions),
+        "identity": answers.side_by_side(asked, texts)[len(rows) :],
     }  # fmt: skip
     if args.turns:
         about = args.turns, scale or 1.0, data.heldout[0].row["system_prompt"], probe, sampling

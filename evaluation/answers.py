@@ -164,6 +164,23 @@ def prompted_rows(rows, train, each_prompt=False):
     return versions | ({"few_shot": made} if (made := few_shot(rows, train, prompts)) else {})
 
 
+def too_long(model, prompts, more=0):
+    """Whether lists of token ids, and so many more tokens, do not fit the model; said if so."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts)) + more
+    if limit and longest > limit:
+        announce(f"left out: {longest} tokens are more than the {limit} that the model takes")
+    return bool(limit and longest > limit)
+
+
+def prompts_of(versions):
+    """{condition: its system prompt}, of those that have one for all rows."""
+    each = {
+        condition: {row["system_prompt"] for row in rows} for condition, rows in versions.items()
+    }
+    return {c: found.pop() for c, found in each.items() if len(found) == 1 and c != "prompted"}
+
+
 def compare_answers(model, chat, rows, versions, directions, sampling, kept):
     """{condition: an answer to each row's question}, rows being those of `first_rows`.
     versions: of `prompted_rows`, for the plain model; directions: {condition: vector (n,)}."""
@@ -173,6 +190,9 @@ def compare_answers(model, chat, rows, versions, directions, sampling, kept):
     for condition, prompted in {"vanilla": None, **versions}.items():
         announce(f"answers: {condition}")
         turns = [chat.messages(row, prompted=True)[:-1] for row in prompted or ()] or plain
+        prompts = chat.tokenize([chat.prompt_text(each) for each in turns])
+        if condition != "vanilla" and too_long(model, prompts, sampling.max_new_tokens):
+            continue
         answers[condition] = plain_answers(model, chat, turns, sampling, kept)
     for condition, direction in directions.items():
         announce(f"answers: {condition}")

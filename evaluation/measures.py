@@ -20,6 +20,7 @@ from evaluation.answers import (
     first_rows,
     plain_answers,
     prompted_rows,
+    too_long,
     without_end,
 )
 from evaluation.shared_prefix import shared_prefix_sums
@@ -30,6 +31,7 @@ from evaluation.stats import (
     drift_by_turn,
     fit_probe,
     mean_interval,
+    ratio,
     recovered_fraction,
 )
 from steering.chat_format import collate, label_count
@@ -156,8 +158,7 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
             announce(f"held-out rows: {condition}")
             prompted = chat.encode(rows, prompted=True)
             check_prompted(prompted, examples, chat)
-            if (longest := max(len(e.input_ids) for e in prompted)) > context_length(model):
-                announce(f"left out: its prompts are too long for the model ({longest} tokens)")
+            if too_long(model, [example.input_ids for example in prompted]):
                 continue
             shared = shared_prefix_sums(model.model, prompted, token_nll, max_tokens)
             losses[condition] = shared or nll_sums(fast, prompted, max_tokens)
@@ -169,11 +170,6 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
             each.append(nll_sums(fast, examples, max_tokens))
         losses[condition] = np.mean(each, axis=0).tolist()
     return losses
-
-
-def context_length(model):
-    """The most tokens that a model takes at once, as its config has it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def first_tokens(examples, tokens):
@@ -254,23 +250,23 @@ def response_means(model, examples, max_tokens):
 
 
 def train_probe(persona, plain, persona_heldout, plain_heldout):
-    """Fit a linear probe: (probe, or None if withheld; report with held-out AUROC and row counts).
+    """Fit a linear probe: (probe, or None of too few rows; report with held-out AUROC and counts).
     All four are mean states (N, n), the first two of training questions. probe: states (N, n) ->
-    probability of the persona (N,). It is withheld, so that nothing is scored by it, where rows are
-    too few or it cannot tell the two apart."""
+    probability of the persona (N,). "withheld" says why no score is to be reported, if so: rows are
+    too few, or it cannot tell the held-out ones apart."""
     sizes = list(map(len, (persona, plain, persona_heldout, plain_heldout)))
     report = {"rows": dict(zip(("train", "plain", "heldout", "plain_heldout"), sizes, strict=True))}
     for fitted, scored in ((persona, persona_heldout), (plain, plain_heldout)):
         same = {tuple(row) for row in fitted.tolist()} & {tuple(row) for row in scored.tolist()}
         assert not same, "the probe is scored on rows that it was fitted on"
+    probe = fit_probe(persona, plain) if min(sizes[:2]) >= MIN_ROWS else None
     if min(sizes) < MIN_ROWS:
         why = f"too few rows for a probe ({sizes}; {MIN_ROWS} of each are needed)"
-        return None, report | {"auroc": None, "withheld": why}
-    probe = fit_probe(persona, plain)
+        return probe, report | {"auroc": None, "withheld": why}
     value = auroc(probe(persona_heldout), probe(plain_heldout))
     if value < MIN_AUROC:
         why = f"cannot tell persona from plain: held-out AUROC {value:.2f}"
-        return None, report | {"auroc": value, "withheld": why}
+        return probe, report | {"auroc": value, "withheld": why}
     return probe, report | {"auroc": value, "withheld": None}
 
 
@@ -318,11 +314,12 @@ def side_effects(model, examples, directions, max_tokens):
             model.set_vector(direction)
             found.append(fast.compare(batch, [plain, contextlib.nullcontext])[1])
         parts = torch.stack(found, dim=1).split([label_count(example) for example in batch])
-        return [part.mean(dim=0) for part in parts]  # (D,) of each example
+        return [part.sum(dim=0) for part in parts]  # (D,) of each example
 
-    rows = torch.stack(by_example(divergences, examples, max_tokens)).T.tolist()
-    questions = questions_of(examples)
-    return {name: mean_interval(row, questions) for name, row in zip(directions, rows, strict=True)}
+    sums = torch.stack(by_example(divergences, examples, max_tokens)).T.tolist()
+    about = list(map(label_count, examples)), questions_of(examples)
+    found = (ratio(row, *about) for row in sums)
+    return {c: {"mean": kl, "interval": i} for c, (kl, i) in zip(directions, found, strict=True)}
 
 
 def persona_by_turn(model, chat, talks, probe, max_tokens):

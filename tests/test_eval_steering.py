@@ -312,14 +312,17 @@ def states(shift=0.0, count=30, seed=0):
 
 def test_probe_that_cannot_tell_is_reported_and_scores_nothing():
     probe, about = me.train_probe(states(seed=1), states(seed=2), states(seed=3), states(seed=4))
-    assert probe is None and "cannot tell" in about["withheld"] and about["auroc"] < 0.8
+    assert "cannot tell" in about["withheld"] and about["auroc"] < 0.8
+    assert probe(states(seed=5)).shape == (30,)  # of training rows: a scale may be chosen by it
     fitted = es.fit_probe(states(seed=1), states(seed=2))  # on its own rows it looks perfect
     assert es.auroc(fitted(states(seed=1)), fitted(states(seed=2))) == 1.0
     probe, about = me.train_probe(states(1, seed=1), states(seed=2), states(1, seed=3), states())
     assert about["withheld"] is None and about["auroc"] > 0.95
     assert (probe(states(1, seed=5)) > 0.5).float().mean() > 0.9
     probe, about = me.train_probe(states(1), states(seed=2), states(1, count=4, seed=3), states())
-    assert probe is None and about["auroc"] is None and "too few rows" in about["withheld"]
+    assert probe and about["auroc"] is None and "too few rows" in about["withheld"]
+    probe, about = me.train_probe(states(1, count=4), states(seed=2), states(1, seed=3), states())
+    assert probe is None and "too few rows" in about["withheld"]
 
 
 def test_probe_scored_on_its_own_training_rows_is_caught():
@@ -374,7 +377,7 @@ def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypat
 # ---------------------------------------------------------------- the whole script
 
 
-CONDITIONS = ["vanilla", "prompted", "few_shot", "steered x1", "steered x2", "mean_difference"]
+CONDITIONS = ["dataset", "vanilla", "prompted", "few_shot", "steered x1", "steered x2", "mean_difference"]
 
 
 def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
@@ -393,7 +396,7 @@ def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
         assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
     assert len(result["samples"]) == 2 and conditions == CONDITIONS
     assert list(result["samples"][0]["answers"]) == list(result["answers"])
-    assert list(result["side_effects"]) == list(result["answers"])[3:]
+    assert list(result["side_effects"]) == list(result["answers"])[4:]
     assert [sample["question"] for sample in result["identity"]] == list(an.IDENTITY)
     assert result["side_effects"]["steered x1"]["mean"] > 0
     assert result["plain"]["source"] == "src__role__0_default"
