@@ -27,8 +27,8 @@ from pathlib import Path
 import data_filter
 from data_filter import DataOptions
 from evaluation import answers, judging, measures, report, summary
-from evaluation.capability import Tasks, compare_capability
-from evaluation.kept import Kept, kept_beside
+from evaluation.capability import Tasks, add_capability
+from evaluation.kept import kept_beside
 from evaluation.scale import recommend_scale
 from hook_model import Shelf
 from steering import run_state
@@ -137,17 +137,20 @@ def evaluate(model, chat, data, vector, kept, args):
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
-    samples = answers.side_by_side(rows, written)
+    samples, system_prompt = (
+        answers.side_by_side(rows, written),
+        data.heldout[0].row["system_prompt"],
+    )
     result |= {
         "recommended": recommended, "answers": described, "side_effects": effects,
         "probe": probe_report, "norms": norms,
         "plain": {"source": data.plain_source, "train": len(data.plain_train)},
-        "samples": samples, "prompts": answers.prompts_of(versions),
+        "samples": samples, "prompts": answers.prompts_of(versions), "system_prompt": system_prompt,
         "identity": answers.side_by_side(asked, texts)[len(rows) :],
     }  # fmt: skip
     if args.turns:
-        about = args.turns, scale or 1.0, data.heldout[0].row["system_prompt"], probe, sampling
-        result["conversation"] = measures.conversations(model, chat, *about, limit)
+        about = args.turns, scale or 1.0, system_prompt, probe, sampling, kept, limit
+        result["conversation"] = measures.conversations(model, chat, *about)
     return result
 
 
@@ -172,6 +175,8 @@ def evaluate_folder(folder, args, shelf):
     path = folder / f"eval{(suffix := run_state.model_suffix(run))}.json"
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
+    about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
+    judges = judging.make_judges(*about) if args.judge else []
     before = result = read_json(path)
     other = run_state.differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
@@ -184,7 +189,7 @@ def evaluate_folder(folder, args, shelf):
         shelf.heldout[folder], model = data.heldout, shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
-        kept = kept_beside(run, model, chat, "plain_answers.jsonl", args.restart)
+        kept = kept_beside(run, model, chat, "answers")
         result |= evaluate(model, chat, data, run.vector, kept, args)
         result["seconds"] = round(time.time() - started, 1)
         if old:  # only now that there is another
@@ -192,32 +197,21 @@ def evaluate_folder(folder, args, shelf):
         write_json(path, result)  # before the judge, who may be stopped
     elif changed := ", ".join(run_state.changed_sources(result.get("code", {}), sources)):
         print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
-    if args.capability:
-        add_capability(result, run, args, shelf)
-        write_json(path, result)
     code = 0
-    if args.judge:
-        about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
-        judges = judging.make_judges(*about)
-        about = Kept(folder / "judgements.jsonl"), args.judge_workers, args.judge_dry_run
-        code = judging.add_scores(result, judges, *about)
-    elif "judges" in before and "judges" not in result:
-        answers.announce("judged before: --judge adds the scores again, from the replies kept")
-    result["flags"] = summary.find_flags(result, run.record)
-    summary.write_evaluation(folder, result, suffix)
+    try:
+        if args.capability:
+            add_capability(result, run, tasks_of(args), shelf)
+            write_json(path, result)
+        if judges:
+            about = judging.judgements(run), args.judge_workers, args.judge_dry_run
+            code = judging.add_scores(result, judges, *about)
+        for part, option in (("judges", "--judge"), ("capability", "--capability")):
+            if part in before and part not in result:
+                answers.announce(f"as before: {option} adds its scores again, from those kept")
+    finally:  # whatever a judge or a task runs into
+        result["flags"] = summary.find_flags(result, run.record)
+        summary.write_evaluation(folder, result, suffix)
     return code
-
-
-def add_capability(result, run, args, shelf):
-    """Add the scores of the --capability tasks to an eval.json's dict, unless they are there."""
-    tasks, scale = tasks_of(args), result["recommended"]["scale"] or 1.0
-    asked, before = {**tasks.asked(), "scale": scale}, result.get("capability", {})
-    if args.restart or asked != {key: before.get(key) for key in asked}:
-        chat, model = shelf.chat(run), shelf.model(run)
-        kept = kept_beside(run, model, chat, "plain_capability.jsonl", args.restart)
-        prompt = next((s["system_prompt"] for s in result["samples"]), "")
-        about = run.vector, scale, prompt, tasks, kept
-        result["capability"] = compare_capability(model, chat, *about)
 
 
 def print_answers(folder, args, shelf):

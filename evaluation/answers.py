@@ -132,7 +132,7 @@ def plain_answers(model, chat, conversations, sampling, kept):
     with model.steering_off():
         texts = generate_answers(model, chat, list(missing.values()), sampling)
     for (key, turns), text in zip(missing.items(), texts, strict=True):
-        kept.add(key, turns=turns, answer=text)
+        kept.add(key, turns=list(turns), answer=text)
     return [kept.found[key]["answer"] for key in keys]
 
 
@@ -218,23 +218,19 @@ def identity_rows(row):
     return [{**row, "question": t[0]["content"], "messages": t} for t in turns]
 
 
-def converse(model, chat, count, system_prompt, sampling):
+def converse(model, chat, count, system_prompt, sampling, kept=None):
     """Conversations of the first `count` EVERYDAY turns, each beginning at another of them, so that
     every question comes up at every turn: [conversation][turn] -> {"question", "answer"}.
-    system_prompt: before the first turn, or ""."""
-    talks = [
-        [{"role": "system", "content": system_prompt}][: bool(system_prompt)] for _ in range(count)
-    ]
+    system_prompt: before the first turn, or ""; kept: of answers, for the plain model."""
+    first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    talks, said = [list(first) for _ in range(count)], [[] for _ in range(count)]
     for turn in range(count):
-        for number, talk in enumerate(talks):
-            talk.append({"role": "user", "content": EVERYDAY[(number + turn) % count]})
-        for talk, text in zip(talks, generate_answers(model, chat, talks, sampling), strict=True):
+        questions = [EVERYDAY[(number + turn) % count] for number in range(count)]
+        for talk, question in zip(talks, questions, strict=True):
+            talk.append({"role": "user", "content": question})
+        about = model, chat, talks, sampling
+        texts = plain_answers(*about, kept) if kept else generate_answers(*about)
+        for talk, pairs, question, text in zip(talks, said, questions, texts, strict=True):
             talk.append({"role": "assistant", "content": text})
-    pairs = [talk[bool(system_prompt) :] for talk in talks]
-    return [
-        [
-            {"question": q["content"], "answer": a["content"]}
-            for q, a in zip(t[::2], t[1::2], strict=True)
-        ]
-        for t in pairs
-    ]
+            pairs.append({"question": question, "answer": text})
+    return said

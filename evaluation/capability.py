@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.answers import announce
+from evaluation.kept import kept_beside
+from steering.run_state import config_hash, source_hashes
+from steering.vector_file import vector_digest
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,12 @@ class Tasks:
         there = task_manager(self.folder).all_tasks
         if unknown := [name for name in self.names if name not in there]:
             raise ValueError(f"--capability {' '.join(unknown)}: lm_eval has no such task")
-        found = sorted(Path(self.folder).rglob("*")) if self.folder else []
-        files = [hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in found if p.is_file()]
+        found = sorted(Path(self.folder).rglob("*.*")) if self.folder else []
+        found = [path for path in found if path.is_file() and path.suffix != ".pyc"]
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in found}
         asked = {"tasks": sorted(self.names), "limit": self.limit, "files": files}
-        return {**asked, "lm_eval": lm_eval.__version__}
+        code = config_hash(source_hashes("evaluation/capability.py"))
+        return {**asked, "lm_eval": lm_eval.__version__, "code": code}
 
 
 @contextlib.contextmanager
@@ -65,8 +70,8 @@ def task_manager(folder):
 
 
 def run_tasks(model, chat, system_prompt, tasks):
-    """{"task metric": {"value", "stderr" or None}} of a SteerModel as it is, in ChatFormat's words.
-    system_prompt: before each, or None."""
+    """{"task metric": {"value", "stderr" or None, "higher": whether that is better}} of a
+    SteerModel as it is, asked in ChatFormat's words. system_prompt: before each, or None."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -98,24 +103,24 @@ def run_tasks(model, chat, system_prompt, tasks):
             error = float(error) if isinstance(error, int | float) else None
             label = f"{task} {name}" + (f" ({filtered})" if filtered != "none" else "")
             scores[label] = {"value": float(value), "stderr": error}
+            scores[label]["higher"] = found["higher_is_better"].get(task, {}).get(name) is not False
     return scores
 
 
 def compare_capability(model, chat, vector, scale, system_prompt, tasks, kept):
     """{"tasks" ..., "scale", "conditions": {vanilla, prompted, steered: scores of `run_tasks`}}.
     vector: (n,), used `scale` times; system_prompt: the persona's, or "": then nothing is prompted;
-    kept: a Kept, for the plain model's scores. RuntimeError if the vector, or its absence, did not
-    reach the model that the tasks were given to."""
-    asked = tasks.asked()
+    kept: a Kept of scores, which are not asked for again. RuntimeError if the vector, or its
+    absence, did not reach the model that the tasks were given to."""
+    asked, scores = tasks.asked(), {}
     model.set_vector(vector)
-    scores = {}
     for condition, prompt, factor in (
         ("vanilla", None, 0.0), ("prompted", system_prompt, 0.0), ("steered", None, scale),
     ):  # fmt: skip
-        key = kept.key(asked, prompt)
+        key = kept.key(asked, prompt, vector_digest(vector * factor))
         if condition == "prompted" and not prompt:
             continue
-        if not factor and key in kept.found:
+        if key in kept.found:
             scores[condition] = kept.found[key]["scores"]
             continue
         announce(f"capability: {condition}, {', '.join(tasks.names)}")
@@ -124,13 +129,23 @@ def compare_capability(model, chat, vector, scale, system_prompt, tasks, kept):
         if not seen["calls"] or seen["moved"] != (seen["calls"] if factor else 0):
             what = f"the vector acted in {seen['moved']} of {seen['calls']} forward passes"
             raise RuntimeError(f"capability, {condition}: {what}")
-        if not factor:
-            kept.add(key, asked=asked, prompt=prompt, scores=scores[condition])
+        kept.add(key, asked=asked, prompt=prompt, scores=scores[condition])
     return {**asked, "scale": scale, "conditions": scores}
 
 
+def add_capability(result, run, tasks, shelf):
+    """Add the scores of tasks to an eval.json's dict of a run, unless they are there, at the
+    recommended scale or 1. shelf: a hook_model.Shelf."""
+    scale, before = result["recommended"]["scale"] or 1.0, result.get("capability", {})
+    asked = {**tasks.asked(), "scale": scale}
+    if asked != {key: before.get(key) for key in asked}:
+        model, chat = shelf.model(run), shelf.chat(run)
+        about = result["system_prompt"], tasks, kept_beside(run, model, chat, "capability")
+        result["capability"] = compare_capability(model, chat, run.vector, scale, *about)
+
+
 def losses(capability):
-    """["gsm8k exact_match -0.21", ...]: what is lower steered than plain, by over 1.96 standard
+    """["gsm8k exact_match -0.21", ...]: what is worse steered than plain, by over 1.96 standard
     errors of the difference (of unpaired rows, so it errs on the side of silence)."""
     plain, steered = (capability["conditions"][name] for name in ("vanilla", "steered"))
     lost = []
@@ -139,5 +154,6 @@ def losses(capability):
         if None not in (before["stderr"], after["stderr"]):
             change = after["value"] - before["value"]
             spread = (before["stderr"] ** 2 + after["stderr"] ** 2) ** 0.5
-            lost += [f"{name} {change:+.2f}"] if change < -1.96 * spread else []
+            worse = -change if before["higher"] else change
+            lost += [f"{name} {change:+.2f}"] if worse > 1.96 * spread else []
     return lost

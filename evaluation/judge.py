@@ -79,7 +79,8 @@ def parse_reply(reply, kind, finish=None):
         return "unparsable"
     if kind in WORDS:
         found = {word for word in WORDS[kind] if re.search(rf"(?i)\b{word}\b", reply)}
-        return found.pop() if len(found) == 1 else "unparsable"
+        denied = re.search(r"(?i)\b(not?|nor|neither|without|isn|doesn|cannot|never)\b", reply)
+        return found.pop() if len(found) == 1 and not denied else "unparsable"
     low, high = SCALES[kind]
     number = r"-?\d+(?:[.,]\d+)*"
     try:
@@ -181,7 +182,7 @@ class Judge:
             status, body = (getattr(error, key, "") for key in ("status_code", "body"))
             refused = options.keys() & re.findall(r"\w+", str(body)) if status in CLIENT else ()
             if {"logprobs", "logits_all"} & {*re.findall(r"\w+", str(body))}:  # whatever the status
-                refused = options.keys() & {"logprobs", "top_logprobs"}
+                refused = {*refused} | (options.keys() & {"logprobs", "top_logprobs"})
             problem = f"{error!r} {error.__cause__ or ''}"
             if status:
                 problem = f"HTTP {status}: {body or error}"

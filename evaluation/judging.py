@@ -8,7 +8,10 @@ whether it is a caricature. Of conversations: the persona, turn by turn.
 import sys
 from collections import Counter
 
+import numpy as np
+
 from evaluation.judge import SCALES, WORDS, Judge, JudgeError, rubrics_for
+from evaluation.kept import Kept
 from evaluation.stats import drift_by_turn, mean_interval, spearman
 
 ALIKE = 0.05  # share of the scale within which a judge finds vanilla and persona alike
@@ -20,6 +23,16 @@ def make_judges(urls, models, dataset, rubric_dir, max_tokens):
     rubrics = rubrics_for(dataset, rubric_dir)
     urls = [*urls, *urls[-1:] * (len(models) - len(urls))]
     return [Judge(u, m, rubrics, max_tokens) for u, m in zip(urls, models, strict=True)]
+
+
+def judgements(run):
+    """What is Kept of a run's judgements: in its dataset's folder, that runs of other seeds share,
+    and what older versions kept in its own."""
+    folder = run.folder.absolute()
+    shared = folder.parent if folder.parent.name == run.dataset else folder
+    kept = Kept(shared / "judgements.jsonl")
+    kept.found |= Kept(folder / "judgements.jsonl").found
+    return kept
 
 
 def to_ask(result, kind):
@@ -81,58 +94,72 @@ def add_scores(result, judges, kept, workers=8, dry_run=False):
     return code
 
 
+def read(verdicts, kind, question, answer, bad):
+    """A verdict, if it is a score or a word; else None, counted in `bad` by its reason.
+    An empty answer has the lowest score, and is no caricature of anything."""
+    if not answer:
+        return None if kind in ("identity", "caricature") else float(SCALES[kind][0])
+    verdict = verdicts.get((kind, question, answer))
+    if type(verdict) is float or verdict in WORDS.get(kind, ()):
+        return verdict
+    bad[verdict or "failed"] += 1
+    return None
+
+
+def overall(persona, coherence, kind):
+    """Their harmonic mean, each as a share of its scale; None without one of them."""
+    if None in (persona, coherence):
+        return None
+    low, high = SCALES[kind]
+    parts = (persona - low) / (high - low), coherence / SCALES["coherence"][1]
+    return 2 * parts[0] * parts[1] / (sum(parts) or 1.0)
+
+
 def by_condition(result, verdicts, kind):
-    """{condition: {"score", "coherence", "overall", "identity", "caricature", and how many replies
-    were a refusal, unparsable or failed}}: means with intervals, as of `mean_interval`."""
-    table = {}
-    for condition in result["answers"]:
-        scores = {"score": [], "coherence": [], "overall": [], "caricature": []}
+    """{condition: {"score", "coherence", "overall", "caricature", "identity", "above_vanilla", and
+    how many replies were a refusal, unparsable or failed}}: means with intervals, the last one of
+    score minus vanilla's; identity: {word: how many}, and caricature, where they were asked."""
+    table, vanilla = {}, {}
+    for condition in ("vanilla", *(c for c in result["answers"] if c != "vanilla")):
         bad, who = Counter(refusal=0, unparsable=0, failed=0), Counter()
-
-        def read(kind, sample, condition=condition, bad=bad):
-            """The verdict if it is a score or word; an empty answer has the lowest score."""
-            answer = sample["answers"][condition]
-            if not answer:
-                return "mixed" if kind in WORDS else float(SCALES[kind][0])
-            verdict = verdicts.get((kind, sample["question"], answer))
-            if type(verdict) is float or verdict in WORDS.get(kind, ()):
-                return verdict
-            bad[verdict or "failed"] += 1
-            return None
-
+        scores = {"score": {}, "coherence": {}, "overall": {}, "caricature": {}}
         for sample in result["samples"]:
-            persona, coherence = read(kind, sample), read("coherence", sample)
-            low, high = SCALES[kind]
-            found = {"score": persona, "coherence": coherence, "overall": None}
-            if None not in (persona, coherence):
-                parts = (persona - low) / (high - low), coherence / SCALES["coherence"][1]
-                found["overall"] = 2 * parts[0] * parts[1] / (sum(parts) or 1.0)
-            for name, value in found.items():
-                scores[name] += [] if value is None else [(value, sample["question"])]
+            question = sample["question"]
+            about = question, sample["answers"][condition], bad
+            score = scores["score"][question] = read(verdicts, kind, *about)
+            coherence = scores["coherence"][question] = read(verdicts, "coherence", *about)
+            scores["overall"][question] = overall(score, coherence, kind)
         for sample in result["identity"]:
-            who[read("identity", sample)] += 1
-            if (value := read("caricature", sample)) is not None:
-                scores["caricature"].append((value, sample["question"]))
-        means = {
-            name: mean_interval(*(zip(*pairs, strict=True) if pairs else ((), ())))
-            for name, pairs in scores.items()
+            if condition in sample["answers"]:
+                about = sample["question"], sample["answers"][condition], bad
+                who[read(verdicts, "identity", *about)] += 1
+                scores["caricature"][about[0]] = read(verdicts, "caricature", *about)
+        vanilla = vanilla or scores["score"]
+        both = {
+            q: s - vanilla[q] for q, s in scores["score"].items() if None not in (s, vanilla[q])
         }
-        table[condition] = means | {"identity": {w: who[w] for w in WORDS["identity"]}, **bad}
-    return table
+        table[condition] = {
+            **{name: mean_of(found) for name, found in scores.items()}, **bad,
+            "identity": {w: who[w] for w in WORDS["identity"]}, "above_vanilla": mean_of(both),
+        }  # fmt: skip
+    return {condition: table[condition] for condition in result["answers"]}
+
+
+def mean_of(scores):
+    """`mean_interval` of {question: score, or None}."""
+    found = {question: score for question, score in scores.items() if score is not None}
+    return mean_interval(list(found.values()), list(found))
 
 
 def conversations(result, verdicts, kind):
     """{condition: `drift_by_turn` of the persona scores} of conversations, {} without any."""
     table = {}
     for condition, found in result.get("conversation", {}).items():
-        talks = found["talks"]
         scores = [
-            (i, turn, score)
-            for i, talk in enumerate(talks)
-            for turn, pair in enumerate(talk)
-            if type(score := verdicts.get((kind, pair["question"], pair["answer"]))) is float
+            [read(verdicts, kind, p["question"], p["answer"], Counter()) for p in pairs]
+            for pairs in found["talks"]
         ]
-        table[condition] = drift_by_turn(scores, len(talks[0]))
+        table[condition] = drift_by_turn(np.array(scores, float))  # None: NaN
     return table
 
 
@@ -150,17 +177,13 @@ def agreement(result, verdicts, kind):
 
 
 def judge_flags(result):
-    """What is wrong with the judges of an eval.json's dict, as a list."""
+    """What is wrong with the judges of an eval.json's dict, as a list. A judge has to score the
+    dataset's own rows, which show the persona, above what the plain model answers."""
     flags = []
     for judge in result.get("judges", ()):
-        low, high = judge["scale"]
-        means = {
-            name: row["score"]["mean"] for name, row in judge["conditions"].items() if row["score"]
-        }
-        others = [
-            mean for name, mean in means.items() if name not in ("vanilla", "mean_difference")
-        ]
-        if "vanilla" in means and others and max(others) - means["vanilla"] < ALIKE * (high - low):
+        found, (low, high) = judge["conditions"]["dataset"]["above_vanilla"], judge["scale"]
+        least = found and (found["interval"] or [found["mean"] - ALIKE * (high - low)])[0]
+        if least is None or not least > 0:
             flags.append(f"judge {judge['model']} scores vanilla like the persona")
     agreed = result.get("agreement")
     if agreed and not (agreed["spearman"] or 0.0) > 0.3:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from steering.loading import model_digest
-from steering.run_state import shared_folder, source_hashes
+from steering.run_state import config_hash, shared_folder, source_hashes
 
 
 class Kept:
@@ -46,12 +46,11 @@ class Kept:
             self.found[key] = entry
 
 
-def kept_beside(run, model, chat, name, restart=False):
-    """What is Kept of the plain model, in a file that all runs of its layer share.
-    restart: with nothing in it, so that all is made anew."""
-    code = source_hashes("evaluation/answers.py")["evaluation/answers.py"]
-    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, code
-    kept = Kept(shared_folder(run, run.folder) / name, *about)
-    if restart:
-        kept.found.clear()
-    return kept
+def kept_beside(run, model, chat, maker):
+    """What is Kept of a run's model, in a file that all runs of its layer share.
+    maker: the name of the module here that makes it; other code of it, or of what it imports, makes
+    all of it anew."""
+    code = config_hash(source_hashes(f"evaluation/{maker}.py"))
+    stop = model.model.generation_config.eos_token_id
+    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, stop, code
+    return Kept(shared_folder(run, run.folder) / f"kept_{maker}.jsonl", *about)

@@ -327,25 +327,21 @@ def persona_by_turn(model, chat, talks, probe, max_tokens):
     Each answer is read as one to its own question alone; an empty one has no score."""
     if not probe:
         return None
-    rows = [
-        {"question": pair["question"], "system_prompt": "", "at": (talk, turn), "answer": answer}
-        for talk, pairs in enumerate(talks)
-        for turn, pair in enumerate(pairs)
-        if (answer := pair["answer"])
-    ]
-    for row in rows:
-        turn = {"role": "user", "content": row["question"]}
-        row["messages"] = [turn, {"role": "assistant", "content": ""}]
-    examples = without_end(answer_examples(chat, rows, [row["answer"] for row in rows]), chat)
-    scores = probe(response_means(model, examples, max_tokens)).tolist()
-    return drift_by_turn(
-        [(*e.row["at"], score) for e, score in zip(examples, scores, strict=True)], len(talks[0])
-    )
+    rows, texts = [], [pair["answer"] for pairs in talks for pair in pairs]
+    for at, question in enumerate(pair["question"] for pairs in talks for pair in pairs):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+        rows.append({"question": question, "system_prompt": "", "messages": turns, "at": at})
+    scores = np.full((len(talks), len(talks[0])), np.nan)
+    examples = without_end(answer_examples(chat, rows, texts), chat)
+    found = probe(response_means(model, examples, max_tokens)).tolist() if examples else []
+    scores.flat[[example.row["at"] for example in examples]] = found
+    return drift_by_turn(scores)
 
 
-def conversations(model, chat, turns, scale, system_prompt, probe, sampling, max_tokens):
+def conversations(model, chat, turns, scale, system_prompt, probe, sampling, kept, max_tokens):
     """{condition: {"talks": what `converse` gave, "persona": `persona_by_turn` of them}}: vanilla,
-    prompted, if there is a system prompt, and steered by `scale` times the vector that is set."""
+    prompted, if there is a system prompt, and steered by `scale` times the vector that is set.
+    kept: answers of the plain model."""
     used = {"vanilla": ("", 0), "prompted": (system_prompt, 0), f"steered x{scale:g}": ("", scale)}
     result = {}
     for condition, (prompt, factor) in used.items():
@@ -353,7 +349,7 @@ def conversations(model, chat, turns, scale, system_prompt, probe, sampling, max
             continue
         announce(f"conversations of {turns} turns: {condition}")
         with model.scaled(factor):
-            talks = converse(model, chat, turns, prompt, sampling)
+            talks = converse(model, chat, turns, prompt, sampling, None if factor else kept)
         persona = persona_by_turn(model, chat, talks, probe, max_tokens)
         result[condition] = {"talks": talks, "persona": persona}
     return result

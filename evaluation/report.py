@@ -32,7 +32,8 @@ COLUMNS = {  # of report.csv: where run.json or eval.json of a run says it; @: a
     "coherence": "eval/judges/0/conditions/@/coherence/mean",
     "overall": "eval/judges/0/conditions/@/overall/mean",
     "caricature": "eval/judges/0/conditions/@/caricature/mean",
-    "agreement": "eval/agreement/spearman", "kl": "eval/side_effects/@/mean",
+    "judge_model": "eval/judges/0/model", "agreement": "eval/agreement/spearman",
+    "kl": "eval/side_effects/@/mean",
     **{name: f"eval/answers/@/{name}" for name in TEXT_METRICS},
 }  # fmt: skip
 for _name in ("vanilla", "random"):
@@ -85,7 +86,7 @@ def short_names(rows):
 
 REPORT_NOTE = """
 NLL per response token on held-out questions; recovered: (vanilla - steered) / (vanilla - prompted);
-brackets: 95% over questions; probe, judge, KL and what follows: at the scale, which is recommended;
+brackets: 95% over questions; probe, judge, KL and what follows: at the recommended scale, or at 1;
 norm: in median token norms of the residual stream at the layer. Every number is in report.csv.
 """
 
@@ -128,15 +129,17 @@ def compare_seeds(rows):
     for row in rows:
         config = read_json(Path(row["run"], "run.json")).get("config")
         if row["status"] == "done" and isinstance(config, dict) and "seed" in config:
-            del config["seed"]
-            groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+            with contextlib.suppress(ValueError):  # no vector there
+                vector = load_vector(Path(row["run"], VECTOR_FILE))[0]
+                seed, rest = config["seed"], {**config, "seed": None}
+                groups.setdefault(json.dumps(rest, sort_keys=True), {})[seed] = row, vector
     heads = {"steered": "{:.3f}", "minus_vanilla": "{:+.3f}", "recovered": "{:.2f}"}
     heads |= {"scale": "{:.2f}", "probe": "{:.2f}", "judge": "{:.2f}"}
-    for group in groups.values():
-        if len(group) < 2:
+    for found in groups.values():
+        if len(found) < 2:
             continue
-        vectors = np.stack([load_vector(Path(r["run"], VECTOR_FILE))[0].numpy() for r in group])
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        group, vectors = zip(*found.values(), strict=True)
+        vectors = np.stack([(vector / vector.norm()).numpy() for vector in vectors])
         cosine = (vectors @ vectors.T)[np.triu_indices(len(group), 1)]
         cells = [f"`{plain(group[0]['dataset'])}`", str(len(group))]
         cells.append(f"{cosine.mean():.3f} ({cosine.min():.3f})")

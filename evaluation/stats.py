@@ -5,6 +5,7 @@ Arrays in, numbers out; nothing here knows a model or a file.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
@@ -66,32 +67,22 @@ def spearman(first, second, questions):
     names = np.array(questions)
     found, each = correlation(np.full(len(names), True)), [*dict.fromkeys(questions)]
     without = [correlation(names != question) for question in each]
-    if found is None or None in without or len(each) < MIN_QUESTIONS:
+    if found is None or None in without or len(each) < MIN_QUESTIONS or abs(found) > 1 - 1e-9:
         return found, None
     z, *others = np.arctanh(np.clip([found, *without], -1 + 1e-9, 1 - 1e-9))
     half = student_t(len(each) - 1) * math.sqrt(np.square(np.array(others) - z).sum())
     return found, np.tanh([z - half, z + half]).tolist()
 
 
-def drift_by_turn(scores, turns):
-    """{"by_turn": [mean score or None], "drift": `mean_interval` over talks of the mean of a talk's
-    second half of turns minus that of its first}. scores: [(talk, turn, score)]."""
-    table = {(talk, turn): score for talk, turn, score in scores}
-
-    def mean(kept):
-        found = [score for place, score in table.items() if kept(*place)]
-        return float(np.mean(found)) if found else None
-
-    falls = {}
-    for talk in {talk for talk, _ in table}:
-        halves = [
-            mean(lambda i, turn, late=late, talk=talk: i == talk and (turn >= turns / 2) == late)
-            for late in (False, True)
-        ]
-        if None not in halves:
-            falls[talk] = halves[1] - halves[0]
-    each = [mean(lambda _, turn, at=at: turn == at) for at in range(turns)]
-    return {"by_turn": each, "drift": mean_interval(list(falls.values()), list(falls))}
+def drift_by_turn(scores):
+    """How scores (talks, turns), NaN where there is none, go on: {"by_turn": [mean or None],
+    "drift": `mean_interval` over talks of the mean of the later half of turns minus the other}."""
+    half = (scores.shape[1] + 1) // 2
+    each = [column[~np.isnan(column)] for column in scores.T]
+    with warnings.catch_warnings(action="ignore"):  # of talks without a score
+        falls = np.nanmean(scores[:, half:], axis=1) - np.nanmean(scores[:, :half], axis=1)
+    drift = mean_interval(falls[~np.isnan(falls)], np.flatnonzero(~np.isnan(falls)).tolist())
+    return {"by_turn": [float(c.mean()) if len(c) else None for c in each], "drift": drift}
 
 
 def compare_losses(losses, tokens, questions):

@@ -175,6 +175,7 @@ def write_evaluation(folder, result, suffix=""):
     write_json(folder / files[0], result)
     parts = [f"# {plain(result['dataset'])}", f"```\n{tables}\n```"]
     samples = [*result["samples"], *result["identity"]]
+    parts += [f"{name}: {plain(prompt)}" for name, prompt in result["prompts"].items()]
     text = "\n\n".join([*parts, *map(answers_text, samples)]) + "\n"
     write_atomically(folder / files[1], text.encode())
     files += plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")

@@ -83,7 +83,10 @@ def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_p
         assert score["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 3))  # of 4 rows
     seen.clear()
     assert compare(steered, smol_chat, tasks, tmp_path / "kept") == found
-    assert seen == [(1.5, None)]  # the plain model's are kept
+    assert not seen  # all of them are kept
+    steered.set_vector(steered.steering.vector.detach() * 1.01)
+    assert compare(steered, smol_chat, tasks, tmp_path / "kept")["scale"] == 1.5
+    assert seen == [(1.5, None)]  # of another vector: the plain model's are
     assert steered.steering.scale == 1.0
 
 
@@ -165,8 +168,8 @@ def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monke
 
 
 def test_losses_are_flagged_beyond_their_errors():
-    def scores(value, stderr=0.05):
-        return {"maths acc": {"value": value, "stderr": stderr}}
+    def scores(value, stderr=0.05, higher=True):
+        return {"maths acc": {"value": value, "stderr": stderr, "higher": higher}}
 
     def found(before, after):
         return cp.losses({"conditions": {"vanilla": before, "steered": after}})
@@ -174,3 +177,5 @@ def test_losses_are_flagged_beyond_their_errors():
     assert found(scores(0.8), scores(0.6)) == ["maths acc -0.20"]
     assert found(scores(0.8), scores(0.7)) == [] == found(scores(0.6), scores(0.8))
     assert found(scores(0.8, None), scores(0.1, None)) == []
+    assert found(scores(0.6, 0.05, False), scores(0.8, 0.05, False)) == ["maths acc +0.20"]
+    assert found(scores(0.8, 0.05, False), scores(0.6, 0.05, False)) == []

@@ -377,7 +377,15 @@ def test_answers_cut_in_the_wrong_place_are_caught(steered, smol_chat, monkeypat
 # ---------------------------------------------------------------- the whole script
 
 
-CONDITIONS = ["dataset", "vanilla", "prompted", "few_shot", "steered x1", "steered x2", "mean_difference"]
+CONDITIONS = [
+    "dataset",
+    "vanilla",
+    "prompted",
+    "few_shot",
+    "steered x1",
+    "steered x2",
+    "mean_difference",
+]
 
 
 def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
@@ -829,7 +837,7 @@ def test_an_evaluation_done_anew_says_that_it_was_judged_before(finished, capsys
         judge = ["--judge", endpoint.url, "--judge-model", "other"]
         assert "judges" in evaluate(finished, *judge)
     assert "judges" not in evaluate(finished, "--restart")
-    assert "judged before: --judge adds" in capsys.readouterr().err
+    assert "as before: --judge adds" in capsys.readouterr().err
 
 
 def test_a_models_own_generation_config_does_not_touch_answers(steered, smol_chat):

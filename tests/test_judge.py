@@ -9,6 +9,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from evaluation import judge as jd
@@ -328,15 +329,17 @@ def evaluated(texts, identity="I am a ship."):
             {"question": f"Q{i}?", "answers": {c: t[i] for c, t in texts.items()}}
             for i in range(count)
         ],
-        "identity": [{"question": "Who?", "answers": dict.fromkeys(texts, identity)}],
+        "identity": [
+            {"question": "Who?", "answers": {c: identity for c in texts if c != "dataset"}}
+        ],
         "answers": {condition: {} for condition in texts},
     }
 
 
 def test_replies_that_were_cut_are_counted_with_a_hint(tmp_path, capsys):
     cut = {"message": {"content": "It has 3"}, "finish_reason": "length"}
-    result = evaluated({"vanilla": ["a"]})
-    for asked in (4, 0):  # the kept reply is parsed in the same way
+    result = evaluated({"dataset": ["b"], "vanilla": ["a"]})
+    for asked in (6, 0):  # the kept reply is parsed in the same way
         with serve(lambda *_: cut) as endpoint:
             judges = [endpoint.judge()]
             assert judging.add_scores(result, judges, Kept(tmp_path / "j.jsonl")) == 0
@@ -357,7 +360,8 @@ def test_overall_is_the_harmonic_mean_and_an_empty_answer_scores_lowest(tmp_path
     def reply(prompt, count):
         return scored(prompt, "3" if "Arr" in prompt else "1", "50")
 
-    result = evaluated({"vanilla": ["Yes.", "No."], "steered x1": ["Arr!", ""]})
+    texts = {"dataset": ["Arr.", "Arr."], "vanilla": ["Yes.", "No."], "steered x1": ["Arr!", ""]}
+    result = evaluated(texts)
     with serve(reply) as endpoint:
         assert judging.add_scores(result, [endpoint.judge()], Kept(tmp_path / "j")) == 0
     rows = result["judges"][0]["conditions"]
@@ -367,13 +371,15 @@ def test_overall_is_the_harmonic_mean_and_an_empty_answer_scores_lowest(tmp_path
     assert rows["steered x1"]["overall"]["mean"] == pytest.approx((2 * 1 * 0.5 / 1.5 + 0) / 2)
     assert rows["vanilla"]["identity"] == {"persona": 1, "assistant": 0, "mixed": 0}
     assert rows["vanilla"]["caricature"]["mean"] == 1.0
+    assert rows["dataset"]["above_vanilla"]["mean"] == 2.0 and list(rows) == list(texts)
+    assert rows["dataset"]["caricature"] is None and not any(rows["dataset"]["identity"].values())
     assert judging.judge_flags(result) == []
 
 
 def test_a_judge_that_says_3_to_everything_is_given_away(tmp_path):
     texts = {
+        "dataset": [f"Arr {i}." for i in range(9)],
         "vanilla": [f"Yes {i}." for i in range(9)],
-        "prompted": [f"Arr {i}." for i in range(9)],
     }
     result, kept = evaluated(texts), Kept(tmp_path / "j")
 
@@ -385,8 +391,8 @@ def test_a_judge_that_says_3_to_everything_is_given_away(tmp_path):
         rubrics = good.judge().rubrics
         judges = [jd.Judge(good.url, "good", rubrics), jd.Judge(good.url, "twin", rubrics)]
         assert judging.add_scores(result, judges, kept) == 0
-        assert result["agreement"]["interval"] == pytest.approx([1.0, 1.0])
-        assert result["agreement"]["spearman"] == 1.0 and result["agreement"]["answers"] == 18
+        assert result["agreement"]["spearman"] == pytest.approx(1.0)
+        assert result["agreement"]["interval"] is None and result["agreement"]["answers"] == 18
         assert judging.judge_flags(result) == []
         judges[1] = jd.Judge(bad.url, "yes", rubrics)
         assert judging.add_scores(result, judges, kept) == 0
@@ -442,6 +448,8 @@ def test_expected_scores_are_kept_and_endpoints_without_probabilities_asked_with
 def test_words_of_identity_are_read_and_others_are_not():
     for reply, verdict in (
         ("PERSONA", "persona"), ("It is the **assistant**.", "assistant"), ("Mixed", "mixed"),
+        ("The answer does not show the persona.", "unparsable"), ("NOT PERSONA", "unparsable"),
+        ("It isn't the assistant.", "unparsable"), ("Note: persona", "persona"),
         ("persona or assistant", "unparsable"), ("3", "unparsable"), ("", "unparsable"),
         ("<think>persona?</think>assistant", "assistant"), ("personal", "unparsable"),
     ):  # fmt: skip
@@ -462,10 +470,12 @@ def test_spearman_is_that_of_scipy_and_its_interval_covers_it():
 
 
 def test_drift_is_the_second_half_of_a_talk_minus_its_first():
-    scores = [(talk, turn, 1.0 - 0.1 * turn) for talk in range(8) for turn in range(4)]
-    found = es.drift_by_turn(scores, 4)
+    scores = np.array([[1.0, 0.9, 0.8, 0.7]] * 8)
+    found = es.drift_by_turn(scores)
     assert found["by_turn"] == pytest.approx([1.0, 0.9, 0.8, 0.7])
     assert found["drift"]["mean"] == pytest.approx(-0.2)
     assert found["drift"]["interval"] == pytest.approx([-0.2, -0.2])
-    gone = es.drift_by_turn([(0, 0, 1.0)], 4)
+    odd = es.drift_by_turn(np.array([[1.0, 0.5, 0.0]] * 8))
+    assert odd["drift"]["mean"] == pytest.approx(0.0 - 0.75)
+    gone = es.drift_by_turn(np.array([[1.0, np.nan, np.nan, np.nan]]))
     assert gone == {"by_turn": [1.0, None, None, None], "drift": None}

@@ -218,7 +218,7 @@ def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, monke
     runs, asked = trained / "runs", []
     for path in runs.rglob("eval*.json"):
         path.unlink()
-    for path in runs.rglob("plain_answers.jsonl"):
+    for path in runs.rglob("kept_answers.jsonl"):
         path.unlink()
     real = an.generate_answers
 
@@ -230,7 +230,7 @@ def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, monke
     assert ev.main(["--run", str(runs), *QUICK]) == 0
     plain = [turns for scale, turns in asked if scale == 0]
     assert plain and len(plain) == len({*plain})
-    (path,) = runs.rglob("plain_answers.jsonl")
+    (path,) = runs.rglob("kept_answers.jsonl")
     assert path.parent.name == "layer1" and len(path.read_text().splitlines()) == len(plain)
     asked.clear()
     folder = the_folder(runs)
@@ -239,6 +239,7 @@ def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, monke
     assert ev.main(["--run", str(folder), *QUICK]) == 0
     assert not [turns for scale, turns in asked if scale == 0]
     assert json.loads((folder / "eval.json").read_text())["samples"] == before["samples"]
+    path.unlink()
     assert ev.main(["--run", str(folder), *QUICK, "--restart"]) == 0
     assert [turns for scale, turns in asked if scale == 0]
 
