@@ -611,10 +611,11 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
     result = json.loads((finished / "eval.json").read_text())
     (judge,) = result["judges"]
     assert judge["failed"] == 0 and list(judge["conditions"]) == list(result["answers"])
-    for row in judge["conditions"].values():
+    for condition, row in judge["conditions"].items():
         assert row["failed"] == row["refusal"] == row["unparsable"] == 0
         assert 2.0 <= row["score"]["mean"] <= 3.0 and row["coherence"]["mean"] <= 80
-        assert row["identity"] == {"persona": 0, "assistant": 0, "mixed": 5}
+        spoken = 0 if condition == "dataset" else 5
+        assert row["identity"] == {"persona": 0, "assistant": 0, "mixed": spoken}
     capsys.readouterr()
 
 
