@@ -47,9 +47,8 @@ NOT_IN_CONFIG = """
     judge_dry_run capability capability_limit capability_tasks report_dir report_only
     specificity_runs prompt
 """
-# Files that show numbers and make none: their code is not part of what an evaluation is.
-SHOWING = "report summary plots judge judging capability"
-SHOWING = tuple(f"evaluation/{name}.py" for name in SHOWING.split())
+# Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
+SHOWN = "report", "summary", "plots", "judge", "judging", "capability"
 
 
 def import_run(args):
@@ -170,7 +169,8 @@ def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
     started, run = time.time(), read_run(folder, changes_of(args))
-    sources = run_state.source_hashes("eval_steering.py", SHOWING)
+    without = tuple(f"evaluation/{name}.py" for name in SHOWN)
+    sources = run_state.source_hashes("eval_steering.py", without)
     config = evaluation_config(args, run)
     path = folder / f"eval{(suffix := run_state.model_suffix(run))}.json"
     if config["data"] != run.record["config"]["data"]:
@@ -205,9 +205,8 @@ def evaluate_folder(folder, args, shelf):
         if judges:
             about = judging.judgements(run), args.judge_workers, args.judge_dry_run
             code = judging.add_scores(result, judges, *about)
-        for part, option in (("judges", "--judge"), ("capability", "--capability")):
-            if part in before and part not in result:
-                answers.announce(f"as before: {option} adds its scores again, from those kept")
+        for part in sorted({"judges", "capability"} & (before.keys() - result.keys())):
+            answers.announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
         result["flags"] = summary.find_flags(result, run.record)
         summary.write_evaluation(folder, result, suffix)
@@ -343,6 +342,7 @@ def check_arguments(args):
         ),
         (len(args.judge or ()) > max(1, models), "--judge: one address, or one for each model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
+        (args.capability_tasks and not args.capability, "--capability-tasks needs --capability"),
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),

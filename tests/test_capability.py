@@ -163,6 +163,11 @@ def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monke
     assert all(f'"small_choice acc, {name}"' in head for name in result["conditions"])
     monkeypatch.setattr(cp, "run_tasks", None)  # would fail if called
     assert ev.main(flags) == 0
+    capsys.readouterr()
+    assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 0
+    assert "capability: the same options add the scores again" in capsys.readouterr().err
+    assert ev.main(flags) == 0  # from what is kept
+    assert json.loads((finished / "eval.json").read_text())["capability"] == result
     assert ev.main([*flags[:-2], "no_such_task"]) == 2
     assert "--capability no_such_task: lm_eval has no such task" in capsys.readouterr().err
 

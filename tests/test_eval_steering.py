@@ -838,7 +838,7 @@ def test_an_evaluation_done_anew_says_that_it_was_judged_before(finished, capsys
         judge = ["--judge", endpoint.url, "--judge-model", "other"]
         assert "judges" in evaluate(finished, *judge)
     assert "judges" not in evaluate(finished, "--restart")
-    assert "as before: --judge adds" in capsys.readouterr().err
+    assert "judges: the same options add" in capsys.readouterr().err
 
 
 def test_a_models_own_generation_config_does_not_touch_answers(steered, smol_chat):
