@@ -95,8 +95,9 @@ def evaluation(result):
         return "No evaluation is at hand."
     about = (
         "On questions that training never saw; `x1.3` is 1.3 times the vector that the run ended "
-        "with, * the recommended scale. NLL: nats per response token, on rows of the persona. Recovered: 1 is as much as "
-        f"the prompt of the persona gives. Answers: {len(result['samples'])} a condition, of at "
+        "with, * the recommended scale. NLL: nats per response token, on rows of the persona. "
+        "Recovered: 1 is as much as the prompt of the persona gives. "
+        f"Answers: {len(result['samples'])} a condition, of at "
         f"most {result['config']['max_new_tokens']} tokens; probe: probability of the persona by "
         "a linear probe; KL: from the plain model, on rows without the persona."
     )
