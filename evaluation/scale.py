@@ -19,7 +19,7 @@ from steering.fast_path import FastPath, example_sums
 
 STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at
-CLOSE = 0.01  # persona scores that are no worse: the smaller scale changes less
+CLOSE = 0.05  # persona scores of a few answers differ by so much by chance
 
 
 def largest_scale(divergence, budget):
@@ -36,8 +36,9 @@ def largest_scale(divergence, budget):
 def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, max_tokens):
     """{"scale", "candidates", "questions" ...}: the scale of a vector (n,) to use it at.
     Of scales within the budget (nats a token) whose answers to `count` questions have not
-    collapsed, the one with the best persona score; without a probe, the largest. scale is None, and
-    "why" says it, where there is none. data: an EvalData, of which only what was seen is read."""
+    collapsed, the one with the best persona score: the largest of those that are CLOSE to it, since
+    the score grows with the scale. Without a probe, the largest of all. scale is None, and "why"
+    says it, where there is none. data: an EvalData, of which no held-out row is read."""
     announce("scales, on questions to choose by")
     examples = first_tokens(data.chooser, CHOOSE_TOKENS)
     plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
@@ -77,5 +78,5 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
     if not usable:
         return result | {"why": "text collapses at every scale that was tried"}
     best = max(c["persona"] or 0.0 for c in usable)
-    near = [c["scale"] for c in usable if (c["persona"] or 0.0) >= best - CLOSE]
-    return result | {"scale": min(near) if probe else max(near)}
+    near = (c["scale"] for c in usable if (c["persona"] or 0.0) >= best - CLOSE)
+    return result | {"scale": max(near)}
