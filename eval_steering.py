@@ -126,10 +126,8 @@ def evaluate(model, chat, data, vector, kept, args):
     asked = rows + (answers.identity_rows(rows[0]) if rows else [])
     versions = answers.prompted_rows(asked, data.train, each_prompt=True)
     texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
-    real = {
-        "dataset": [row["messages"][-1]["content"] for row in asked]
-    }  # by which to judge judges
-    written = {condition: each[: len(rows)] for condition, each in (real | texts).items()}
+    written = {"dataset": [row["messages"][-1]["content"] for row in rows]} if rows else {}
+    written |= {condition: each[: len(rows)] for condition, each in texts.items()}
     yardstick = result["likelihood"]["vanilla"]["perplexity"]
     answers.announce("reading the answers")
     described = measures.describe_answers(model, chat, rows, written, probe, yardstick, limit)

@@ -108,6 +108,15 @@ def test_where_no_scale_is_to_be_had_it_says_why(steered, smol_chat, data):  # n
     assert found["scale"] is None and "no answers" in found["why"]
 
 
+def test_without_answers_there_are_numbers_and_a_table(finished, capsys):  # noqa: F811
+    assert ev.main(["--run", str(finished), "--num-samples", "0", "--restart"]) == 0
+    said = capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())
+    assert "few-shot " in said and "no recommended scale: no answers were asked for" in said
+    assert not (result["answers"] or result["samples"] or result["identity"])
+    assert list(result["side_effects"])[:2] == ["steered x0.5", "steered x1"]
+
+
 def test_a_scale_chosen_on_held_out_questions_is_caught(finished, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(me.EvalData, "chooser", property(lambda self: self.heldout))
     assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 1
