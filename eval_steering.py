@@ -134,16 +134,14 @@ def evaluate(model, chat, data, vector, kept, args):
     effects = measures.side_effects(model, data.plain_heldout, directions, limit)
     model.set_vector(vector)
     norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
-    samples, system_prompt = (
-        answers.side_by_side(rows, written),
-        data.heldout[0].row["system_prompt"],
-    )
+    system_prompt = data.heldout[0].row["system_prompt"]
     result |= {
         "recommended": recommended, "answers": described, "side_effects": effects,
         "probe": probe_report, "norms": norms,
         "plain": {"source": data.plain_source, "train": len(data.plain_train)},
-        "samples": samples, "prompts": answers.prompts_of(versions), "system_prompt": system_prompt,
+        "samples": answers.side_by_side(rows, written), "system_prompt": system_prompt,
         "identity": answers.side_by_side(asked, texts)[len(rows) :],
+        "prompts": answers.prompts_of(versions),
     }  # fmt: skip
     if args.turns:
         about = args.turns, scale or 1.0, system_prompt, probe, sampling, kept, limit
