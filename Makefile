@@ -6,7 +6,7 @@ DEMO_RUN = runs/demo
 
 .PHONY: demo test test-full test-interop test-slurm bench clean
 
-# One real persona vector on a real chat model, 2 CPU cores, about 5 minutes once installed.
+# One real persona vector on a real chat model, 2 CPU cores, about 4 minutes once installed.
 demo: .venv/ready $(MODEL)/config.json
 	$(PY) train_steering.py --model $(MODEL) --data-root sample_data \
 	    --dataset sample__role__pirate --layer 12 --output-dir $(DEMO_RUN)

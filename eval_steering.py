@@ -296,7 +296,11 @@ def make_parser():
     add = parser.add_argument_group("judge").add_argument
     add("--judge", nargs="+", metavar="URL", help="OpenAI-compatible, as http://host:8000/v1")
     add("--judge-model", nargs="+", metavar="NAME", help="model there, or two to compare")
-    add("--judge-dry-run", action="store_true", help="only say what asking the judge would take")
+    add(
+        "--judge-dry-run",
+        action="store_true",
+        help="evaluate, and only count what a judge would cost",
+    )
     add("--rubric-dir", metavar="DIR", help="<name>.json files with an eval_prompt")
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")

@@ -73,9 +73,9 @@ class Source:
 
     def scale_of(self, wanted):
         """`wanted`, or the scale that the evaluation recommends; ValueError where it does not."""
-        known = self.result.get("recommended", {}).get("scale")
-        if not (found := known if wanted == "recommended" else wanted):
-            raise ValueError(f"{self.path}: no recommended scale (eval_steering.py finds one)")
+        known = self.result.get("recommended", {"why": "eval_steering.py finds one", "scale": None})
+        if not (found := known["scale"] if wanted == "recommended" else wanted):
+            raise ValueError(f"{self.path}: no recommended scale ({known['why']})")
         return found
 
 

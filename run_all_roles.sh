@@ -29,7 +29,7 @@
 #   LIMIT           at most this many names, from the top of the list              (all)
 #   DRY_RUN         1: only say what is done and what would be trained
 #   EVAL            options of eval_steering.py, run over OUTPUT_DIR at the end, such as
-#                   "--num-samples 0"                        (no evaluation)
+#                   "--max-new-tokens 60"                    (no evaluation)
 #   PYTHON          the interpreter                          (.venv/bin/python, else python3)
 #   TRAIN           the script that trains                   (train_steering.py)
 set -euo pipefail

@@ -3,9 +3,9 @@
     judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubrics_for("x__role__pirate"))
     verdicts = judge.score([("role", question, answer), ...], Kept("judgements.jsonl"), workers=8)
 
-The key comes from JUDGE_API_KEY, or from OPENAI_API_KEY for OpenAI's own address, and goes nowhere
-but there. Needs the openai package, whose client asks again, after a wait, where an endpoint is
-busy or broken.
+The key comes from JUDGE_API_KEY (JUDGE_API_KEY_2 for a second address), or from OPENAI_API_KEY for
+OpenAI's own address, and goes nowhere but there. Needs the openai package, whose client asks again,
+after a wait, where an endpoint is busy or broken.
 """
 
 import concurrent.futures
@@ -128,10 +128,10 @@ def expected_score(score, tokens, kind):
 class Judge:
     """A chat endpoint and a model there, which judge by rubrics.
     url: up to and with /v1, or the whole .../chat/completions, with a ?query or without; rubrics:
-    {kind: template}, as of `rubrics_for`. Raises ValueError for a bad address or key, or without
-    the openai package."""
+    {kind: template}, as of `rubrics_for`; key: the environment variable of its key. Raises
+    ValueError for a bad address or key, or without the openai package."""
 
-    def __init__(self, url, model, rubrics, max_tokens=32):
+    def __init__(self, url, model, rubrics, max_tokens=32, key="JUDGE_API_KEY"):
         try:
             import openai
         except ImportError as error:
@@ -144,7 +144,7 @@ class Judge:
         self.options = {"temperature": 0, "max_tokens": max_tokens}
         self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.url = parts._replace(query="", netloc=parts.netloc.rpartition("@")[2]).geturl()
-        names = ["JUDGE_API_KEY", *(["OPENAI_API_KEY"] if parts.hostname == OPENAI else [])]
+        names = [key, *(["OPENAI_API_KEY"] if parts.hostname == OPENAI else [])]
         self._key = next((key for n in names if (key := os.environ.get(n, "").strip())), "")
         if not (self._key.isascii() and self._key.isprintable()):
             raise ValueError(f"the key in ${' or $'.join(names)} has a line end or no ASCII in it")

@@ -21,8 +21,11 @@ CHARACTERS = 4  # a token, about
 def make_judges(urls, models, dataset, rubric_dir, max_tokens):
     """A Judge of a dataset for each model, at its own address or all at the last one."""
     rubrics = rubrics_for(dataset, rubric_dir)
-    urls = [*urls, *urls[-1:] * (len(models) - len(urls))]
-    return [Judge(u, m, rubrics, max_tokens) for u, m in zip(urls, models, strict=True)]
+    keys = ["JUDGE_API_KEY", "JUDGE_API_KEY_2"]  # of an address, which no other gets
+    places = list(zip(urls, keys, strict=False))
+    places += places[-1:] * (len(models) - len(urls))
+    about = zip(places, models, strict=True)
+    return [Judge(url, model, rubrics, max_tokens, key) for (url, key), model in about]
 
 
 def judgements(run):

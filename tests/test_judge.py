@@ -290,6 +290,18 @@ def test_the_openai_key_is_for_openai_alone_and_no_secret_of_the_address_is_kept
     assert theirs._key == "sk-very-secret" and theirs.url == "https://api.openai.com/v1"
 
 
+def test_each_address_gets_its_own_key(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-first")
+    monkeypatch.setenv("JUDGE_API_KEY_2", "sk-second")
+    about = "m__role__x", None, 32
+    two = judging.make_judges(["http://a/v1", "http://b/v1"], ["j", "k"], *about)
+    assert [judge._key for judge in two] == ["sk-first", "sk-second"]
+    one = judging.make_judges(["http://a/v1"], ["j", "k"], *about)
+    assert [(judge.url, judge._key) for judge in one] == [("http://a/v1", "sk-first")] * 2
+    monkeypatch.delenv("JUDGE_API_KEY_2")
+    assert judging.make_judges(["http://a/v1", "http://b/v1"], ["j", "k"], *about)[1]._key == ""
+
+
 def test_an_answer_that_is_refused_ends_nothing(tmp_path):
     def reply(prompt, count):
         return (400, {}, b'{"error": {"code": "content_filter"}}') if "number 0" in prompt else "2"
