@@ -414,6 +414,18 @@ def test_a_judge_that_says_3_to_everything_is_given_away(tmp_path):
     assert judging.judge_flags(result) == flags
 
 
+def test_a_judge_has_to_tell_rows_of_the_dataset_from_vanilla_clearly():
+    def flags(mean, interval):
+        row = {"above_vanilla": mean and {"mean": mean, "interval": interval}}
+        judge = {"model": "j", "scale": [0, 3], "conditions": {"dataset": row}}
+        return judging.judge_flags({"judges": [judge]})
+
+    wrong = ["judge j scores vanilla like the persona"]
+    assert flags(1.0, [0.5, 1.5]) == flags(1.0, None) == []
+    assert flags(1.0, [-0.1, 2.1]) == wrong == flags(0.06, [0.02, 0.1])  # noise; next to nothing
+    assert flags(0.1, None) == wrong == flags(None, None) == flags(-1.0, [-2.0, -0.5])
+
+
 def test_score_is_the_expectation_over_the_scores_tokens():
     def token(text, **chances):
         others = [{"token": t.strip("_"), "logprob": math.log(p)} for t, p in chances.items()]
