@@ -11,6 +11,7 @@ from conftest import ROOT, interop_python, persona_rows, serving, write_raw
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
 import train_steering as ts
+from evaluation import judging
 
 pytestmark = pytest.mark.full
 
@@ -32,6 +33,7 @@ def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_f
     assert ts.main(command(str(tmp_path / "data"), tiny_folder, tmp_path / "runs")) == 0
     run = the_folder(tmp_path / "runs")
     evaluate = [sys.executable, "eval_steering.py", "--run", str(run), "--max-new-tokens", "30"]
+    evaluate += ["--num-samples", "2", "--scales", "1"]
     subprocess.run([*evaluate], cwd=ROOT, check=True, capture_output=True)
     judge = [*evaluate, "--judge", address, "--judge-model", "smollm2", "--judge-workers", "2"]
 
@@ -49,7 +51,7 @@ def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_f
     assert second.returncode == 0, second.stderr
     print(second.stdout)
     result = json.loads((run / "eval.json").read_text())
-    answers = {(s["question"], t) for s in result["samples"] for t in s["answers"].values() if t}
+    answers = judging.to_ask(result, "role")
     lines = path.read_text().splitlines()
     keys = [json.loads(line)["key"] for line in lines]
     assert 15 <= len(half) < len(answers) == len(set(keys)) == len(keys)
