@@ -238,8 +238,9 @@ def specificity(folders, args, shelf, path):
         examples, limit = shelf.heldout[run.folder], args.micro_batch_tokens
         return measures.mean_nll(shelf.model(run), examples, vectors, limit)
 
-    names = report.short_names([report.report_row(run.folder) for run in runs])
-    matrices = measures.specificity(runs, names, args.specificity_runs, nll)
+    matrices = measures.specificity(runs, args.specificity_runs, nll)
+    for matrix in matrices:  # by group: the same persona may be in another
+        matrix["names"] = report.short_names([report.report_row(Path(r)) for r in matrix["runs"]])
     write_json(path, {"config": config, "matrices": matrices})
     return matrices
 
@@ -296,11 +297,7 @@ def make_parser():
     add = parser.add_argument_group("judge").add_argument
     add("--judge", nargs="+", metavar="URL", help="OpenAI-compatible, as http://host:8000/v1")
     add("--judge-model", nargs="+", metavar="NAME", help="model there, or two to compare")
-    add(
-        "--judge-dry-run",
-        action="store_true",
-        help="evaluate, and only count what a judge would cost",
-    )
+    add("--judge-dry-run", action="store_true", help="evaluate, only count what judges would cost")
     add("--rubric-dir", metavar="DIR", help="<name>.json files with an eval_prompt")
     add("--judge-workers", type=int, default=8, help="requests at once")
     add("--judge-tokens", type=int, default=32, help="longest reply; more for one that thinks")

@@ -355,22 +355,20 @@ def conversations(model, chat, turns, scale, system_prompt, probe, sampling, kep
     return result
 
 
-def specificity(runs, names, limit, nll):
+def specificity(runs, limit, nll):
     """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
-    runs: Run objects, names: what to call them, of which `limit` a group count, since every vector
-    meets every persona; nll(run, vectors): of a run's held-out rows. A list of {"model", "layer",
-    "names", "runs", "nll": [vector][persona], "vanilla"}."""
+    runs: Run objects, of which `limit` a group count, since every vector meets every persona;
+    nll(run, vectors): of a run's held-out rows. A list of {"model", "layer", "runs", "nll":
+    [vector][persona], "vanilla"}."""
     groups, matrices = {}, []
-    for run, name in zip(runs, names, strict=True):
-        place = run.args["model"], run.args["layer"]
-        groups.setdefault(place, []).append((run, name))
+    for run in runs:
+        groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
     for (model, layer), group in groups.items():
         if len(group) > 1:
-            members, called = zip(*group[:limit], strict=True)
+            members = group[:limit]
             announce(f"{len(members)} vectors on each other's held-out rows")
             vectors = [*(run.vector for run in members), torch.zeros_like(members[0].vector)]
             *rows, vanilla = np.array([nll(run, vectors) for run in members]).T.tolist()
-            matrix = {"model": model, "layer": layer, "names": list(called), "nll": rows}
-            folders = [str(run.folder) for run in members]
-            matrices.append({**matrix, "vanilla": vanilla, "runs": folders})
+            matrix = {"model": model, "layer": layer, "nll": rows, "vanilla": vanilla}
+            matrices.append({**matrix, "runs": [str(run.folder) for run in members]})
     return matrices
