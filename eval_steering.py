@@ -161,6 +161,11 @@ def evaluation_config(args, run):
     return config | {"format_version": summary.FORMAT_VERSION}
 
 
+def eval_path(run):
+    """Where the evaluation of a run is, under the model that it is used with."""
+    return run.folder / f"eval{run_state.model_suffix(run)}.json"
+
+
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
@@ -168,7 +173,7 @@ def evaluate_folder(folder, args, shelf):
     without = tuple(f"evaluation/{name}.py" for name in SHOWN)
     sources = run_state.source_hashes("eval_steering.py", without)
     config = evaluation_config(args, run)
-    path = folder / f"eval{(suffix := run_state.model_suffix(run))}.json"
+    path = eval_path(run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
@@ -205,21 +210,22 @@ def evaluate_folder(folder, args, shelf):
             answers.announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
         result["flags"] = summary.find_flags(result, run.record)
-        summary.write_evaluation(folder, result, suffix)
+        summary.write_evaluation(folder, result, run_state.model_suffix(run))
     return code
 
 
 def print_answers(folder, args, shelf):
-    """Answers to --prompt at each scale, and nothing else."""
+    """Answers to --prompt at each scale, and at the recommended one if there is one."""
     run = read_run(folder, changes_of(args))
     chat, model = shelf.chat(run), shelf.model(run)
     model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
     sampling = answers.Sampling(args.max_new_tokens, args.temperature, args.seed)
     turns = [[{"role": "user", "content": args.prompt}]]
-    for scale in args.scales:
+    recommended = read_json(eval_path(run)).get("recommended", {}).get("scale")
+    for scale in sorted({*args.scales, *([recommended] if recommended else [])}):
         with model.scaled(scale):
             answer = answers.generate_answers(model, chat, turns, sampling)[0]
-        print(f"--- scale {scale:g}\n{answer}")
+        print(f"--- scale {scale:g}{' (recommended)' * (scale == recommended)}\n{answer}")
 
 
 def specificity(folders, args, shelf, path):
@@ -293,7 +299,7 @@ def make_parser():
     add("--temperature", type=float, default=0.7, help="0: greedy")
     add("--batch-size", type=int, default=16, help="answers written at once")
     add("--turns", type=int, default=0, help="also have conversations of so many turns")
-    add("--prompt", metavar="TEXT", help="only print answers to this, one per scale")
+    add("--prompt", metavar="TEXT", help="only print answers to this, one a scale")
     add = parser.add_argument_group("judge").add_argument
     add("--judge", nargs="+", metavar="URL", help="OpenAI-compatible, as http://host:8000/v1")
     add("--judge-model", nargs="+", metavar="NAME", help="model there, or two to compare")
@@ -306,7 +312,7 @@ def make_parser():
     add("--capability-limit", type=int, default=100, metavar="N", help="rows of each task")
     add("--capability-tasks", metavar="DIR", help="folder of tasks of your own")
     add = parser.add_argument_group("output").add_argument
-    add("--report-dir", metavar="DIR", help="of the report; None: the folder that holds all runs")
+    add("--report-dir", metavar="DIR", help="of the report; default: the folder of all runs")
     add("--report-only", action="store_true", help="only write the report of what is there")
     add("--specificity-runs", type=int, default=16, help="most runs to try on each other")
     add("--restart", action="store_true", help="evaluate anew what is evaluated already")

@@ -112,8 +112,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        sums = fast_path.example_sums(losses, val_set, max_tokens)
-        loss = sum(sums) / sum(map(label_count, val_set))
+        loss = fast_path.token_mean(losses, val_set, max_tokens)
         if state["best_val"] is None or loss < state["best_val"]:
             state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
             state.update(best_val=loss, best_step=state["step"], bad_validations=0)
@@ -432,7 +431,7 @@ def make_parser():
     add("--num-epochs", type=int, default=4, help="passes over the training rows")
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--val-fraction", type=float, help="share of the training questions to validate on")
-    add("--val-every", type=int, help="steps between validations; None: half an epoch")
+    add("--val-every", type=int, help="steps between validations; default: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")

@@ -35,7 +35,7 @@ from evaluation.stats import (
     recovered_fraction,
 )
 from steering.chat_format import collate, label_count
-from steering.fast_path import FastPath, by_example, example_sums
+from steering.fast_path import FastPath, by_example, example_sums, token_mean
 
 OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm
@@ -98,19 +98,18 @@ def token_nll(logits, targets):
     return -logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
-def nll_sums(fast, examples, max_tokens):
-    """NLL of each example in nats, summed over its label tokens."""
-    per_token = functools.partial(fast.losses, token_loss=token_nll)
-    return example_sums(per_token, examples, max_tokens)
+def nll_of(fast):
+    """A function: examples -> NLL of their label tokens (N,), for `example_sums`, `token_mean`."""
+    return functools.partial(fast.losses, token_loss=token_nll)
 
 
 def mean_nll(model, examples, vectors, max_tokens):
     """NLL a label token of the examples under each vector (n,): a list."""
-    fast, tokens, result = FastPath(model), sum(map(label_count, examples)), []
+    fast, result = FastPath(model), []
     fast.cache_prefix(examples, max_tokens=max_tokens)
     for vector in vectors:
         model.set_vector(vector)
-        result.append(sum(nll_sums(fast, examples, max_tokens)) / tokens)
+        result.append(token_mean(nll_of(fast), examples, max_tokens))
     return result
 
 
@@ -131,14 +130,14 @@ def search_coefficient(nll):
 def choose_coefficients(model, examples, directions, max_tokens):
     """{name: {"chosen", "nll": {coefficient: NLL}}}: the best coefficient of each direction.
     examples: of questions to choose by; directions: {name: vector (n,)}."""
-    fast, tokens, result = FastPath(model), sum(map(label_count, examples)), {}
+    fast, result = FastPath(model), {}
     fast.cache_prefix(examples, max_tokens=max_tokens)
     for name, direction in directions.items():
         announce(f"coefficients of {name}, on questions to choose by")
 
         def nll(coefficient, direction=direction):
             model.set_vector(direction, coefficient)
-            return sum(nll_sums(fast, examples, max_tokens)) / tokens
+            return token_mean(nll_of(fast), examples, max_tokens)
 
         curve = search_coefficient(nll)
         result[name] = {"chosen": min(curve, key=curve.get), "nll": curve}
@@ -153,7 +152,7 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
     fast.cache_prefix(examples, max_tokens=max_tokens)
     with model.steering_off():
         announce("held-out rows: vanilla")
-        losses["vanilla"] = nll_sums(fast, examples, max_tokens)
+        losses["vanilla"] = example_sums(nll_of(fast), examples, max_tokens)
         for condition, rows in prompted_rows([e.row for e in examples], train).items():
             announce(f"held-out rows: {condition}")
             prompted = chat.encode(rows, prompted=True)
@@ -161,13 +160,13 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
             if too_long(model, [example.input_ids for example in prompted]):
                 continue
             shared = shared_prefix_sums(model.model, prompted, token_nll, max_tokens)
-            losses[condition] = shared or nll_sums(fast, prompted, max_tokens)
+            losses[condition] = shared or example_sums(nll_of(fast), prompted, max_tokens)
     for condition, directions in vectors.items():
         announce(f"held-out rows: {condition}")
         each = []
         for direction in directions:
             model.set_vector(direction)
-            each.append(nll_sums(fast, examples, max_tokens))
+            each.append(example_sums(nll_of(fast), examples, max_tokens))
         losses[condition] = np.mean(each, axis=0).tolist()
     return losses
 
@@ -283,7 +282,7 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens):
             about[name] = float(np.mean(values)) if values else None
         if examples:
             with model.steering_off():
-                losses = nll_sums(fast, examples, max_tokens)
+                losses = example_sums(nll_of(fast), examples, max_tokens)
             counts = map(label_count, examples)
             nll = [loss / count for loss, count in zip(losses, counts, strict=True)]
             about["perplexity"] = math.exp(min(float(np.median(nll)), 700.0))
@@ -299,26 +298,21 @@ def describe_answers(model, chat, rows, answers, probe, yardstick, max_tokens):
 def side_effects(model, examples, directions, max_tokens):
     """{condition: {"mean", "interval"}}: KL(vanilla || steered) in nats a token, on plain rows."""
     announce(f"side effects on plain rows: {', '.join(directions)}")
-    fast, each, examples = (
-        FastPath(model),
-        [*directions.values()],
-        first_tokens(examples, PLAIN_TOKENS),
-    )
+    fast, examples = FastPath(model), first_tokens(examples, PLAIN_TOKENS)
     fast.cache_prefix(examples, max_tokens=max_tokens)
 
     def divergences(batch):
         with model.steering_off():
             plain = fast.states(batch)
         found = []
-        for direction in each:
+        for direction in directions.values():
             model.set_vector(direction)
             found.append(fast.compare(batch, [plain, contextlib.nullcontext])[1])
-        parts = torch.stack(found, dim=1).split([label_count(example) for example in batch])
-        return [part.sum(dim=0) for part in parts]  # (D,) of each example
+        return torch.stack(found, dim=1)  # (N, D)
 
-    sums = torch.stack(by_example(divergences, examples, max_tokens)).T.tolist()
+    sums = example_sums(divergences, examples, max_tokens)
     about = list(map(label_count, examples)), questions_of(examples)
-    found = (ratio(row, *about) for row in sums)
+    found = (ratio(row, *about) for row in zip(*sums, strict=True))
     return {c: {"mean": kl, "interval": i} for c, (kl, i) in zip(directions, found, strict=True)}
 
 

@@ -107,12 +107,13 @@ def write_report(folder, runs, matrices=()):
     table = [[*cells[0]], ["---"] * len(cells[0]), *(row.values() for row in cells)]
     lines = [f"# {len(rows)} runs, by recovered fraction\n"]
     lines += [*(f"| {' | '.join(row)} |" for row in table), REPORT_NOTE]
-    groups, pictures = {}, []  # vectors of one model and layer can be compared
-    lines += compare_seeds(rows)
+    found, groups, pictures = [], {}, []
     for row in rows:
         with contextlib.suppress(ValueError):  # none there, or not a vector
-            vector = load_vector(Path(row["run"], VECTOR_FILE))[0]
-            groups.setdefault((row["model"], row["layer"], len(vector)), []).append((row, vector))
+            found.append((row, load_vector(Path(row["run"], VECTOR_FILE))[0]))
+    lines += compare_seeds(found)
+    for row, vector in found:  # those of one model and layer can be compared
+        groups.setdefault((row["model"], row["layer"], len(vector)), []).append((row, vector))
     for place, group in groups.items():
         if len(group) > 1:
             suffix = f"-{len(pictures)}" if pictures else ""
@@ -123,16 +124,15 @@ def write_report(folder, runs, matrices=()):
     return ["report.csv", "report.md", *pictures]
 
 
-def compare_seeds(rows):
-    """Markdown lines: of runs that differ in nothing but --seed, how alike they came out."""
+def compare_seeds(runs):
+    """Markdown lines: of runs that differ in nothing but --seed, how alike they came out.
+    runs: (row of the report, vector) pairs."""
     groups, table = {}, []
-    for row in rows:
+    for row, vector in runs:
         config = read_json(Path(row["run"], "run.json")).get("config")
         if row["status"] == "done" and isinstance(config, dict) and "seed" in config:
-            with contextlib.suppress(ValueError):  # no vector there
-                vector = load_vector(Path(row["run"], VECTOR_FILE))[0]
-                seed, rest = config["seed"], {**config, "seed": None}
-                groups.setdefault(json.dumps(rest, sort_keys=True), {})[seed] = row, vector
+            seed, rest = config["seed"], {**config, "seed": None}
+            groups.setdefault(json.dumps(rest, sort_keys=True), {})[seed] = row, vector
     heads = {"steered": "{:.3f}", "minus_vanilla": "{:+.3f}", "recovered": "{:.2f}"}
     heads |= {"scale": "{:.2f}", "probe": "{:.2f}", "judge": "{:.2f}"}
     for found in groups.values():

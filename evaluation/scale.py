@@ -11,11 +11,10 @@ from evaluation.measures import (
     CHOOSE_TOKENS,
     describe_answers,
     first_tokens,
-    nll_sums,
+    nll_of,
     questions_of,
 )
-from steering.chat_format import label_count
-from steering.fast_path import FastPath, example_sums
+from steering.fast_path import FastPath, token_mean
 
 STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at
@@ -49,8 +48,7 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
     def divergence(scale):
         if scale not in divergences:
             model.set_vector(vector, scale)
-            sums = example_sums(fast.divergences, plain, max_tokens)
-            divergences[scale] = sum(sums) / sum(map(label_count, plain))
+            divergences[scale] = token_mean(fast.divergences, plain, max_tokens)
         return divergences[scale]
 
     top = largest_scale(divergence, budget)
@@ -63,8 +61,8 @@ def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, m
         above = f"KL {divergences[min(divergences)]:.3g} at {min(divergences):g} is over the budget"
         return result | {"why": "no answers were asked for" if top else above}
     with model.steering_off():
-        losses = nll_sums(FastPath(model), examples, max_tokens)
-    yardstick = math.exp(min(sum(losses) / sum(map(label_count, examples)), 700.0))
+        nll = token_mean(nll_of(FastPath(model)), examples, max_tokens)
+    yardstick = math.exp(min(nll, 700.0))
     asked, texts = [row["messages"][:-1] for row in rows], {}
     for scale in sorted({round(max(1, round(top * f / STEP)) * STEP, 6) for f in FRACTIONS}):
         model.set_vector(vector, scale)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from steering.chat_format import IGNORE_INDEX, collate
-from steering.fast_path import by_example
+from steering.fast_path import example_sums
 
 LEAST = 64  # tokens in common from which on it is worth it
 
@@ -34,12 +34,11 @@ def shared_prefix_sums(model, examples, token_loss, max_tokens):
     prefix = torch.tensor([examples[0].input_ids[:count]], device=device)
     rests = [replace(e, input_ids=e.input_ids[count:], labels=e.labels[count:]) for e in examples]
 
-    def sums(batch, past=None):
+    def losses(batch, past=None):
         ids, labels = (part.to(device) for part in collate(batch))
         logits = model(input_ids=ids, use_cache=past is not None, **{name: past}).logits
         at = labels[:, 1:] != IGNORE_INDEX
-        losses = token_loss(logits[:, :-1][at], labels[:, 1:][at])
-        return [part.sum() for part in losses.split(at.sum(dim=1).tolist())]
+        return token_loss(logits[:, :-1][at], labels[:, 1:][at])
 
     try:
         cache = getattr(model(input_ids=prefix, use_cache=True), name)
@@ -47,12 +46,12 @@ def shared_prefix_sums(model, examples, token_loss, max_tokens):
         def after_prefix(batch):
             past = copy.deepcopy(cache)
             past.batch_repeat_interleave(len(batch))
-            return sums(batch, past)
+            return losses(batch, past)
 
-        found = by_example(after_prefix, rests, max_tokens)
-        whole = sums(examples[:1])[0]  # of an architecture whose cache is another thing: not alike
+        found = example_sums(after_prefix, rests, max_tokens)
+        whole = losses(examples[:1]).sum().item()  # not alike where a cache is another thing
     except (TypeError, AttributeError, ValueError, RuntimeError):
         return None
     off = abs(found[0] - whole) / abs(whole)
     close = off <= (1e-4 if model.dtype == torch.float32 else 0.01)
-    return torch.stack(found).tolist() if close else None
+    return found if close else None

@@ -9,7 +9,11 @@ from pathlib import Path
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and a description as it is."""
+    """Shows defaults, where there are any, and a description as it is."""
+
+    def _get_help_string(self, action):
+        default = action.default not in (None, False)
+        return super()._get_help_string(action) if default else action.help
 
 
 def new_parser(doc):

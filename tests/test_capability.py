@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from interop.local_task import write_task
 from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
 
 import eval_steering as ev
@@ -18,39 +19,21 @@ ROWS = [
     {"context": "Two and two make", "choices": ["four", "five", "treasure"]},
     {"context": "The sea is", "choices": ["wide", "dry", "square"]},
 ]
-CHOICE = """
-task: small_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-target_delimiter: ""
-doc_to_target: 0
-metric_list: [{metric: acc}]
-"""
-WRITE = """
-task: small_write
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: generate_until
-doc_to_text: context
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["x"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
+WRITE = {  # settings of a task that is answered in words
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "{{choices[0]}}",
+    "generation_kwargs": {"until": ["x"], "max_gen_toks": 4, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of two small tasks."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
-    (folder / "choice.yaml").write_text(CHOICE % rows)
-    (folder / "write.yaml").write_text(WRITE % rows)
+    write_task(folder, "small_choice", ROWS, target_delimiter="")
+    write_task(folder, "small_write", ROWS, **WRITE)
     return folder
 
 

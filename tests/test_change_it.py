@@ -13,8 +13,7 @@ from conftest import ROOT, persona_rows, raw_row, write_raw
 
 from data_filter import DataOptions, split_dataset
 from hook_model import ResidualHook, load_chat, load_model
-from steering.chat_format import label_count
-from steering.fast_path import FastPath, example_sums
+from steering.fast_path import FastPath, token_mean
 from steering.vector_file import VECTOR_FILE, load_vector
 from train_steering import token_loss
 
@@ -208,7 +207,7 @@ def test_vector_at_two_layers_is_trained_and_evaluated_there(project, tiny_folde
 
     def mean_loss(examples):
         losses = partial(FastPath(model).losses, token_loss=token_loss)
-        return sum(example_sums(losses, examples, 1024)) / sum(map(label_count, examples))
+        return token_mean(losses, examples, 1024)
 
     one_place = mean_loss(splits.validation), mean_loss(splits.heldout)
     model.layers[3].register_forward_hook(second.hook)

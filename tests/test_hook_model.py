@@ -315,8 +315,8 @@ def test_right_padding_without_a_mask_does_not_change_losses():
     for architecture in ("llama", "qwen3", "gemma2", "gemma3"):
         model = steered(architecture)
         fast = fp.FastPath(model)
-        together = me.nll_sums(fast, rows, max_tokens=30)
-        alone = me.nll_sums(fast, rows, max_tokens=1)
+        together = fp.example_sums(me.nll_of(fast), rows, max_tokens=30)
+        alone = fp.example_sums(me.nll_of(fast), rows, max_tokens=1)
         assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -690,7 +690,7 @@ def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
         plain = plain_loss(model, rows).item()
     fast.cache_prefix(rows, max_tokens=66)
     tokens = sum(map(cf.label_count, rows))
-    total = sum(me.nll_sums(fast, rows, max_tokens=40))
+    total = sum(fp.example_sums(me.nll_of(fast), rows, max_tokens=40))
     assert fast.fast and {s.dtype for _, s in fast.cache.values()} == {torch.bfloat16}
     assert total / tokens == pytest.approx(plain / tokens, abs=0.01)
 

@@ -14,6 +14,7 @@ import lm_eval
 from lm_eval.models.hf_steered import SteeredModel
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from local_task import write_task
 
 name, steer_file, folder, out = sys.argv[1:]
 ROWS = [
@@ -21,20 +22,7 @@ ROWS = [
     {"context": "The captain of the ship said:", "choices": ['"Arr!"', '"Hello."']},
     {"context": "Two and two make", "choices": ["four", "five", "treasure"]},
 ]
-TASK = """
-task: small
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: 0
-metric_list: [{metric: acc}]
-"""
-data = Path(folder, "rows.jsonl")
-data.write_text("\n".join(map(json.dumps, ROWS)))
-Path(folder, "small.yaml").write_text(TASK % data)
+write_task(folder, "small", ROWS)
 result = {"rows": ROWS}
 options = {"pretrained": name, "device": "cpu", "dtype": "float32"}
 for key, kind, more in (
