@@ -821,8 +821,15 @@ def test_seeds_are_runs_of_their_own_and_the_report_compares_them(
     cosine = torch.cosine_similarity(*vectors, dim=0).item()
     assert "## Seeds" in text and f"| 2 | {cosine:.3f} ({cosine:.3f}) |" in text
     other = [folders[0], the_folder(tmp_path / "alone")]  # alike but for the folder
-    assert report.compare_seeds([report.report_row(folder) for folder in other])
+
+    def compared(folders):
+        rows = [report.report_row(folder) for folder in folders]
+        return report.compare_seeds(
+            [(row, load_vector(Path(row["run"], VECTOR_FILE))[0]) for row in rows]
+        )
+
+    assert compared(other)
     record = json.loads((folders[0] / "run.json").read_text())
     record["config"]["lr"] = 1.0
     (folders[0] / "run.json").write_text(json.dumps(record))
-    assert "## Seeds" not in report.compare_seeds([report.report_row(f) for f in folders])
+    assert not compared(folders)
