@@ -3,35 +3,41 @@
     python bench/sweep.py PLAN.txt --out runs/sweep            # a line: name | units options
     python bench/sweep.py --table runs/sweep                   # the runs as a Markdown table
 
-Recipes are chosen on validation questions, cut from the training ones (--val-fraction 0.3). The
-held-out questions are scored once, at the end, of the runs that --report names. units: what --lr
-auto multiplies the residual size with; options: of train_steering.py. A line `all | options` holds
-for the lines below it. A run that is in the folder already is not trained again.
+Recipes are chosen by the vector's NLL on rows of validation questions, cut from the training ones:
+the same rows whatever a run trains on, kept in its choice.json. The held-out questions are scored
+once, at the end, of the runs that --report names. units: what --lr auto multiplies the residual
+size with; options: of train_steering.py. A line `all | options` holds for the lines below it. What
+is in the folder already is not done again.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 import data_filter as df
 import eval_steering
 import train_steering
-from evaluation.measures import response_means
-from hook_model import load_chat, load_model
+from evaluation.measures import first_tokens, mean_nll, response_means
+from hook_model import Shelf, load_chat, load_model
 from steering.data_layouts import parsed_rows
-from steering.vector_file import save_vector
+from steering.run_folder import run_path
+from steering.run_state import read_run
+from steering.vector_file import read_json, save_vector, write_json
 
 COMMON = "--data-root sample_data --val-fraction 0.3 --save-every 1000000"
+CHOICE_TOKENS = 12_000  # of rows of validation questions
 
 HEADER = """\
-| recipe | steps | tokens | seconds | best val | norm / residual | tokens to target | s to target |
-|---|---|---|---|---|---|---|---|"""
+| recipe | rows | steps | tokens | seconds | NLL | share of gain | best at step | norm / residual |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def mean_difference(path, model_name, name, layer):
@@ -50,51 +56,52 @@ def mean_difference(path, model_name, name, layer):
     save_vector(path, means[0] - means[1], {"model": model_name, "layer": layer})
 
 
-def read(folder):
-    """What a finished run says: recipe, validation curve over tokens and seconds, vector size."""
-    record = json.loads((folder / "run.json").read_text())
-    curve, tokens, seconds = [], 0, record.get("startup", {}).get("prefix", 0.0)
-    for line in (folder / "metrics.jsonl").open():
-        row = json.loads(line)
-        if "loss" in row:
-            tokens, seconds = tokens + row["tokens"], seconds + row["seconds"]
-        else:
-            curve.append((tokens, seconds, row["val_loss"]))
-    return record, curve
+def choice(folder, shelf):
+    """NLL on CHOICE_TOKENS of validation questions, of the vector in a run folder and of none."""
+    path, run = folder / "choice.json", read_run(folder)
+    if not path.exists():
+        chat, model, options = shelf.chat(run), shelf.model(run), df.DataOptions.of(run.args)
+        options = replace(options, target_tokens=None, seed=options.split_seed)
+        splits = df.split_dataset(run.dataset, options.datasets(), chat, options)
+        rows = first_tokens(splits.validation, CHOICE_TOKENS)
+        vectors = [run.vector, torch.zeros_like(run.vector)]
+        nll, vanilla = mean_nll(model, rows, vectors, run.args["micro_batch_tokens"])
+        write_json(path, {"nll": nll, "vanilla": vanilla, "rows": len(rows)})
+    return read_json(path)
 
 
-def target_of(curves):
-    """1% above the best validation loss that any of the runs reached."""
-    return 1.01 * min(value for curve in curves for _, _, value in curve)
+def trained_on(folder):
+    """(tokens, seconds) of the steps of a run, the seconds of its prefix pass among them."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    rows = [row for row in rows if "loss" in row]
+    seconds = read_json(folder / "run.json")["startup"]["prefix"]
+    return sum(row["tokens"] for row in rows), seconds + sum(row["seconds"] for row in rows)
 
 
 def table(out):
     """The runs of a folder as a Markdown table, best first within each model, dataset and layer."""
     groups = {}
-    for path in sorted(out.rglob("run.json")):
-        record, curve = read(path.parent)
-        if record["status"] in ("done", "failed"):  # failed: never better than the start
-            key = record["args"]["model"], record["dataset"], record["args"]["layer"]
-            groups.setdefault(key, []).append((path.parent.name, record, curve))
+    for path in sorted(out.rglob("choice.json")):
+        record = read_json(path.with_name("run.json"))
+        key = record["args"]["model"], record["dataset"], record["args"]["layer"]
+        groups.setdefault(key, []).append((path.parent, record, read_json(path)))
     for (model, dataset, layer), runs in groups.items():
-        target = target_of([curve for _, _, curve in runs])
-        vanilla = runs[0][2][0][2]
-        print(f"\n### {Path(model).name}, {dataset}, layer {layer}")
-        print(f"\nVanilla {vanilla:.4f}, target {target:.4f} (1% above the best).\n\n{HEADER}")
-        for name, record, curve in sorted(runs, key=lambda run: min(c[2] for c in run[2])):
-            tokens, seconds, _ = curve[-1]
-            best = min(value for _, _, value in curve)
-            hit = next((point for point in curve if point[2] <= target), None)
-            reached = f"{hit[0]:,} | {hit[1]:.0f}" if hit else f"> {tokens:,} | > {seconds:.0f}"
-            final = record.get("final", {})
-            cells = [name, str(final.get("steps", "?")), f"{tokens:,}", f"{seconds:.0f}"]
-            cells += [f"{best:.4f}", f"{final.get('ratio', float('nan')):.2f}", reached]
+        runs.sort(key=lambda run: run[2]["nll"])
+        best, vanilla = (runs[0][2][key] for key in ("nll", "vanilla"))
+        print(f"\n### {Path(model).name}, {dataset}, layer {layer}\n\nVanilla {vanilla:.4f}.\n")
+        print(HEADER)
+        for folder, record, found in runs:
+            (tokens, seconds), final = trained_on(folder), record["final"]
+            share = (vanilla - found["nll"]) / (vanilla - best)
+            cells = [folder.name, str(record["counts"]["train"]), str(final["steps"])]
+            cells += [f"{tokens:,}", f"{seconds:.0f}", f"{found['nll']:.4f}", f"{share:.3f}"]
+            cells += [str(final["best_step"]), f"{final['ratio']:.2f}"]
             print(f"| {' | '.join(cells)} |")
 
 
 def run_plan(plan, out):
     """Train each line of a plan file, `name | units options`; a run records its own failure."""
-    common = COMMON
+    common, shelf = COMMON, Shelf()
     for line in plan.read_text().splitlines():
         name, _, options = map(str.strip, line.partition("|"))
         if not name or name.startswith("#"):
@@ -111,6 +118,10 @@ def run_plan(plan, out):
         train_steering.AUTO_LR = float(units)
         if (code := train_steering.main(argv)) > 2:  # a signal: stop here, go on another time
             raise SystemExit(code)
+        where = args.model, args.layer, args.dataset[0], name
+        if code == 0:
+            found = choice(run_path(out, *where), shelf)
+            print(f"=== {name}: {found['nll']:.4f} of {found['vanilla']:.4f}", flush=True)
 
 
 def report(folders):

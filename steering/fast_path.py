@@ -279,7 +279,7 @@ class HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(states.requires_grad):
                 loss = token_loss(logits_of(states), target)
                 total = loss.sum()
-            assert loss.shape == target.shape, "token_loss must give one number for each target"
+            assert loss.shape == target.shape[:1], "token_loss must give one number for each target"
             losses.append(loss.detach())
             if states.requires_grad:
                 gradients += torch.autograd.grad(total, states)
