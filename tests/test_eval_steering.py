@@ -631,22 +631,24 @@ def test_report_goes_on_past_a_run_that_cannot_be_evaluated(trained, tmp_path, c
 
 def test_prompt_prints_an_answer_per_scale_and_writes_nothing(finished, capsys):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir())
-    arguments = [
-        "--run",
-        str(finished),
-        "--prompt",
-        "Hi?",
-        "--scales",
-        "0",
-        "40",
-        "--temperature",
-        "0",
-    ]
+    arguments = ["--run", str(finished), "--prompt", "Hi?", "--scales", "0", "40"]
+    arguments += ["--temperature", "0"]
     assert ev.main(arguments) == 0
     printed = capsys.readouterr().out
     zero, forty = printed.split("--- scale 40\n")
     assert zero.startswith("--- scale 0\n") and zero.removeprefix("--- scale 0\n") != forty
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
+
+
+def test_prompt_is_answered_at_the_recommended_scale_too(finished, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "eval.json").write_text(json.dumps({"recommended": {"scale": 1.3}}))
+    for scales, heads in (("0", ["0", "1.3 (recommended)"]), ("1.3", ["1.3 (recommended)"])):
+        assert ev.main(["--run", str(folder), "--prompt", "Hi?", "--scales", scales]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix("--- scale ") for line in lines if line.startswith("--- scale")]
+        assert found == heads
 
 
 def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp_path):
