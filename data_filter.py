@@ -18,8 +18,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from steering.command_line import aligned, exit_code, new_parser, parse
 from steering.data_layouts import (
     dataset_parts,
@@ -28,11 +26,13 @@ from steering.data_layouts import (
     parsed_rows,
     requested_names,
 )
+from steering.parallel import in_processes
 
 # Why a row is dropped; the first that holds is counted.
 MALFORMED, NO_RESPONSE, MISSING_SCORE = "malformed", "no response", "missing score"
 LABEL, BELOW, DUPLICATE, TOO_LONG = "label", "below threshold", "duplicate", "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
+NUMBERS = "tokens", "examples", "rows", "kept"  # of the table
 PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
 
 
@@ -73,9 +73,9 @@ class Filtered:
     """Rows kept of one dataset, rows dropped by reason, and a message for every broken line.
     plain: its rows that were asked not to show the persona, and do not (of traits, label "neg")."""
 
+    total: int
     rows: list = field(default_factory=list)
     plain: list = field(default_factory=list)
-    total: int = 0
     dropped: Counter = field(default_factory=Counter)
     refused: int = 0  # of those malformed, by the chat template
     problems: list = field(default_factory=list)
@@ -120,32 +120,45 @@ def drop_reason(row, kind, threshold, include_missing_scores, seen):
     return None
 
 
-def filter_dataset(name, datasets, options):
-    """Read one dataset ("A+B" pooled) and keep the rows that pass, as a Filtered.
+def read_dataset(name, datasets, options):
+    """[(kind, row, None) or (kind, None, what is wrong with it)] of a dataset ("A+B" pooled).
     Raises ValueError for an unknown name, an unreadable file and, if strict, a broken line."""
-    result, seen = Filtered(), set()
+    rows = []
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
-        threshold = options.role_min_score if kind == "role" else options.trait_min_score
         for row, problem in parsed_rows(datasets[part], options.keep_system_prompt):
-            result.total += 1
-            if problem:
-                if options.strict:
-                    raise ValueError(f"{problem} (--strict)")
-                result.problems.append(problem)
-                result.dropped[MALFORMED] += 1
-                continue
-            row["key"] = row["key"] and f"{part} {row['key']}"
-            score, response = row["extract_score"], row["messages"][-1]["content"]
-            result.has_scores |= score is not None
-            if kind == "trait" and row["label"] == "neg" and response:
-                result.plain += [row] if (score or 0.0) < PLAIN_SCORE else []
-            reason = drop_reason(row, kind, threshold, options.include_missing_scores, seen)
-            if reason:
-                result.dropped[reason] += 1
-            else:
-                result.rows.append(row)
+            if problem and options.strict:
+                raise ValueError(f"{problem} (--strict)")
+            if row:
+                row["key"] = row["key"] and f"{part} {row['key']}"
+            rows.append((kind, row, problem))
+    return rows
+
+
+def filter_rows(rows, options):
+    """What `read_dataset` gave as a Filtered: the rows that pass, and what became of the others."""
+    result, seen = Filtered(total=len(rows)), set()
+    for kind, row, problem in rows:
+        if problem:
+            result.problems.append(problem)
+            result.dropped[MALFORMED] += 1
+            continue
+        threshold = options.role_min_score if kind == "role" else options.trait_min_score
+        score, response = row["extract_score"], row["messages"][-1]["content"]
+        result.has_scores |= score is not None
+        if kind == "trait" and row["label"] == "neg" and response:
+            result.plain += [row] if (score or 0.0) < PLAIN_SCORE else []
+        reason = drop_reason(row, kind, threshold, options.include_missing_scores, seen)
+        if reason:
+            result.dropped[reason] += 1
+        else:
+            result.rows.append(row)
     return result
+
+
+def filter_dataset(name, datasets, options):
+    """The rows of one dataset that pass, as a Filtered; ValueError as `read_dataset` has it."""
+    return filter_rows(read_dataset(name, datasets, options), options)
 
 
 def plain_datasets(name, datasets):
@@ -230,11 +243,11 @@ class Splits:
         }  # fmt: skip
 
 
-def split_dataset(name, datasets, chat, options, heldout_tokens=0):
+def split_dataset(name, datasets, chat, options, heldout_tokens=0, rows=None):
     """Filter one dataset, split it by question and tokenize what the budgets ask for, as Splits.
-    chat: a ChatFormat; heldout_tokens: the budget of held-out examples, 0 for none. Raises
-    ValueError as `filter_dataset` does; a dataset of which nothing is kept gives empty lists."""
-    filtered = filter_dataset(name, datasets, options)
+    chat: a ChatFormat; heldout_tokens: budget of held-out examples, 0 for none; rows: of
+    `read_dataset`, which is called, and may raise ValueError, if there are none yet."""
+    filtered = filter_rows(rows or read_dataset(name, datasets, options), options)
     seed, limit = options.seed, options.max_length
     rows, others = split_by_question(filtered.rows, options.heldout_fraction, options.split_seed)
     examples, tokens, filtered.dropped[TOO_LONG], refused = take_budget(
@@ -283,14 +296,25 @@ DATA_BOUNDS = {  # of the numbers among them
 
 
 def inspect_dataset(name, datasets, chat, options):
-    """(table line as a dict, broken lines) of one dataset; chat None: rows are only counted."""
-    if chat is None:
-        filtered, tokens, examples = filter_dataset(name, datasets, options), None, None
-        status = "not tokenized"
-    else:
-        splits = split_dataset(name, datasets, chat, options)
-        filtered, tokens = splits.filtered, splits.tokens
-        examples, status = len(splits.train) + len(splits.validation), "ok"
+    """A line of the table, as a dict; broken lines go to stderr. chat None: rows are only counted.
+    One unreadable file must not hide the others: unless strict, it is a line that says so."""
+    try:
+        return table_line(name, datasets, chat, options)
+    except Exception as error:
+        if options.strict:
+            raise
+        numbers = dict.fromkeys(NUMBERS, 0)
+        return {"dataset": name, "status": f"error: {error}", "dropped": {}, **numbers}
+
+
+def table_line(name, datasets, chat, options):
+    """`inspect_dataset` of a dataset that can be read."""
+    rows, chat = read_dataset(name, datasets, options), chat and chat.remembering()
+    splits = chat and split_dataset(name, datasets, chat, options, rows=rows)
+    filtered = splits.filtered if chat else filter_rows(rows, options)
+    tokens = splits.tokens if chat else None
+    examples = len(splits.train) + len(splits.validation) if chat else None
+    status = "ok" if chat else "not tokenized"
     if filtered.is_baseline:
         status = "no examples: no scores"
     elif not filtered.rows or examples == 0:
@@ -301,21 +325,19 @@ def inspect_dataset(name, datasets, chat, options):
         key = f"{parse_name(name)[1]}_min_score"
         lower = getattr(options, key) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
         laxer = dataclasses.replace(options, **{key: lower})
-        more = split_dataset(name, datasets, chat, laxer).tokens
+        more = split_dataset(name, datasets, chat, laxer, rows=rows).tokens
         status += f" (score >= {lower:g} gives {more:,})" if more > tokens else ""
-    line = {
+    sys.stderr.writelines(f"{name}: {problem}\n" for problem in filtered.problems)
+    return {
         "dataset": name, "status": status, "tokens": tokens, "examples": examples,
         "rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped,
     }  # fmt: skip
-    return line, filtered.problems
 
 
 def print_table(lines, passed_over=0):
     """The validation table: a line a dataset, then totals; passed_over: files without a name."""
-    keys = ("tokens", "examples", "rows", "kept")
-    total = {"dataset": f"{len(lines)} datasets", "dropped": Counter()}
-    if passed_over:
-        total["dataset"] += f" ({passed_over} file{'s' * (passed_over > 1)} passed over)"
+    keys, over = NUMBERS, f" ({passed_over} file{'s' * (passed_over > 1)} passed over)"
+    total = {"dataset": f"{len(lines)} datasets{over * bool(passed_over)}", "dropped": Counter()}
     total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
     for key in keys:
         total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
@@ -338,8 +360,7 @@ def parse_args(argv=None):
     add("--json", metavar="OUT", help="write the table as JSON")
     add("--write-list", metavar="FILE", help="write the names that reach the budget")
     text = "--write-list needs --model, whose tokens the budget counts"
-    checks = lambda args: [(args.write_list and not args.model, text)]  # noqa: E731
-    return parse(parser, argv, DATA_BOUNDS, checks)
+    return parse(parser, argv, DATA_BOUNDS, lambda a: [(a.write_list and not a.model, text)])
 
 
 def run(args):
@@ -351,25 +372,14 @@ def run(args):
         dataset_parts(name, datasets)
     if args.include_missing_scores:
         print("WARNING: --include-missing-scores keeps rows that nobody scored", file=sys.stderr)
-    chat, lines = None, []
+    chat = None
     if args.model:
         from steering.loading import load_chat  # here: it takes seconds, and rows need none
 
         chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
     if not sys.stderr.isatty():  # the bar is for people
         print(f"reading {len(names)} datasets", file=sys.stderr)
-    for name in tqdm(names, unit="dataset", disable=None):
-        try:
-            line, problems = inspect_dataset(name, datasets, chat, options)
-        except Exception as error:  # one unreadable file must not hide the others
-            if args.strict:
-                raise
-            zeros = dict.fromkeys(("tokens", "examples", "rows", "kept"), 0)
-            line = {"dataset": name, "status": f"error: {error}", "dropped": {}, **zeros}
-            problems = []
-        for problem in problems:
-            tqdm.write(f"{name}: {problem}", file=sys.stderr)
-        lines.append(line)
+    lines = list(in_processes(inspect_dataset, names, datasets, chat, options, unit="dataset"))
     print_table(lines, len(passed_over))
     if args.json:
         Path(args.json).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")

@@ -191,9 +191,32 @@ class ChatFormat:
         each = [self.encode_each([row]) for row in rows]
         return [e for found, _ in each for e in found], [p for _, wrong in each for p in wrong]
 
+    def remembering(self):
+        """The same, whose `encode_each` tokenizes a row, the object, once."""
+        return _Remembering(self)
+
     def tokenize(self, texts):
         """Token ids of chat-formatted texts, whose special tokens the template has written."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+class _Remembering:
+    """A ChatFormat as far as `encode_each` goes; known: {id of a row: (row, what came of it)}."""
+
+    def __init__(self, chat):
+        self.chat, self.known = chat, {}
+
+    def encode_each(self, rows):
+        """As ChatFormat has it."""
+        new = [row for row in rows if id(row) not in self.known]
+        examples, problems = self.chat.encode_each(new)
+        found = {id(example.row): example for example in examples}
+        problems = iter(problems)  # in the order of the rows that they are of
+        for row in new:
+            self.known[id(row)] = row, found.get(id(row)) or next(problems)
+        each = [self.known[id(row)][1] for row in rows]
+        problems = [about for about in each if isinstance(about, str)]
+        return [about for about in each if not isinstance(about, str)], problems
 
 
 def label_count(example):

@@ -1,9 +1,11 @@
 """data_filter.py: layouts, one reason a row, persona removal, split, budget, table."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from conftest import ROOT, persona_rows, raw_row, write_raw
 
 import data_filter as df
 from steering import data_layouts as dl
-from steering.chat_format import Example
+from steering import parallel
+from steering.chat_format import ChatFormat, Example
 
 
 def options(**changes):
@@ -33,6 +36,8 @@ class WordChat:
         self.encoded += len(rows)
         words = [row["messages"][-1]["content"].split() for row in rows]
         return [Example(row, w, w) for row, w in zip(rows, words, strict=True)], []
+
+    remembering = ChatFormat.remembering
 
 
 # ---------------------------------------------------------------- reading
@@ -484,6 +489,58 @@ def test_under_budget_tells_the_count_and_what_a_lower_threshold_gives(tmp_path,
     assert line["status"] == budget
 
 
+def test_a_lower_threshold_tokenizes_only_what_it_adds(tmp_path):
+    rows, scores = persona_rows(20)
+    write_raw(tmp_path, "pirate", rows, scores | {f"pos_p0_q{i}": 2 for i in range(10)})
+    chat, datasets = WordChat(), df.find_datasets(tmp_path)
+    line = df.inspect_dataset("src__role__pirate", datasets, chat, options(heldout_fraction=0.0))
+    assert line["examples"] == 10 and "score >= 2 gives" in line["status"]
+    assert chat.encoded == 20
+
+
+def test_table_is_the_same_from_several_processes_as_from_one(tmp_path, smol, capsys, monkeypatch):
+    rows, scores = persona_rows(20)
+    for i in range(9):
+        low = {f"pos_p0_q{j}": 2 for j in range(i)}
+        write_raw(tmp_path, f"role{i}", [*rows, *["{"] * (i % 2)], scores | low | {"pos_p9_q9": 3})
+    (tmp_path / "src/roles_240/extract_scores/role4.json").write_text("[]")
+    command = ["--data-root", str(tmp_path), "--model", smol, "--target-tokens", "400"]
+    printed, pools = [], []
+    real = parallel.ProcessPoolExecutor
+    monkeypatch.setattr(
+        parallel, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or real(*a, **k)
+    )
+    for cores in (1, 2):
+        monkeypatch.setattr(parallel.os, "cpu_count", lambda cores=cores: cores)
+        assert df.main(command) == 2  # of the scores that are no object
+        printed.append(capsys.readouterr())
+    assert printed[0] == printed[1] and pools == [(2,)]
+    assert "error: " in printed[0].out and "not JSON" in printed[0].err
+    assert printed[0].err.count("NOTE: ") == 8  # one each, from all that can be read
+
+
+def die(item):
+    if item == 5:
+        os._exit(1)
+    return item
+
+
+def touch(item, folder):
+    time.sleep(0.05)
+    (folder / str(item)).touch()
+    return item
+
+
+def test_a_process_that_dies_is_an_error_and_who_stops_waits_for_no_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 2)
+    with pytest.raises(OSError, match="a worker process died"):
+        list(parallel.in_processes(die, list(range(12))))
+    each = parallel.in_processes(touch, list(range(200)), tmp_path)
+    assert next(each) == 0
+    each.close()  # what Ctrl-C leads to
+    assert 1 <= len([*tmp_path.iterdir()]) < 100
+
+
 def test_list_file_takes_full_names_bare_names_and_comments(data_root, tmp_path, capsys):
     listing = tmp_path / "roles.txt"
     listing.write_text("# roles\n\nsrc__role__sailor  # a comment\npirate\npirate+sailor\n")
@@ -564,6 +621,6 @@ def test_table_copes_with_many_datasets(tmp_path):
         write_raw(tmp_path, f"role{i}", lines, scores)
     chat, datasets = WordChat(), df.find_datasets(tmp_path)
     for name in datasets:
-        line, _ = df.inspect_dataset(name, datasets, chat, options(target_tokens=500))
+        line = df.inspect_dataset(name, datasets, chat, options(target_tokens=500))
         assert line["status"] == "ok" and line["kept"] == 1200
     assert chat.encoded <= 5 * 128
