@@ -6,6 +6,7 @@
     python eval_steering.py --run RUN_DIR --judge http://localhost:8000/v1 --judge-model NAME
     python eval_steering.py --run RUN_DIR --capability gsm8k arc_easy # what the vector costs
     python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
+    python eval_steering.py --run runs --chat --max-new-tokens 400          # talk to any of them
     python eval_steering.py --vector evil.pt --model Qwen/Qwen3-32B --layer 22 --dataset NAME
 
 vanilla: the plain model; prompted: the row's own persona system prompt put back; few_shot: a prompt
@@ -17,7 +18,6 @@ judge failed on some answers, 2 bad input, 130 Ctrl-C.
 
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -35,7 +35,7 @@ from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
 from steering.loading import DTYPES, model_digest
-from steering.run_folder import all_runs, find_runs, lock_folder, run_path
+from steering.run_folder import all_runs, find_runs, import_name, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
@@ -45,20 +45,18 @@ NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device
     micro_batch_tokens batch_size restart judge judge_model judge_workers judge_tokens rubric_dir
     judge_dry_run capability capability_limit capability_tasks report_dir report_only
-    specificity_runs prompt
+    specificity_runs prompt chat
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
-SHOWN = "report", "summary", "plots", "judge", "judging", "capability"
+SHOWN = "report", "summary", "plots", "judge", "judging", "capability", "chat"
 
 
 def import_run(args):
     """Make a run folder of --vector, as it is, for --dataset; returns the folder.
     Raises ValueError if the file does not fit the model, or the folder holds something else."""
     found = import_vector(args.vector, args.model, args.layer, args.any_model)
-    path, options = Path(args.vector), DataOptions.of(changes_of(args))
-    name = path.parent.name if path.name == VECTOR_FILE else path.stem
-    name = re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "imported"
-    default = run_path("runs", args.model, found.layer, args.dataset, name)
+    options = DataOptions.of(changes_of(args))
+    default = run_path("runs", args.model, found.layer, args.dataset, import_name(args.vector))
     folder, data = Path(args.out or default), data_digest(args.dataset, options.datasets())
     run_args = {**asdict(options), **changes_of(args), "layer": found.layer}
     write_imported_run(folder, args.dataset, data, found.vector, found.metadata, run_args)
@@ -161,11 +159,6 @@ def evaluation_config(args, run):
     return config | {"format_version": summary.FORMAT_VERSION}
 
 
-def eval_path(run):
-    """Where the evaluation of a run is, under the model that it is used with."""
-    return run.folder / f"eval{run_state.model_suffix(run)}.json"
-
-
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
@@ -173,7 +166,7 @@ def evaluate_folder(folder, args, shelf):
     without = tuple(f"evaluation/{name}.py" for name in SHOWN)
     sources = run_state.source_hashes("eval_steering.py", without)
     config = evaluation_config(args, run)
-    path = eval_path(run)
+    path = run_state.eval_path(run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
@@ -214,18 +207,21 @@ def evaluate_folder(folder, args, shelf):
     return code
 
 
-def print_answers(folder, args, shelf):
-    """Answers to --prompt at each scale, and at the recommended one if there is one."""
-    run = read_run(folder, changes_of(args))
-    chat, model = shelf.chat(run), shelf.model(run)
-    model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+def talk(folders, args, shelf):
+    """--chat under the vectors of all folders, or answers of each to --prompt at every scale."""
+    from evaluation import chat  # here: it imports transformers
+
+    def rows_of(run):
+        options = DataOptions.of(run.args)
+        return data_filter.filter_dataset(run.dataset, options.datasets(), options).rows
+
     sampling = answers.Sampling(args.max_new_tokens, args.temperature, args.seed)
-    turns = [[{"role": "user", "content": args.prompt}]]
-    recommended = read_json(eval_path(run)).get("recommended", {}).get("scale")
-    for scale in sorted({*args.scales, *([recommended] if recommended else [])}):
-        with model.scaled(scale):
-            answer = answers.generate_answers(model, chat, turns, sampling)[0]
-        print(f"--- scale {scale:g}{' (recommended)' * (scale == recommended)}\n{answer}")
+    runs, any_model = [read_run(f, changes_of(args)) for f in folders], args.model is not None
+    personas = chat.personas(runs, shelf, any_model)
+    if args.chat:
+        chat.Talk(personas, shelf, sampling, rows_of).run()
+    else:
+        chat.print_answers(personas, shelf, args.prompt, args.scales, sampling)
 
 
 def specificity(folders, args, shelf, path):
@@ -300,6 +296,7 @@ def make_parser():
     add("--batch-size", type=int, default=16, help="answers written at once")
     add("--turns", type=int, default=0, help="also have conversations of so many turns")
     add("--prompt", metavar="TEXT", help="only print answers to this, one a scale")
+    add("--chat", action="store_true", help="only talk, to any of the runs: /help says how")
     add = parser.add_argument_group("judge").add_argument
     add("--judge", nargs="+", metavar="URL", help="OpenAI-compatible, as http://host:8000/v1")
     add("--judge-model", nargs="+", metavar="NAME", help="model there, or two to compare")
@@ -339,16 +336,14 @@ def check_arguments(args):
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
-        (
-            models > 2 or len({*(args.judge_model or ())}) < models,
-            "--judge-model: one, or two names",
-        ),
+        (not len({*(args.judge_model or ())}) == models <= 2, "--judge-model: one, or two names"),
         (len(args.judge or ()) > max(1, models), "--judge: one address, or one for each model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
         (args.capability_tasks and not args.capability, "--capability-tasks needs --capability"),
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
+        (args.chat and args.prompt is not None, "--chat and --prompt: one of them"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
         (args.run and foreign, "--dataset, --layer, --any-model, --out: a run knows its own"),
     ]
@@ -375,21 +370,21 @@ def run(args):
         write_report([], args, shelf)
         return 0
     folders = find_runs(args.run) if args.run else [import_run(args)]
+    if args.chat or args.prompt is not None:
+        talk(folders, args, shelf)
+        return 0
     for folder in folders:
         try:
-            if args.prompt is not None:
-                print_answers(folder, args, shelf)
-            else:
-                with lock_folder(folder) as held:
-                    if not held:
-                        raise ValueError(f"{folder}: another process works there")
-                    codes.append(evaluate_folder(folder, args, shelf))
-                    evaluated.append(folder)
+            with lock_folder(folder) as held:
+                if not held:
+                    raise ValueError(f"{folder}: another process works there")
+                codes.append(evaluate_folder(folder, args, shelf))
+                evaluated.append(folder)
         except Exception as error:  # the next run may do better
             known = isinstance(error, ValueError | OSError)
             print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
             codes.append(2 if known else 1)
-    if args.run and folders != [Path(args.run[0])] and args.prompt is None:
+    if args.run and folders != [Path(args.run[0])]:
         write_report(evaluated if evaluated == folders else None, args, shelf)
     return max(codes, default=0)
 

@@ -98,9 +98,10 @@ def seeded_noise(conversations, sampling):
 
 
 @torch.no_grad()
-def generate_answers(model, chat, conversations, sampling):
+def generate_answers(model, chat, conversations, sampling, streamer=None):
     """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
-    Sampled from the model's whole distribution at the temperature, 0: greedily."""
+    Sampled from the model's whole distribution at the temperature, 0: greedily. streamer: a
+    transformers streamer, that sees the tokens of a single conversation as they come."""
     from transformers import GenerationConfig
 
     stop_ids = model.model.generation_config.eos_token_id
@@ -109,6 +110,7 @@ def generate_answers(model, chat, conversations, sampling):
     options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
     options |= {"repetition_penalty": 1.0, "max_new_tokens": sampling.max_new_tokens}
+    options |= {"streamer": streamer} if streamer else {}
     answers, own = [], model.model.generation_config
     model.model.generation_config = GenerationConfig()  # nothing of the model's own taste
     try:

@@ -87,6 +87,14 @@ class Laps(dict):
         self[name], self.last = round(now - self.last, 2), now
 
 
+def import_name(path):
+    """What to call the run of a vector file from elsewhere: by its name, that of its folder if it
+    is one of ours."""
+    path = Path(path)
+    name = path.parent.name if path.name == VECTOR_FILE else path.stem
+    return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "imported"
+
+
 def run_path(output_dir, model, layer, dataset, run_name=None):
     """<output_dir>/<model>/layer<k>/<dataset>[/<run_name>]; <model> ends in a hash of its name."""
     model = os.path.normpath(model)

@@ -212,6 +212,11 @@ def model_suffix(run):
     return "" if same else f"-{run_path('', name, 0, '').parts[0]}"
 
 
+def eval_path(run):
+    """Where the evaluation of a run is, under the model that it is used with."""
+    return run.folder / f"eval{model_suffix(run)}.json"
+
+
 def shared_folder(run, default):
     """The folder that the runs of a run's layer and model share; default: where it is in none."""
     name = f"layer{run.args['layer']}"

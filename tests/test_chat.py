@@ -1,0 +1,162 @@
+"""eval_steering.py --chat, through a pseudo-terminal as a person has one, and its parts."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_eval_steering import finished, trained  # noqa: F401
+
+import eval_steering as ev
+from evaluation import chat as ec
+from steering.vector_file import VECTOR_FILE, load_vector, read_json, save_vector, write_json
+
+NAMES = {"pirate": 1, "travel agent": 2, "travel": 3}
+
+
+def test_personas_are_named_with_spaces_and_with_scales_or_without():
+    assert ec.match_personas(["pirate"], NAMES) == [("pirate", None)]
+    assert ec.match_personas(["travel", "agent", "0.7", "pirate"], NAMES) == [
+        ("travel agent", 0.7), ("pirate", None)
+    ]  # fmt: skip
+    assert ec.match_personas(["travel", "2", "travel", "agent", "-1"], NAMES) == [
+        ("travel", 2.0), ("travel agent", -1.0)
+    ]  # fmt: skip
+    assert ec.match_personas([], NAMES) == []
+    with pytest.raises(ValueError, match='no persona "pirat"; there is pirate'):
+        ec.match_personas(["pirat"], NAMES)
+    with pytest.raises(ValueError, match="no persona"):
+        ec.match_personas(["pirate", "1", "2"], NAMES)
+
+
+@pytest.fixture
+def two_runs(finished, tmp_path):  # noqa: F811
+    """A folder of two runs: one that is evaluated, and its opposite under another name."""
+    for name in ("pirate", "sailor"):
+        shutil.copytree(finished, tmp_path / "runs" / f"src__role__{name}")
+        record = read_json(tmp_path / "runs" / f"src__role__{name}" / "run.json")
+        write_json(
+            tmp_path / "runs" / f"src__role__{name}" / "run.json",
+            record | {"dataset": f"src__role__{name}"},
+        )
+    write_json(tmp_path / "runs/src__role__pirate/eval.json", {"recommended": {"scale": 1.3}})
+    path = tmp_path / "runs/src__role__sailor" / VECTOR_FILE
+    vector, metadata = load_vector(path)
+    save_vector(path, -50 * vector, metadata)
+    return tmp_path / "runs"
+
+
+class Terminal:
+    """A process on a pseudo-terminal; said: all that it has printed since the last `type`."""
+
+    def __init__(self, command):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=ROOT,
+            env=os.environ | {"TERM": "dumb"}, preexec_fn=self.own_terminal,
+        )  # fmt: skip
+        os.close(slave)
+        self.said = ""
+
+    @staticmethod
+    def own_terminal():
+        """In the child: its terminal sends it Ctrl-C."""
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text):
+        self.said = ""
+        os.write(self.master, text.encode())
+
+    def until(self, text, seconds=60, longer_than=0):
+        """Everything said, once this text is in it, and that many characters are."""
+        end = time.time() + seconds
+        while text not in self.said or len(self.said) <= longer_than:
+            assert time.time() < end, f"no {text!r} in {self.said[-2000:]!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self.said += os.read(self.master, 65536).decode(errors="replace")
+                except OSError:  # the process has ended
+                    assert text in self.said, f"no {text!r} in {self.said[-2000:]!r}"
+        return self.said
+
+    def ask(self, line, prompt):
+        """What is said between a line and the next prompt."""
+        self.type(line + "\n")
+        whole = self.until(prompt)
+        return whole.split(line, 1)[1].rsplit(prompt, 1)[0].strip()
+
+
+def test_a_conversation_through_a_pseudo_terminal(two_runs):
+    command = [sys.executable, "eval_steering.py", "--run", str(two_runs), "--chat"]
+    terminal = Terminal([*command, "--max-new-tokens", "8", "--temperature", "0.02"])
+    try:
+        assert "/help" in terminal.until("pirate x1.3> ")  # its evaluation recommends that
+        first = terminal.ask("Who are you?", "pirate x1.3> ")
+        assert first
+        assert terminal.ask("/again", "pirate x1.3> ") != first
+        assert terminal.ask("/new", "pirate x1.3> ") == ""
+        assert terminal.ask("/scale 2", "pirate x2> ") == ""
+        assert terminal.ask("/persona sailor", "sailor x1> ") == ""
+        other = terminal.ask("Who are you?", "sailor x1> ")
+        assert terminal.ask("/off", "plain model> ") == ""
+        terminal.ask("/new", "plain model> ")
+        plain = terminal.ask("Who are you?", "plain model> ")
+        assert plain != other
+        terminal.ask("/prompted", "prompted as sailor> ")
+        assert terminal.ask("And where from?", "prompted as sailor> ")
+        both = "pirate x0.7 + sailor x0.5> "
+        assert terminal.ask("/both pirate 0.7 sailor 0.5", both) == ""
+        assert terminal.ask("What now?", both)
+        assert 'error: no persona "pirat"' in terminal.ask("/persona pirat", both)
+        assert "error: could not convert" in terminal.ask("/scale big", both)
+        assert "error: scale nan" in terminal.ask("/scale nan", both)
+        assert "/prompted" in terminal.ask("/what", both)
+        terminal.type("\x03")
+        assert "Ctrl-D leaves" in terminal.until(both)
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(two_runs):
+    command = [sys.executable, "eval_steering.py", "--run", str(two_runs), "--chat"]
+    terminal = Terminal([*command, "--max-new-tokens", "1900"])
+    try:
+        terminal.until("pirate x1.3> ")
+        terminal.type("Talk on!\n")
+        terminal.until("Talk on!")
+        terminal.until(" ", longer_than=100)  # some words of it
+        os.write(terminal.master, b"\x03")
+        said = terminal.until(" ...")
+        assert "Traceback" not in said
+        terminal.until("pirate x1.3> ")
+        terminal.type("x " * 300 + "\n")
+        terminal.until("too long for the model: /new forgets it")
+        terminal.until("pirate x1.3> ")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+
+
+def test_vectors_of_other_layers_or_models_do_not_go_together(two_runs, capsys):
+    runs = [ev.read_run(path) for path in sorted(two_runs.iterdir())]
+    talk = ec.Talk({"a": (runs[0], None), "b": (runs[1], 2.0)}, None, None, None)
+    talk.use([("b", None), ("a", 0.5)])
+    assert talk.label() == "b x2 + a x0.5> "
+    runs[1].args["layer"] = 2
+    with pytest.raises(ValueError, match=r"different layers \(\[1, 2\]\)"):
+        talk.use([("a", 1.0), ("b", 1.0)])
+    assert talk.label() == "b x2 + a x0.5> "  # as it was
+    runs[1].args["model"] = "another"
+    with pytest.raises(ValueError, match="several models"):
+        ec.personas(runs, None, False)
