@@ -48,7 +48,7 @@ NOT_IN_CONFIG = """
     specificity_runs prompt chat
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
-SHOWN = "report", "summary", "plots", "judge", "judging", "capability", "chat"
+SHOWN = "report", "page", "summary", "plots", "judge", "judging", "capability", "chat"
 
 
 def import_run(args):

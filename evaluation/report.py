@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.page import heat_map, write_page
 from evaluation.plots import plot_matrix
 from evaluation.stats import TEXT_METRICS
 from evaluation.summary import FORMAT_VERSION, number, plain, scale_condition, training_flags
@@ -92,7 +93,7 @@ norm: in median token norms of the residual stream at the layer. Every number is
 
 
 def write_report(folder, runs, matrices=()):
-    """Write report.csv, report.md and heat maps into `folder`; returns the names of the files.
+    """Write report.csv, report.md, report.html and heat maps into `folder`; returns their names.
     runs: run folders, evaluated or not; matrices: what eval_steering.specificity returned."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(map(report_row, runs), key=report_order)
@@ -107,7 +108,7 @@ def write_report(folder, runs, matrices=()):
     table = [[*cells[0]], ["---"] * len(cells[0]), *(row.values() for row in cells)]
     lines = [f"# {len(rows)} runs, by recovered fraction\n"]
     lines += [*(f"| {' | '.join(row)} |" for row in table), REPORT_NOTE]
-    found, groups, pictures = [], {}, []
+    found, groups, pictures, heat = [], {}, [], []
     for row in rows:
         with contextlib.suppress(ValueError):  # none there, or not a vector
             found.append((row, load_vector(Path(row["run"], VECTOR_FILE))[0]))
@@ -118,10 +119,12 @@ def write_report(folder, runs, matrices=()):
         if len(group) > 1:
             suffix = f"-{len(pictures)}" if pictures else ""
             members, vectors = zip(*group, strict=True)
-            said, drawn = compare_vectors(folder, place[:2], members, vectors, matrices, suffix)
-            lines, pictures = lines + said, pictures + drawn
+            about = folder, place[:2], members, vectors, matrices, suffix
+            said, drawn, maps = compare_vectors(*about)
+            lines, pictures, heat = lines + said, pictures + drawn, heat + maps
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
-    return ["report.csv", "report.md", *pictures]
+    page = write_page(folder / "report.html", rows, short_names(rows), heat)
+    return ["report.csv", "report.md", *page, *pictures]
 
 
 def compare_seeds(runs):
@@ -158,14 +161,18 @@ def compare_seeds(runs):
 
 
 def compare_vectors(folder, place, group, vectors, matrices, suffix):
-    """(Markdown lines, names of heat maps) of the report's rows of one (model, layer)."""
+    """(Markdown lines, names of heat maps, these for the page) of the report's rows of one (model,
+    layer)."""
     vectors = np.stack([(vector / vector.norm()).numpy() for vector in vectors])
     cosine = vectors @ vectors.T
     off = cosine[~np.eye(len(group), dtype=bool)]
-    lines = [f"## {Path(str(place[0])).name}, layer {place[1]}\n"]
-    lines.append(f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}.\n")
+    names, where = short_names(group), f"{Path(str(place[0])).name}, layer {place[1]}"
+    lines = [f"## {where}\n"]
+    note = f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}."
+    lines.append(f"{note}\n")
     path = folder / f"cosine{suffix}.png"
-    pictures = plot_matrix(path, short_names(group), cosine, "Cosine between vectors")
+    pictures = plot_matrix(path, names, cosine, "Cosine between vectors")
+    maps = [heat_map(f"Cosine between vectors, {where}", note, names, cosine)]
     for matrix in matrices:
         if (matrix["model"], matrix["layer"]) == place:
             lines.append(specificity_line(matrix))
@@ -174,7 +181,8 @@ def compare_vectors(folder, place, group, vectors, matrices, suffix):
             change = np.array(matrix["nll"]) - np.array(matrix["vanilla"])
             path = folder / f"specificity{suffix}.png"
             pictures += plot_matrix(path, matrix["names"], change, title)
-    return [*lines, *(f"![{name}]({name})\n" for name in pictures)], pictures
+            maps.append(heat_map(f"Specificity, {where}", title, matrix["names"], change))
+    return [*lines, *(f"![{name}]({name})\n" for name in pictures)], pictures, maps
 
 
 def report_cells(row, added=()):

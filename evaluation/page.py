@@ -1,0 +1,126 @@
+"""report.html: all runs of a report on one page, which needs no network, server or framework.
+
+page.html has the layout, page.js what is done with it; the data is put between, a block for each
+run that is read when the run is opened. Texts are data there and never markup.
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.plots import NAMES
+from evaluation.summary import tables_text
+from steering.vector_file import read_json, write_atomically
+
+HERE = Path(__file__).parent
+POINTS = 150  # of a loss curve, at most
+COLUMNS = (  # key of a report's row, what is above it, digits; None: text
+    ("dataset", "run", None), ("flags", "flags", None), ("model", "model", None),
+    ("layer", "layer", 0), ("rows", "rows", 0), ("vanilla", "vanilla", 3),
+    ("prompted", "prompted", 3), ("few_shot", "few-shot", 3),
+    ("mean_difference", "mean diff", 3), ("steered", "steered", 3),
+    ("minus_vanilla", "steered - vanilla", 3), ("recovered", "recovered", 2),
+    ("scale", "scale", 2), ("probe", "probe", 2), ("judge", "judge", 2), ("kl", "KL", 2),
+    ("repeated", "repeated", 2), ("norm_ratio", "norm", 2),
+)  # fmt: skip
+
+
+def block(name, data):
+    """A data block of the page. "<" is escaped, so that no text in it can end the block."""
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def index_row(number, row, title):
+    """A run as the table has it; row: of `report_row`; title: what to call it."""
+    cells = {key: row.get(key) for key, _, _ in COLUMNS}
+    cells |= {"model": Path(str(row["model"])).name, "dataset": title}
+    bounds = {
+        key: [row[f"{key}_low"], row[f"{key}_high"]]
+        for key in ("minus_vanilla", "recovered")
+        if row[f"{key}_low"] is not None
+    }
+    flags = row["flags"].split("; ") if row["flags"] else []
+    search = " ".join(map(str, (row["dataset"], row["model"], row["run"], row["flags"])))
+    return {
+        "number": number, "cells": {key: plain_number(value) for key, value in cells.items()},
+        "bounds": bounds, "flags": flags, "folder": row["run"], "search": search.lower(),
+    }  # fmt: skip
+
+
+def plain_number(value):
+    """The value with as many digits as a page shows; None for what JSON does not have."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if np.isfinite(value) else None
+    return value
+
+
+def curve(path, key):
+    """[[step, value], ...] of a run's metrics.jsonl, of which every so many are left out."""
+    points = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if key in row:
+                points.append([row["step"], plain_number(row[key])])
+    return points[:: len(points) // POINTS + 1]
+
+
+def run_data(folder):
+    """All that the page shows of one run, as a JSON-able dict."""
+    result, metrics = read_json(folder / "eval.json"), folder / "metrics.jsonl"
+    data = {"loss": curve(metrics, "loss"), "val": curve(metrics, "val_loss")}
+    data |= {"nll": [], "scales": [], "before": [], "turns": [], "samples": [], "identity": []}
+    data |= {"recommended": result.get("recommended", {}).get("scale"), "tables": None}
+    for name, row in result.get("likelihood", {}).items():
+        numbers = [row["nll"], *(row["interval"] or [None, None])]
+        data["nll"].append([NAMES.get(name, name), *map(plain_number, numbers)])
+    for name, row in result.get("answers", {}).items():
+        persona = row["persona"] or {"mean": None, "interval": None}
+        if not name.startswith("steered x"):
+            data["before"].append(name)
+            continue
+        scale, effect = float(name.removeprefix("steered x")), result["side_effects"].get(name)
+        data["scales"].append({
+            "name": name, "scale": scale, "persona": persona["mean"],
+            "interval": persona["interval"], "kl": effect and effect["mean"],
+        })  # fmt: skip
+    data["scales"].sort(key=lambda one: one["scale"])
+    for name, talk in result.get("conversation", {}).items():
+        means = talk["persona"]["by_turn"] if talk["persona"] else []
+        data["turns"].append({"name": name, "points": [[i, m] for i, m in enumerate(means, 1)]})
+    if "flags" in result:
+        data["tables"] = tables_text(result)
+        data |= {key: result[key] for key in ("samples", "identity")}
+    return data
+
+
+def heat_map(title, note, names, matrix):
+    """A heat map as the page draws it: a byte for each number, 0 the lowest and 255 the highest."""
+    low, high = float(np.min(matrix)), float(np.max(matrix))
+    share = (np.asarray(matrix) - low) / ((high - low) or 1.0)
+    cells = base64.b64encode(np.round(255 * share).astype(np.uint8).tobytes()).decode()
+    return {
+        "title": title, "note": note, "names": names, "cells": cells, "low": low, "high": high,
+    }  # fmt: skip
+
+
+def write_page(path, rows, titles, heat):
+    """Write report.html of the rows of a report, in their order; returns [its name].
+    titles: what to call each; heat: of `heat_map`."""
+    columns = [{"key": key, "head": head, "digits": digits} for key, head, digits in COLUMNS]
+    index = [index_row(i, *about) for i, about in enumerate(zip(rows, titles, strict=True))]
+    blocks = [block("index", {"columns": columns, "rows": index, "heat": heat})]
+    for number, row in enumerate(rows):
+        blocks.append(block(f"run-{number}", run_data(Path(row["run"]))))
+    script = (HERE / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    text = (HERE / "page.html").read_text().replace("@POLICY@", policy)
+    before, rest = text.split("@DATA@")
+    between, after = rest.split("@SCRIPT@")
+    write_atomically(path, "".join([before, *blocks, between, script, after]).encode())
+    return [path.name]
