@@ -31,7 +31,11 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
+        self.text, self.tokens = "", -1  # the prompt is put first, as one
+
+    def put(self, value):
+        super().put(value)
+        self.tokens += 1
 
     def on_finalized_text(self, text, stream_end=False):
         self.text += text
@@ -40,19 +44,23 @@ class Printer(TextStreamer):
 
 def match_personas(words, known):
     """[(name, scale or None), ...] of words such as ["travel", "agent", "0.7", "poet"].
-    known: the names there are. Raises ValueError for any other word."""
-    found = []
+    known: the names there are, in whatever case. Raises ValueError for any other word, and for a
+    name that comes twice."""
+    found, names = [], {name.lower(): name for name in known}
     while words:
-        lengths = [n for n in range(1, len(words) + 1) if " ".join(words[:n]) in known]
+        lengths = [n for n in range(1, len(words) + 1) if " ".join(words[:n]).lower() in names]
         if not lengths:
-            close = difflib.get_close_matches(" ".join(words), known, n=3, cutoff=0.4)
-            raise ValueError(
-                f'no persona "{" ".join(words)}"; there is {", ".join(close or known)}'
-            )
-        name, words, scale = " ".join(words[: lengths[-1]]), words[lengths[-1] :], None
+            what = " ".join(words)
+            close = difflib.get_close_matches(what.lower(), names, n=1)
+            hint = f"perhaps {names[close[0]]}? " if close else ""
+            raise ValueError(f'"{what}" is no persona or scale; {hint}/help has the names')
+        name, words = names[" ".join(words[: lengths[-1]]).lower()], words[lengths[-1] :]
+        scale = None
         if words:
             with contextlib.suppress(ValueError):
                 scale, words = float(words[0]), words[1:]
+        if name in dict(found):
+            raise ValueError(f"{name} is there twice")
         found.append((name, scale))
     return found
 
@@ -96,8 +104,7 @@ class Talk:
         model.set_vector(sum(self.runs[name][0].vector * scale for name, scale in self.used))
         turns = self.turns
         if self.how == "prompted":
-            prompt = most_frequent_prompt(self.rows_of(run))
-            turns = [{"role": "system", "content": prompt}, *turns]
+            turns = [{"role": "system", "content": self.prompt()}, *turns]
         tokens = chat.tokenize([chat.prompt_text(turns)])
         if too_long(model, tokens, self.sampling.max_new_tokens):
             raise ValueError("this conversation is too long for the model: /new forgets it")
@@ -108,28 +115,53 @@ class Talk:
         except KeyboardInterrupt:  # of this answer, not of the program
             text = printer.text.strip()
             print(" ...", end="")
-        print()
+        limit = self.sampling.max_new_tokens
+        print(f" [cut: --max-new-tokens {limit}]" if printer.tokens >= limit else "")
         self.turns.append({"role": "assistant", "content": text})
 
+    def prompt(self):
+        """The most frequent system prompt of the first persona; ValueError if it has none."""
+        rows = self.rows_of(self.runs[self.used[0][0]][0])
+        prompts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
+        if not prompts:
+            raise ValueError(f"no row of {self.used[0][0]} has a system prompt")
+        return prompts.most_common(1)[0][0]
+
     def command(self, line):
-        """Do what a line says that begins with "/"; False if that is to leave."""
-        word, *rest = line.split()
+        """Do what a line says that begins with "/"; False if that is to leave. ValueError for what
+        is no command."""
+        (word, *rest), before = line.split(), self.label()
+        if word in ("/off", "/on", "/new", "/again", "/help", "/quit", "/prompted") and rest:
+            raise ValueError(f"{word} takes nothing after it")
         if word == "/quit":
             return False
-        if word in ("/persona", "/both"):
+        if word == "/help":
+            print(HELP.format(names=", ".join(self.runs)))
+        elif word in ("/persona", "/both"):
             self.use(match_personas(rest, self.runs))
-        elif word == "/scale" and len(rest) == 1:
-            self.use([(name, float(rest[0])) for name, _ in self.used])
-        elif word in ("/off", "/on", "/prompted") and not rest:
-            self.how = {"/on": "steered"}.get(word, word[1:])
-        elif word == "/new" and not rest:
+        elif word == "/scale":
+            try:
+                (scale,) = map(float, rest)
+            except ValueError as error:
+                raise ValueError("/scale takes a number") from error
+            self.use([(name, scale) for name, _ in self.used])
+        elif word == "/prompted":
+            print(f"system prompt of {self.used[0][0]}: {self.prompt()}")
+            self.how = "prompted"
+        elif word in ("/off", "/on"):
+            self.how = "off" if word == "/off" else "steered"
+        elif word == "/new":
             self.turns = []
-        elif word == "/again" and self.turns:
+        elif word == "/again":
+            if not self.turns:
+                raise ValueError("nothing was asked yet")
             self.turns.pop()
             self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
             self.answer()
         else:
-            print(HELP.format(names=", ".join(self.runs)))
+            raise ValueError(f"{word} is no command: /help has them")
+        if self.label() != before and self.turns:
+            print("(it sees what was said before: /new forgets that)")
         return True
 
     def run(self):
@@ -137,12 +169,16 @@ class Talk:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (lines can be edited, and earlier ones come back)
-        print("/help says what there is")
+        runs = [run for run, _ in self.runs.values()]
+        layers = ", ".join(map(str, sorted({run.args["layer"] for run in runs})))
+        print(f"{runs[0].args['model']}, layer {layers}; personas, and the scales to use:")
+        print(", ".join(f"{name} x{scale or 1:g}" for name, (_, scale) in self.runs.items()))
+        print("/help says what else there is")
         while True:
             try:
                 line = input(self.label()).strip()
-                if line.startswith("/"):
-                    if not self.command(line):
+                if line.startswith("/") or line in ("quit", "exit"):
+                    if not self.command(line if line[0] == "/" else "/quit"):
                         return
                 elif line:
                     self.turns.append({"role": "user", "content": line})
@@ -183,11 +219,3 @@ def print_answers(personas, shelf, prompt, scales, sampling):
             print(f"--- scale {scale:g}{' (recommended)' * (scale == recommended)}")
             with model.scaled(scale):
                 print(generate_answers(model, chat, turns, sampling)[0])
-
-
-def most_frequent_prompt(rows):
-    """The most frequent system prompt of rows; ValueError if none has one."""
-    prompts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
-    if not prompts:
-        raise ValueError("no row of this persona has a system prompt")
-    return prompts.most_common(1)[0][0]

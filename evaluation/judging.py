@@ -185,8 +185,9 @@ def judge_flags(result):
     flags = []
     for judge in result.get("judges", ()):
         found, (low, high) = judge["conditions"]["dataset"]["above_vanilla"], judge["scale"]
-        clear = found and found["mean"] > ALIKE * (high - low)
-        if not clear or not (found["interval"] or [1.0])[0] > 0:
+        if not found:
+            flags.append(f"judge {judge['model']}: no reply to compare the persona and vanilla by")
+        elif not (found["mean"] > ALIKE * (high - low) and (found["interval"] or [1.0])[0] > 0):
             flags.append(f"judge {judge['model']} scores vanilla like the persona")
     agreed = result.get("agreement")
     if agreed and not (agreed["spearman"] or 0.0) > 0.3:

@@ -4,7 +4,8 @@ const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const index = read("index");
 const byId = (id) => document.getElementById(id);
 const chosen = new Set(); // flags that a run must have
-let order = { column: null, down: true }, opened = null;
+const everywhere = new Set((index.rows[0] || { flags: [] }).flags.filter((flag) => index.rows.every((row) => row.flags.includes(flag))));
+let order = { column: "minus_vanilla", down: false }, opened = null;
 
 function el(tag, attributes, ...children) {
   const svg = ["svg", "path", "line", "rect", "text", "circle", "g", "title"].includes(tag);
@@ -24,7 +25,7 @@ const shown = (value, digits) => value === null || value === undefined ? "-"
 
 function cell(row, column) {
   const value = row.cells[column.key];
-  if (column.key === "flags") return el("td", { class: "flags" }, row.flags.join("; "));
+  if (column.key === "flags") return el("td", { class: "flags" }, row.flags.filter((flag) => !everywhere.has(flag)).join("; "));
   const bounds = row.bounds[column.key];
   const text = shown(value, column.digits);
   if (!bounds) return el("td", null, text);
@@ -40,28 +41,36 @@ function compare(a, b) {
 }
 
 function showTable() {
-  const wanted = byId("search").value.trim().toLowerCase();
+  const wanted = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   let rows = index.rows.filter((row) => [...chosen].every((flag) => row.flags.includes(flag))
-    && (!wanted || row.search.includes(wanted)));
+    && wanted.every((word) => row.search.includes(word)));
   if (order.column) rows = [...rows].sort(compare);
   const body = document.createDocumentFragment();
   for (const row of rows) {
-    const line = el("tr", { "data-run": row.number, click: () => { location.hash = `run=${row.number}`; } },
+    const open = () => { location.hash = `run=${row.number}`; };
+    const line = el("tr", { "data-run": row.number, tabindex: 0, click: open, keydown: onEnter(open) },
       ...index.columns.map((column) => cell(row, column)));
     if (row.number === opened) line.classList.add("open");
     body.append(line);
   }
   document.querySelector("#runs tbody").replaceChildren(body);
-  byId("count").textContent = rows.length === index.rows.length ? `${rows.length} runs` : `${rows.length} of ${index.rows.length} runs`;
+  const of = rows.length === index.rows.length ? "" : ` of ${index.rows.length}`;
+  byId("count").textContent = `${rows.length}${of} runs${index.same && ", "}${index.same}`;
   for (const head of document.querySelectorAll("#runs th"))
     head.setAttribute("aria-sort", head.dataset.key !== order.column ? "none" : order.down ? "descending" : "ascending");
 }
 
+const onEnter = (action) => (event) => { if (event.key === "Enter") action(); };
+
 function showHead() {
-  const heads = index.columns.map((column) => el("th", { "data-key": column.key, class: column.key, click: () => {
-    order = { column: column.key, down: order.column === column.key ? !order.down : column.digits !== null };
-    showTable();
-  } }, column.head));
+  const heads = index.columns.map((column) => {
+    const sort = () => {
+      order = { column: column.key, down: order.column === column.key ? !order.down : !column.up };
+      showTable();
+    };
+    const about = { "data-key": column.key, class: column.key, title: column.about, tabindex: 0 };
+    return el("th", { ...about, click: sort, keydown: onEnter(sort) }, column.head);
+  });
   document.querySelector("#runs thead").append(el("tr", null, ...heads));
   const counts = new Map();
   for (const row of index.rows) for (const flag of row.flags) counts.set(flag, (counts.get(flag) || 0) + 1);
@@ -70,17 +79,27 @@ function showHead() {
       if (!chosen.delete(flag)) chosen.add(flag);
       event.currentTarget.classList.toggle("on", chosen.has(flag));
       showTable();
-    } }, `${flag} (${count})`));
+    }, title: meaning(flag) }, `${flag} (${count === index.rows.length ? "all" : count})`));
   }
   byId("search").addEventListener("input", showTable);
 }
+
+const MEANINGS = {
+  "under budget": "trained on fewer tokens than --target-tokens",
+  "other code": "trained by other code than the one that wrote this page",
+  "older evaluation": "evaluated by an older version",
+  "collapse at": "answers there are empty, repeat themselves or make no sense",
+  "norm out of range": "the vector is much shorter or longer than useful ones are",
+  "no better than": "in NLL, by the 95% interval over questions",
+};
+const meaning = (flag) => (Object.entries(MEANINGS).find(([begin]) => flag.startsWith(begin)) || ["", ""])[1];
 
 // ---------------------------------------------------------------- pictures
 
 const COLORS = ["#4a9fd4", "#de8f05", "#029e73", "#cc78bc", "#a6a6a6", "#ca9161", "#d55e00"];
 
-// lines: [{name, points: [[x, y, low, high], ...]}]
-function chart(title, xLabel, lines) {
+// lines: [{name, points: [[x, y, low, high], ...]}]; mark: an x to point out, or null
+function chart(title, xLabel, lines, mark = null) {
   const all = lines.flatMap((line) => line.points).filter((p) => p[1] !== null);
   if (!all.length) return null;
   const width = 400, height = 230, left = 48, bottom = 34, top = 10;
@@ -104,6 +123,8 @@ function chart(title, xLabel, lines) {
       if (points.length < 40) picture.append(el("circle", { cx: px(p[0]), cy: py(p[1]), r: 3, fill: color }, el("title", null, `${line.name} ${p[0]}: ${shown(p[1], 3)}`)));
     }
   });
+  if (mark !== null && mark >= x0 && mark <= x1)
+    picture.append(el("path", { d: `M${px(mark)},${top}V${height - bottom}`, stroke: "#222", "stroke-dasharray": "3 3" }, el("title", null, "recommended")));
   const legend = lines.map((line, number) => el("span", { style: `color:${COLORS[number % COLORS.length]}` }, ` ${line.name}`));
   return el("figure", null, el("figcaption", null, `${title}:`, ...legend), picture);
 }
@@ -126,9 +147,9 @@ function bars(title, rows) { // [[name, value, low, high]]
 
 // ---------------------------------------------------------------- one run
 
-function answersOf(samples, before, scales, at) {
+function answersOf(samples, conditions) {
   return samples.map((sample) => {
-    const conditions = [...(scales.length ? [scales[at].name] : []), ...before].filter((name) => name in sample.answers);
+    conditions = conditions.filter((name) => name in sample.answers);
     return el("div", { class: "qa" }, el("h3", null, sample.question), el("small", null, sample.system_prompt),
       el("div", { class: "side" }, ...conditions.map((name) => el("div", null, el("b", null, name), sample.answers[name]))));
   });
@@ -146,24 +167,25 @@ function showRun(number) {
     bars("NLL a token, held-out questions", run.nll),
     chart("Persona by probe, and KL on plain rows", "scale", [
       { name: "persona", points: scales.map((s) => [s.scale, s.persona, ...(s.interval || [])]) },
-      { name: "KL, nats a token", points: scales.map((s) => [s.scale, s.kl]) }]),
+      { name: "KL, nats a token", points: scales.map((s) => [s.scale, s.kl]) }], run.recommended),
     chart("Training", "step", [{ name: "loss", points: run.loss }, { name: "validation", points: run.val }]),
     chart("Persona by turn", "turn", run.turns)));
   if (run.tables) parts.push(el("pre", null, run.tables));
   if (run.samples.length) {
     const list = el("div", { id: "answers" }), said = el("output", null);
-    const fill = (at) => {
-      said.textContent = scales.length ? ` ${scales[at].name}${scales[at].scale === run.recommended ? " (recommended)" : ""}` : "";
-      list.replaceChildren(el("h2", null, "Answers"), ...answersOf(run.samples, run.before, scales, at),
-        el("h2", null, "Who is speaking"), ...answersOf(run.identity, run.before, scales, at));
+    const first = near < 0 ? Math.max(0, scales.length - 1) : near;
+    const slider = el("input", { type: "range", min: 0, max: Math.max(0, scales.length - 1), step: 1, "aria-label": "scale", input: () => fill() });
+    const beside = el("select", { "aria-label": "beside it", change: () => fill() }, el("option", { value: "" }, "no other"),
+      ...scales.map((s) => el("option", { value: s.name }, s.name)));
+    slider.value = first;
+    const fill = () => {
+      const one = scales[+slider.value], chosen = new Set([...(one ? [one.name] : []), ...(beside.value ? [beside.value] : []), ...run.before]);
+      said.textContent = one ? ` ${one.name}${one.scale === run.recommended ? " (recommended)" : ""}, beside it ` : "";
+      list.replaceChildren(el("h2", null, "Answers"), ...answersOf(run.samples, [...chosen]),
+        el("h2", null, "Who is speaking"), ...answersOf(run.identity, [...chosen]));
     };
-    const first = near < 0 ? scales.length - 1 : near;
-    if (scales.length) {
-      const slider = el("input", { type: "range", min: 0, max: scales.length - 1, step: 1, "aria-label": "scale", input: () => fill(+slider.value) });
-      slider.value = first;
-      parts.push(el("div", { id: "slider" }, "scale ", slider, said));
-    }
-    fill(first);
+    if (scales.length) parts.push(el("div", { id: "slider" }, "scale ", slider, said, beside));
+    fill();
     parts.push(list);
   }
   place.replaceChildren(...parts);
@@ -189,7 +211,7 @@ function showHeat(map) {
   const canvas = el("canvas", { width: count, height: count, style: `width:${count * size}px;image-rendering:pixelated` });
   canvas.getContext("2d").putImageData(shades, 0, 0);
   const value = (i, j) => map.low + bytes[i * count + j] / 255 * (map.high - map.low);
-  const said = el("div", { class: "said" }, map.note);
+  const said = el("div", { class: "said" }, `${map.note} Dark: ${map.low.toFixed(2)}, bright: ${map.high.toFixed(2)}; point at a cell for its names.`);
   canvas.addEventListener("mousemove", (event) => {
     const j = Math.floor(event.offsetX / size), i = Math.floor(event.offsetY / size);
     if (i >= 0 && j >= 0 && i < count && j < count)

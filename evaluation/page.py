@@ -17,15 +17,27 @@ from steering.vector_file import read_json, write_atomically
 
 HERE = Path(__file__).parent
 POINTS = 150  # of a loss curve, at most
-COLUMNS = (  # key of a report's row, what is above it, digits; None: text
-    ("dataset", "run", None), ("flags", "flags", None), ("model", "model", None),
-    ("layer", "layer", 0), ("rows", "rows", 0), ("vanilla", "vanilla", 3),
-    ("prompted", "prompted", 3), ("few_shot", "few-shot", 3),
-    ("mean_difference", "mean diff", 3), ("steered", "steered", 3),
-    ("minus_vanilla", "steered - vanilla", 3), ("recovered", "recovered", 2),
-    ("scale", "scale", 2), ("probe", "probe", 2), ("judge", "judge", 2), ("kl", "KL", 2),
-    ("repeated", "repeated", 2), ("norm_ratio", "norm", 2),
+COLUMNS = (  # key of a report's row; what is above it, digits (None: text), and what it means
+    ("dataset", "run", None, "the persona, and the run where there are several of it"),
+    ("flags", "flags", None, "what may be wrong with it; those that all runs have are left out"),
+    ("model", "model", None, ""), ("layer", "layer", 0, "the vector is added to its output"),
+    ("rows", "rows", 0, "that were trained on"),
+    ("vanilla", "vanilla", 3, "NLL a token of the plain model"),
+    ("prompted", "prompted", 3, "NLL under the persona's system prompt"),
+    ("few_shot", "few-shot", 3, "NLL with three examples in the prompt"),
+    ("mean_difference", "mean diff", 3, "NLL under the vector that no training made"),
+    ("steered", "steered x1", 3, "NLL under the vector as it was trained"),
+    ("minus_vanilla", "steered - vanilla", 3, "below 0: better than the plain model"),
+    ("recovered", "recovered", 2, "(vanilla - steered) / (vanilla - prompted); large where the "
+     "prompt hardly helps"),
+    ("scale", "scale", 2, "the recommended one: probe, judge and KL are there"),
+    ("probe", "probe", 2, "persona of the answers, 0 to 1"),
+    ("judge", "judge", 2, "persona by the first judge that gave scores"),
+    ("kl", "KL", 2, "KL(vanilla || steered) on plain rows, nats a token: what else it changes"),
+    ("repeated", "repeated", 2, "share of 4-word sequences that came before"),
+    ("norm_ratio", "norm", 2, "of the vector, in median norms of the residual stream"),
 )  # fmt: skip
+LOW_IS_GOOD = "vanilla", "prompted", "few_shot", "mean_difference", "steered", "minus_vanilla", "kl"
 
 
 def block(name, data):
@@ -36,7 +48,7 @@ def block(name, data):
 
 def index_row(number, row, title):
     """A run as the table has it; row: of `report_row`; title: what to call it."""
-    cells = {key: row.get(key) for key, _, _ in COLUMNS}
+    cells = {key: row.get(key) for key, *_ in COLUMNS}
     cells |= {"model": Path(str(row["model"])).name, "dataset": title}
     bounds = {
         key: [row[f"{key}_low"], row[f"{key}_high"]]
@@ -111,9 +123,17 @@ def heat_map(title, note, names, matrix):
 def write_page(path, rows, titles, heat):
     """Write report.html of the rows of a report, in their order; returns [its name].
     titles: what to call each; heat: of `heat_map`."""
-    columns = [{"key": key, "head": head, "digits": digits} for key, head, digits in COLUMNS]
     index = [index_row(i, *about) for i, about in enumerate(zip(rows, titles, strict=True))]
-    blocks = [block("index", {"columns": columns, "rows": index, "heat": heat})]
+    columns, same = [], []
+    for key, head, digits, about in COLUMNS:
+        values = {row["cells"][key] for row in index}
+        if key in ("model", "layer") and len(values) == 1:
+            same.append(f"{head} {values.pop()}")
+        else:
+            column = {"key": key, "head": head, "digits": digits, "about": about}
+            columns.append(column | {"up": digits is None or key in LOW_IS_GOOD})
+    data = {"columns": columns, "rows": index, "heat": heat, "same": ", ".join(same)}
+    blocks = [block("index", data)]
     for number, row in enumerate(rows):
         blocks.append(block(f"run-{number}", run_data(Path(row["run"]))))
     script = (HERE / "page.js").read_text()

@@ -56,6 +56,9 @@ def pick(value, path):
 def report_row(folder):
     """One line of report.csv: what run.json and, once evaluated, eval.json say of a run."""
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
+    judges = result.get("judges", [])
+    scored = [j for j in judges if any(c["score"] for c in j["conditions"].values())]
+    result |= {"judges": [*scored, *(j for j in judges if j not in scored)]}  # the first is shown
     files, use = {"run": {**record, "folder": str(folder)}, "eval": result}, scale_condition(result)
     row = {column: pick(files, path.replace("@", use)) for column, path in COLUMNS.items()}
     row |= {name: found["nll"] for name, found in result.get("likelihood", {}).items()}
@@ -168,7 +171,14 @@ def compare_vectors(folder, place, group, vectors, matrices, suffix):
     off = cosine[~np.eye(len(group), dtype=bool)]
     names, where = short_names(group), f"{Path(str(place[0])).name}, layer {place[1]}"
     lines = [f"## {where}\n"]
-    note = f"Cosine between vectors: mean {off.mean():.2f}, highest {off.max():.2f}."
+    ends = []
+    for what, at in (
+        ("lowest", cosine.argmin()),
+        ("highest", (cosine - 9 * np.eye(len(group))).argmax()),
+    ):
+        i, j = divmod(int(at), len(group))
+        ends.append(f"{what} {cosine[i, j]:.2f} ({names[i]} and {names[j]})")
+    note = f"Cosine between vectors: mean {off.mean():.2f}, {', '.join(ends)}."
     lines.append(f"{note}\n")
     path = folder / f"cosine{suffix}.png"
     pictures = plot_matrix(path, names, cosine, "Cosine between vectors")
@@ -220,8 +230,11 @@ def print_table(rows):
     """The table a sweep ends with; held-out NLL once evaluated, validation NLL before."""
     whole = ("rows", "tokens", "steps", "seconds")
     table = [["dataset", *whole, "best val", "held-out", "norm", "flags"]]
+    names = [row["dataset"] for row in rows]
     for row in rows:
-        cells = [str(row["dataset"]), *(number(row[key], "{:,.0f}") for key in whole)]
+        name = str(row["dataset"])
+        name += f"/{Path(row['run']).name}" if names.count(row["dataset"]) > 1 else ""
+        cells = [name, *(number(row[key], "{:,.0f}") for key in whole)]
         cells += [number(row["best_val"]), number(row["steered"]), number(row["norm"], "{:.2f}")]
         table.append([*cells, row["flags"]])
     print("\n".join(aligned(table, left=(0, len(table[0]) - 1))))

@@ -90,7 +90,7 @@ def scale_text(result):
         f"x{c['scale']:g} {'collapsed' if c['collapsed'] else number(c['persona'], '{:.2f}')}"
         for c in found["candidates"]
     )
-    return f"* the recommended scale ({about}: {tried})"
+    return f"* the recommended scale ({about}; persona by probe there: {tried})"
 
 
 def judge_table(judge):

@@ -28,10 +28,13 @@ def test_personas_are_named_with_spaces_and_with_scales_or_without():
         ("travel", 2.0), ("travel agent", -1.0)
     ]  # fmt: skip
     assert ec.match_personas([], NAMES) == []
-    with pytest.raises(ValueError, match='no persona "pirat"; there is pirate'):
+    assert ec.match_personas(["Travel", "AGENT"], NAMES) == [("travel agent", None)]
+    with pytest.raises(ValueError, match='"pirat" is no persona or scale; perhaps pirate'):
         ec.match_personas(["pirat"], NAMES)
-    with pytest.raises(ValueError, match="no persona"):
+    with pytest.raises(ValueError, match='"2" is no persona'):
         ec.match_personas(["pirate", "1", "2"], NAMES)
+    with pytest.raises(ValueError, match="pirate is there twice"):
+        ec.match_personas(["pirate", "1", "pirate"], NAMES)
 
 
 @pytest.fixture
@@ -98,27 +101,33 @@ def test_a_conversation_through_a_pseudo_terminal(two_runs):
     command = [sys.executable, "eval_steering.py", "--run", str(two_runs), "--chat"]
     terminal = Terminal([*command, "--max-new-tokens", "8", "--temperature", "0.02"])
     try:
-        assert "/help" in terminal.until("pirate x1.3> ")  # its evaluation recommends that
+        said = terminal.until("pirate x1.3> ")  # its evaluation recommends that
+        assert "layer 1; personas" in said and "pirate x1.3, sailor x1" in said
         first = terminal.ask("Who are you?", "pirate x1.3> ")
-        assert first
+        assert first and first.endswith("[cut: --max-new-tokens 8]")
         assert terminal.ask("/again", "pirate x1.3> ") != first
+        assert "it sees what was said" in terminal.ask("/off", "plain model> ")
+        terminal.ask("/on", "pirate x1.3> ")
         assert terminal.ask("/new", "pirate x1.3> ") == ""
         assert terminal.ask("/scale 2", "pirate x2> ") == ""
         assert terminal.ask("/persona sailor", "sailor x1> ") == ""
         other = terminal.ask("Who are you?", "sailor x1> ")
-        assert terminal.ask("/off", "plain model> ") == ""
+        terminal.ask("/off", "plain model> ")
         terminal.ask("/new", "plain model> ")
         plain = terminal.ask("Who are you?", "plain model> ")
         assert plain != other
-        terminal.ask("/prompted", "prompted as sailor> ")
+        said = terminal.ask("/prompted", "prompted as sailor> ")
+        assert "system prompt of sailor: Be a pirate." in said
         assert terminal.ask("And where from?", "prompted as sailor> ")
         both = "pirate x0.7 + sailor x0.5> "
-        assert terminal.ask("/both pirate 0.7 sailor 0.5", both) == ""
+        assert "it sees what was said" in terminal.ask("/both pirate 0.7 sailor 0.5", both)
         assert terminal.ask("What now?", both)
-        assert 'error: no persona "pirat"' in terminal.ask("/persona pirat", both)
-        assert "error: could not convert" in terminal.ask("/scale big", both)
+        assert 'error: "pirat" is no persona' in terminal.ask("/persona pirat", both)
+        assert "error: /scale takes a number" in terminal.ask("/scale big", both)
         assert "error: scale nan" in terminal.ask("/scale nan", both)
-        assert "/prompted" in terminal.ask("/what", both)
+        assert "error: /what is no command" in terminal.ask("/what", both)
+        assert "error: /off takes nothing" in terminal.ask("/off please", both)
+        assert "/prompted" in terminal.ask("/help", both)
         terminal.type("\x03")
         assert "Ctrl-D leaves" in terminal.until(both)
         terminal.type("\x04")
