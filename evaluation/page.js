@@ -28,7 +28,7 @@ function cell(row, column) {
   if (column.key === "flags") return el("td", { class: "flags" }, row.flags.filter((flag) => !everywhere.has(flag)).join("; "));
   const bounds = row.bounds[column.key];
   const text = shown(value, column.digits);
-  if (!bounds) return el("td", null, text);
+  if (!bounds) return el("td", { class: column.key }, text);
   return el("td", null, text + " ", el("small", null, `[${bounds.map((b) => shown(b, column.digits)).join(", ")}]`));
 }
 
