@@ -19,8 +19,9 @@ test: .venv/ready $(MODEL)/config.json
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# What takes minutes, or a compiler: twenty kills, a sweep with kills and a full disk, the judge
-# against llama.cpp's server, built from source.
+# What takes minutes, a compiler or a browser: twenty kills, a sweep with kills and a full disk, the
+# judge against llama.cpp's server, built from source, report.html in chromium (apt-get install
+# chromium chromium-driver).
 test-full: .venv/ready .venv-interop/llama-cpp-python/ready $(MODEL)/config.json
 	$(PY) -m pytest -m full
 

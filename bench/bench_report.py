@@ -1,6 +1,6 @@
 """How big report.html of many runs is, and how long it takes to write, to open and to open a run.
 
-    python bench/bench_report.py RUNS --count 515 --out /tmp/many      # needs chromium and selenium
+    python bench/bench_report.py RUNS --count 515 --out many      # needs chromium and selenium
 
 RUNS: a folder of evaluated runs, which are copied under other names, with vectors of their own.
 """
@@ -44,15 +44,17 @@ def copy_runs(folders, count, out):
 
 
 def browser():
-    """A headless chromium, driven by selenium."""
+    """A headless chromium, driven by selenium; RuntimeError that names the install without it."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
+    options.binary_location, driver = shutil.which("chromium") or "", shutil.which("chromedriver")
+    if not (options.binary_location and driver):
+        raise RuntimeError("no chromium with its driver: apt-get install chromium chromium-driver")
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1000"):
         options.add_argument(flag)
-    return webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    return webdriver.Chrome(options, Service(driver))
 
 
 def main():

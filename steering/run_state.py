@@ -278,4 +278,6 @@ def print_progress(folders, config_of, defaults, todo):
         ahead, workers = len(groups["left"]) + len(groups["running"]) / 2, len(groups["running"])
         hours = ahead * sum(seconds) / max(1, len(seconds)) / max(1, workers) / 3600
         left = f"{hours:.1f} h" if seconds else "unknown"
+        name, folder = next(iter(folders.items()))
+        counts = f"{folder.name}: {counts}" if folder.name != name else counts  # of --run-name
         print(f"status   {counts} of {len(folders)} | tok/s {speed:,.0f} | time left {left}")

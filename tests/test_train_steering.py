@@ -821,6 +821,12 @@ def test_seeds_are_runs_of_their_own_and_the_report_compares_them(
     assert capsys.readouterr().out.count("done already") == 2
     assert ts.main([*arguments, "--seeds", "3", "--print-todo"]) == 0
     assert capsys.readouterr().out == "src__role__pirate\n"
+    assert ts.main([*arguments, "--seeds", "3", "--print-status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:30] for line in lines if "status" in line] == [
+        "status   seed5: 1 done / 0 run", "status   seed6: 1 done / 0 run",
+        "status   seed7: 0 done / 0 run",
+    ]  # fmt: skip
     assert ts.main([*arguments, "--run-name", "warm", "--seeds", "2", "--max-steps", "1"]) == 0
     assert {p.parent.name for p in (tmp_path / "runs").rglob(VECTOR_FILE)} >= {"warm-seed5"}
 
