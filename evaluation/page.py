@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.plots import NAMES
-from evaluation.summary import tables_text
+from evaluation.summary import FORMAT_VERSION, tables_text
 from steering.vector_file import read_json, write_atomically
 
 HERE = Path(__file__).parent
@@ -82,15 +82,21 @@ def curve(path, key):
 
 
 def run_data(folder):
-    """All that the page shows of one run, as a JSON-able dict."""
+    """All that the page shows of one run, as a JSON-able dict; of an evaluation by another version
+    nothing but the training."""
     result, metrics = read_json(folder / "eval.json"), folder / "metrics.jsonl"
     data = {"loss": curve(metrics, "loss"), "val": curve(metrics, "val_loss")}
     data |= {"nll": [], "scales": [], "before": [], "turns": [], "samples": [], "identity": []}
-    data |= {"recommended": result.get("recommended", {}).get("scale"), "tables": None}
-    for name, row in result.get("likelihood", {}).items():
+    data |= {"recommended": None, "tables": None}
+    if not result:
+        return data
+    if result.get("config", {}).get("format_version") != FORMAT_VERSION:
+        return data | {"tables": f"{folder / 'eval.json'} is of another version: evaluate it anew"}
+    data["recommended"] = result["recommended"]["scale"]
+    for name, row in result["likelihood"].items():
         numbers = [row["nll"], *(row["interval"] or [None, None])]
         data["nll"].append([NAMES.get(name, name), *map(plain_number, numbers)])
-    for name, row in result.get("answers", {}).items():
+    for name, row in result["answers"].items():
         persona = row["persona"] or {"mean": None, "interval": None}
         if not name.startswith("steered x"):
             data["before"].append(name)
@@ -104,10 +110,8 @@ def run_data(folder):
     for name, talk in result.get("conversation", {}).items():
         means = talk["persona"]["by_turn"] if talk["persona"] else []
         data["turns"].append({"name": name, "points": [[i, m] for i, m in enumerate(means, 1)]})
-    if "flags" in result:
-        data["tables"] = tables_text(result)
-        data |= {key: result[key] for key in ("samples", "identity")}
-    return data
+    data |= {key: result[key] for key in ("samples", "identity")}
+    return data | {"tables": tables_text(result) if "flags" in result else None}
 
 
 def heat_map(title, note, names, matrix):

@@ -5,6 +5,7 @@ import hashlib
 import html.parser
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished): 
     assert [heat["names"] for heat in index["heat"]] == [
         [row["cells"]["dataset"] for row in index["rows"]]
     ]
+
+
+def test_an_evaluation_by_another_version_costs_the_page_nothing_but_itself(finished, tmp_path):  # noqa: F811
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    write_json(tmp_path / "eval.json", {"likelihood": {"vanilla": 1.0}, "flags": []})
+    data = pg.run_data(tmp_path)
+    assert "another version" in data["tables"] and data["loss"] and data["samples"] == []
 
 
 def test_heat_map_gives_back_its_numbers_and_curves_are_thinned(tmp_path):
