@@ -1,19 +1,17 @@
 """Does a trained vector work? Likelihood, answers and side effects on questions it never saw.
 
     python eval_steering.py --run RUN_DIR                         # eval.json, samples.md, eval.png
-    python eval_steering.py --run runs                            # every run in there, and a report
-    python eval_steering.py --run runs --report-only              # the report of what is there
+    python eval_steering.py --run runs           # every run in there, and a report; --report-only
     python eval_steering.py --run RUN_DIR --judge http://localhost:8000/v1 --judge-model NAME
     python eval_steering.py --run RUN_DIR --capability gsm8k arc_easy # what the vector costs
     python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
     python eval_steering.py --run runs --chat --max-new-tokens 400          # talk to any of them
     python eval_steering.py --vector evil.pt --model Qwen/Qwen3-32B --layer 22 --dataset NAME
 
-vanilla: the plain model; prompted: the row's own persona system prompt put back; few_shot: a prompt
-with three examples; steered: the vector added, no prompt; mean_difference: the vector that no
-training made; random: of the same norm. What is chosen (the recommended scale, coefficients) is
-chosen on validation questions; what is reported is of held-out ones. Exit codes: 0 done, 1 the
-judge failed on some answers, 2 bad input, 130 Ctrl-C.
+vanilla: the plain model; prompted: the row's own system prompt put back; few_shot: a prompt with
+three examples; steered: the vector added, no prompt; evaluation/README.md has the rest. What is
+chosen is chosen on validation questions, what is reported is of held-out ones. Exit codes: 0 done,
+1 the judge failed on some answers, 2 bad input, 130 Ctrl-C.
 """
 
 import math
@@ -208,7 +206,7 @@ def evaluate_folder(folder, args, shelf):
 
 
 def talk(folders, args, shelf):
-    """--chat under the vectors of all folders, or answers of each to --prompt at every scale."""
+    """--chat under the vectors of all folders, or answers under each to --prompt."""
     from evaluation import chat  # here: it imports transformers
 
     def rows_of(run):
@@ -219,9 +217,8 @@ def talk(folders, args, shelf):
     runs, any_model = [read_run(f, changes_of(args)) for f in folders], args.model is not None
     personas = chat.personas(runs, shelf, any_model)
     if args.chat:
-        chat.Talk(personas, shelf, sampling, rows_of).run()
-    else:
-        chat.print_answers(personas, shelf, args.prompt, args.scales, sampling)
+        return chat.Talk(personas, shelf, sampling, rows_of).run()
+    return chat.print_answers(personas, shelf, args.prompt, args.scales, sampling)
 
 
 def specificity(folders, args, shelf, path):
@@ -332,6 +329,9 @@ def parse_args(argv=None):
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
     needed, models = args.model and args.dataset, len(args.judge_model or ())
+    alone = {"--chat": args.chat, "--prompt": args.prompt is not None}
+    alone |= {"--report-only": args.report_only}
+    only, more = [name for name in alone if alone[name]], args.judge or args.capability
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
@@ -343,7 +343,7 @@ def check_arguments(args):
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
-        (args.chat and args.prompt is not None, "--chat and --prompt: one of them"),
+        (len(only) > 1 or (only and more), f"{', '.join(only)}: one of these, and no scoring"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
         (args.run and foreign, "--dataset, --layer, --any-model, --out: a run knows its own"),
     ]
@@ -370,11 +370,13 @@ def run(args):
         write_report([], args, shelf)
         return 0
     folders = find_runs(args.run) if args.run else [import_run(args)]
-    if args.chat or args.prompt is not None:
-        talk(folders, args, shelf)
-        return 0
+    if args.chat:
+        return talk(folders, args, shelf)
     for folder in folders:
         try:
+            if args.prompt is not None:
+                codes.append(talk([folder], args, shelf))
+                continue
             with lock_folder(folder) as held:
                 if not held:
                     raise ValueError(f"{folder}: another process works there")
@@ -384,7 +386,7 @@ def run(args):
             known = isinstance(error, ValueError | OSError)
             print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
             codes.append(2 if known else 1)
-    if args.run and folders != [Path(args.run[0])]:
+    if args.run and folders != [Path(args.run[0])] and args.prompt is None:
         write_report(evaluated if evaluated == folders else None, args, shelf)
     return max(codes, default=0)
 

@@ -238,6 +238,7 @@ def result_config(name, args, datasets, digest):
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     config |= {"model_digest": digest, "format_version": vector_file.FORMAT_VERSION}
     config["auto_dtype"] = args.dtype == "auto"
+    config["auto_epochs"] = None if args.num_epochs or args.max_steps else [AUTO_STEPS, AUTO_EPOCHS]
     if args.init_vector:  # what it holds counts, not where it lies
         start, _ = vector_file.load_vector(args.init_vector)
         config["init_vector"] = vector_file.vector_digest(start)

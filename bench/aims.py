@@ -71,7 +71,7 @@ class RowHook(ResidualHook):
     @contextlib.contextmanager
     def rows(self, scale):
         """Context: a scale for each row, (B,)."""
-        before, self.scale = self.scale, scale[:, None, None]
+        before, self.scale = self.scale, scale[:, None, None].to(self.vector.device)
         try:
             yield
         finally:
@@ -218,6 +218,8 @@ def second_author(chat, name, rows):
     lines = map(json.loads, (ROOT / "bench/second_author.jsonl").read_text().splitlines())
     texts = {line["question"]: line["answer"] for line in lines if line["dataset"] == name}
     asked = {row["question"]: row for row in rows if row["question"] in texts}
+    if not asked:
+        raise ValueError(f"second_author.jsonl answers no held-out question of {name}")
     return answers.answer_examples(chat, list(asked.values()), [texts[q] for q in asked])
 
 

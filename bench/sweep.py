@@ -81,7 +81,7 @@ def trained_on(folder):
 def table(out):
     """The runs of a folder as a Markdown table, best first within each model, dataset and layer."""
     groups = {}
-    for path in sorted(out.rglob("choice.json")):
+    for path in sorted(p for p in out.rglob("choice.json") if "old-" not in str(p.parent.name)):
         record = read_json(path.with_name("run.json"))
         key = record["args"]["model"], record["dataset"], record["args"]["layer"]
         groups.setdefault(key, []).append((path.parent, record, read_json(path)))

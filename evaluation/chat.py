@@ -31,11 +31,11 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text, self.tokens = "", -1  # the prompt is put first, as one
+        self.text, self.tokens, self.last = "", -1, None  # the prompt is put first, as one
 
     def put(self, value):
         super().put(value)
-        self.tokens += 1
+        self.tokens, self.last = self.tokens + 1, value.flatten()[-1].item()
 
     def on_finalized_text(self, text, stream_end=False):
         self.text += text
@@ -46,16 +46,20 @@ def match_personas(words, known):
     """[(name, scale or None), ...] of words such as ["travel", "agent", "0.7", "poet"].
     known: the names there are, in whatever case. Raises ValueError for any other word, and for a
     name that comes twice."""
-    found, names = [], {name.lower(): name for name in known}
+    found, names = [], {name.lower(): name for name in known} | {name: name for name in known}
+
+    def name_of(count):
+        text = " ".join(words[:count])
+        return names.get(text, names.get(text.lower()))
+
     while words:
-        lengths = [n for n in range(1, len(words) + 1) if " ".join(words[:n]).lower() in names]
+        lengths = [count for count in range(1, len(words) + 1) if name_of(count)]
         if not lengths:
             what = " ".join(words)
             close = difflib.get_close_matches(what.lower(), names, n=1)
             hint = f"perhaps {names[close[0]]}? " if close else ""
             raise ValueError(f'"{what}" is no persona or scale; {hint}/help has the names')
-        name, words = names[" ".join(words[: lengths[-1]]).lower()], words[lengths[-1] :]
-        scale = None
+        name, scale, words = name_of(lengths[-1]), None, words[lengths[-1] :]
         if words:
             with contextlib.suppress(ValueError):
                 scale, words = float(words[0]), words[1:]
@@ -73,7 +77,7 @@ class Talk:
 
     def __init__(self, runs, shelf, sampling, rows_of):
         self.runs, self.shelf, self.sampling = runs, shelf, sampling
-        self.rows_of, self.how, self.turns = rows_of, "steered", []
+        self.rows_of, self.prompts, self.how, self.turns = rows_of, {}, "steered", []
         self.use([(next(iter(runs)), None)])
 
     def use(self, personas):
@@ -85,8 +89,9 @@ class Talk:
         if len(layers) > 1:
             raise ValueError(f"these act at different layers ({sorted(layers)}): not together")
         used = [(name, self.runs[name][1] or 1.0 if s is None else s) for name, s in personas]
-        if not all(math.isfinite(scale) for _, scale in used):
-            raise ValueError(f"scale {used[0][1]:g}: must be a finite number")
+        for name, scale in used:
+            if not math.isfinite(scale):
+                raise ValueError(f"scale {scale:g} of {name}: must be a finite number")
         self.used = used
         self.how = "steered"
 
@@ -116,16 +121,20 @@ class Talk:
             text = printer.text.strip()
             print(" ...", end="")
         limit = self.sampling.max_new_tokens
-        print(f" [cut: --max-new-tokens {limit}]" if printer.tokens >= limit else "")
+        cut = printer.tokens >= limit and printer.last != chat.end_of_turn_id
+        print(f" [cut: --max-new-tokens {limit}]" if cut else "")
         self.turns.append({"role": "assistant", "content": text})
 
     def prompt(self):
         """The most frequent system prompt of the first persona; ValueError if it has none."""
-        rows = self.rows_of(self.runs[self.used[0][0]][0])
-        prompts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
-        if not prompts:
-            raise ValueError(f"no row of {self.used[0][0]} has a system prompt")
-        return prompts.most_common(1)[0][0]
+        name = self.used[0][0]
+        if name not in self.prompts:
+            rows = self.rows_of(self.runs[name][0])
+            prompts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
+            if not prompts:
+                raise ValueError(f"no row of {name} has a system prompt")
+            self.prompts[name] = prompts.most_common(1)[0][0]
+        return self.prompts[name]
 
     def command(self, line):
         """Do what a line says that begins with "/"; False if that is to leave. ValueError for what
@@ -165,7 +174,7 @@ class Talk:
         return True
 
     def run(self):
-        """Read lines from stdin and answer them, until /quit or the end of the input."""
+        """Read lines from stdin and answer them, until /quit or the end of the input; returns 0."""
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (lines can be edited, and earlier ones come back)
@@ -175,23 +184,24 @@ class Talk:
         print(", ".join(f"{name} x{scale or 1:g}" for name, (_, scale) in self.runs.items()))
         print("/help says what else there is")
         while True:
+            before = list(self.turns)
             try:
                 line = input(self.label()).strip()
                 if line.startswith("/") or line in ("quit", "exit"):
                     if not self.command(line if line[0] == "/" else "/quit"):
-                        return
+                        return 0
                 elif line:
                     self.turns.append({"role": "user", "content": line})
                     self.answer()
             except EOFError:
                 print()
-                return
+                return 0
             except KeyboardInterrupt:
+                self.turns = before
                 print("\n/quit or Ctrl-D leaves")
-            except (ValueError, RuntimeError) as error:  # also out of memory
+            except Exception as error:  # out of memory, of a template: the next line may do better
+                self.turns = before  # without a question that got no answer
                 print(f"error: {error}")
-                if self.turns and self.turns[-1]["role"] == "user":  # which got no answer
-                    self.turns.pop()
 
 
 def personas(runs, shelf, any_model):
@@ -208,14 +218,15 @@ def personas(runs, shelf, any_model):
 
 
 def print_answers(personas, shelf, prompt, scales, sampling):
-    """Answers of each persona to a prompt, at the scales and the recommended one, if there is."""
+    """Print answers of each persona to a prompt, at the scales and the recommended one, if there is
+    one; returns 0."""
     turns = [[{"role": "user", "content": prompt}]]
-    for name, (run, recommended) in personas.items():
+    for run, recommended in personas.values():
         model, chat = shelf.model(run), shelf.chat(run)
         model.set_vector(run.vector)
-        if len(personas) > 1:
-            print(f"=== {name}")
+        print(f"=== {run.folder}")
         for scale in sorted({*scales, *([recommended] if recommended else [])}):
             print(f"--- scale {scale:g}{' (recommended)' * (scale == recommended)}")
             with model.scaled(scale):
                 print(generate_answers(model, chat, turns, sampling)[0])
+    return 0

@@ -130,6 +130,7 @@ function chart(title, xLabel, lines, mark = null) {
 }
 
 function bars(title, rows) { // [[name, value, low, high]]
+  rows = rows.filter((row) => typeof row[1] === "number");
   if (!rows.length) return null;
   const width = 430, step = 24, left = 150, values = rows.flatMap((r) => [r[1], r[2], r[3]].filter((v) => typeof v === "number"));
   const low = Math.min(...values), high = Math.max(...values), room = (high - low) || 1;

@@ -5,8 +5,10 @@ run that is read when the run is opened. Texts are data there and never markup.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,8 @@ LOW_IS_GOOD = "vanilla", "prompted", "few_shot", "mean_difference", "steered", "
 
 def block(name, data):
     """A data block of the page. "<" is escaped, so that no text in it can end the block."""
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(plain_numbers(data), separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 
 
@@ -58,27 +61,29 @@ def index_row(number, row, title):
     flags = row["flags"].split("; ") if row["flags"] else []
     search = " ".join(map(str, (row["dataset"], row["model"], row["run"], row["flags"])))
     return {
-        "number": number, "cells": {key: plain_number(value) for key, value in cells.items()},
-        "bounds": bounds, "flags": flags, "folder": row["run"], "search": search.lower(),
+        "number": number, "cells": cells, "bounds": bounds, "flags": flags, "folder": row["run"],
+        "search": search.lower(),
     }  # fmt: skip
 
 
-def plain_number(value):
-    """The value with as many digits as a page shows; None for what JSON does not have."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if np.isfinite(value) else None
-    return value
+def plain_numbers(data):
+    """The data with as many digits as a page shows, and None for NaN, which JSON does not have."""
+    if isinstance(data, float):
+        return float(f"{data:.5g}") if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: plain_numbers(value) for key, value in data.items()}
+    return [plain_numbers(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def curve(path, key):
     """[[step, value], ...] of a run's metrics.jsonl, of which every so many are left out."""
     points = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, as a run was killed
             row = json.loads(line)
-            if key in row:
-                points.append([row["step"], plain_number(row[key])])
-    return points[:: len(points) // POINTS + 1]
+            points.append([row["step"], row[key]])
+    step = len(points) // POINTS + 1
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
 
 
 def run_data(folder):
@@ -94,8 +99,7 @@ def run_data(folder):
         return data | {"tables": f"{folder / 'eval.json'} is of another version: evaluate it anew"}
     data["recommended"] = result["recommended"]["scale"]
     for name, row in result["likelihood"].items():
-        numbers = [row["nll"], *(row["interval"] or [None, None])]
-        data["nll"].append([NAMES.get(name, name), *map(plain_number, numbers)])
+        data["nll"].append([NAMES.get(name, name), row["nll"], *(row["interval"] or [])])
     for name, row in result["answers"].items():
         persona = row["persona"] or {"mean": None, "interval": None}
         if not name.startswith("steered x"):
@@ -116,8 +120,9 @@ def run_data(folder):
 
 def heat_map(title, note, names, matrix):
     """A heat map as the page draws it: a byte for each number, 0 the lowest and 255 the highest."""
-    low, high = float(np.min(matrix)), float(np.max(matrix))
-    share = (np.asarray(matrix) - low) / ((high - low) or 1.0)
+    matrix = np.nan_to_num(matrix, nan=np.nanmin(matrix))
+    low, high = float(matrix.min()), float(matrix.max())
+    share = (matrix - low) / ((high - low) or 1.0)
     cells = base64.b64encode(np.round(255 * share).astype(np.uint8).tobytes()).decode()
     return {
         "title": title, "note": note, "names": names, "cells": cells, "low": low, "high": high,

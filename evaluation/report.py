@@ -85,7 +85,7 @@ def short_names(rows):
     names = [str(row["dataset"]).split("__")[-1] for row in rows]
     if len(set(names)) < len(names):
         names = ["/".join(Path(row["run"]).parts[-2:]) for row in rows]
-    return names
+    return names if len(set(names)) == len(names) else [str(row["run"]) for row in rows]
 
 
 REPORT_NOTE = """

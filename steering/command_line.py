@@ -12,8 +12,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, where there are any, and a description as it is."""
 
     def _get_help_string(self, action):
-        default = action.default not in (None, False)
-        return super()._get_help_string(action) if default else action.help
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 def new_parser(doc):

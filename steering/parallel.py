@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -18,7 +20,7 @@ def in_processes(function, items, *shared, unit="item"):
     """Yield function(item, *shared) of each item, in order, under a bar that counts units; what it
     prints to stderr comes in that order too. function: of a module; shared: what goes to each
     process once. Few items, or one core, and all is done in this process. OSError if one dies."""
-    workers, executor = min(len(items) // LEAST, os.cpu_count() or 1, MOST), None
+    workers, executor = min(len(items) // LEAST, cores(), MOST), None
     _work[:] = function, shared
     if workers > 1:
         executor = ProcessPoolExecutor(workers, initializer=_start, initargs=(function, shared))
@@ -35,8 +37,21 @@ def in_processes(function, items, *shared, unit="item"):
             executor.shutdown(cancel_futures=True)
 
 
+def cores():
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start(function, shared):
-    """What a worker does first. Ctrl-C is for the parent; a core each is what tokenizers get."""
+    """What a worker does first. Ctrl-C is for the parent, and whatever ends that ends the worker; a
+    core each is what tokenizers get."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work[:] = function, shared

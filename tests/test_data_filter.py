@@ -511,7 +511,7 @@ def test_table_is_the_same_from_several_processes_as_from_one(tmp_path, smol, ca
         parallel, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or real(*a, **k)
     )
     for cores in (1, 2):
-        monkeypatch.setattr(parallel.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(parallel, "cores", lambda cores=cores: cores)
         assert df.main(command) == 2  # of the scores that are no object
         printed.append(capsys.readouterr())
     assert printed[0] == printed[1] and pools == [(2,)]
@@ -532,13 +532,46 @@ def touch(item, folder):
 
 
 def test_a_process_that_dies_is_an_error_and_who_stops_waits_for_no_more(monkeypatch, tmp_path):
-    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
     with pytest.raises(OSError, match="a worker process died"):
         list(parallel.in_processes(die, list(range(12))))
     each = parallel.in_processes(touch, list(range(200)), tmp_path)
     assert next(each) == 0
     each.close()  # what Ctrl-C leads to
     assert 1 <= len([*tmp_path.iterdir()]) < 100
+
+
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    code = """
+import sys, time, pathlib
+sys.path[:0] = [{root!r}, {tests!r}]
+from steering import parallel
+from test_data_filter import touch
+import os
+def slow(item, folder):
+    (folder / f"pid{{os.getpid()}}").touch()
+    time.sleep(60)
+parallel.cores = lambda: 2
+list(parallel.in_processes(slow, list(range(8)), pathlib.Path({folder!r})))
+"""
+    text = code.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", text])
+
+    def alive():
+        pids = [int(path.name[3:]) for path in tmp_path.glob("pid*")]
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    def wait_for(count):
+        for _ in range(600):
+            if len(alive()) == count:
+                return True
+            time.sleep(0.05)
+        return False
+
+    assert wait_for(2)
+    process.terminate()
+    process.wait(30)
+    assert wait_for(0)
 
 
 def test_list_file_takes_full_names_bare_names_and_comments(data_root, tmp_path, capsys):

@@ -636,7 +636,8 @@ def test_prompt_prints_an_answer_per_scale_and_writes_nothing(finished, capsys):
     assert ev.main(arguments) == 0
     printed = capsys.readouterr().out
     zero, forty = printed.split("--- scale 40\n")
-    assert zero.startswith("--- scale 0\n") and zero.removeprefix("--- scale 0\n") != forty
+    head, zero = zero.split("--- scale 0\n")
+    assert head == f"=== {finished}\n" and zero != forty
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
 
 
@@ -649,6 +650,36 @@ def test_prompt_is_answered_at_the_recommended_scale_too(finished, capsys, tmp_p
         lines = capsys.readouterr().out.splitlines()
         found = [line.removeprefix("--- scale ") for line in lines if line.startswith("--- scale")]
         assert found == heads
+
+
+def test_prompt_goes_on_past_a_run_that_cannot_be_read_and_drops_none(finished, tmp_path, capsys):
+    for place in ("a", "b", "c"):  # the same persona, layer and run name, three times
+        shutil.copytree(finished, tmp_path / place / "layer1" / "src__role__pirate")
+    (tmp_path / "b/layer1/src__role__pirate/run.json").write_text("{")
+    folders = [str(tmp_path / place / "layer1/src__role__pirate") for place in ("a", "b", "c")]
+    assert ev.main(["--run", *folders, "--prompt", "Hi?", "--scales", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("--- scale 1\n") == 2 and "no readable run.json" in said.err
+    runs = [rs.read_run(folder) for folder in (folders[0], folders[2])]
+    assert (
+        len(eval_report.short_names([{"dataset": r.dataset, "run": r.folder} for r in runs])) == 2
+    )
+    assert (
+        len({*eval_report.short_names([{"dataset": r.dataset, "run": r.folder} for r in runs])})
+        == 2
+    )
+
+
+def test_what_only_talks_or_reports_takes_no_judge_beside_it(capsys):
+    judge = ["--judge", "http://x/v1", "--judge-model", "m"]
+    for flags in (["--chat", *judge], ["--prompt", "Hi", "--chat"], ["--report-only", "--chat"]):
+        with pytest.raises(SystemExit):
+            ev.parse_args(["--run", "runs", *flags])
+        assert "one of these, and no scoring" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ev.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "sampled answers and random vectors (default: 0)" in text and "None)" not in text
 
 
 def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp_path):

@@ -553,6 +553,23 @@ def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(v
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
 
 
+@pytest.mark.parametrize("dtype, off, fast", [
+    ("bfloat16", 0.06, True), ("bfloat16", 0.4, False), ("float32", 0.06, False),
+])  # fmt: skip
+def test_what_bf16_rounds_of_a_logit_is_no_reason_for_plain_forwards(monkeypatch, dtype, off, fast):
+    model, real = steered("llama"), fp.FastPath._head_logits
+    model.model.to(getattr(torch, dtype))
+
+    def rounded(self, hidden):  # half of the logits too high, as a long row's were by 0.02
+        logits = real(self, hidden)
+        return logits + off * (torch.arange(logits.shape[-1]) % 2).to(logits)
+
+    monkeypatch.setattr(fp.FastPath, "_head_logits", rounded)
+    path = fp.FastPath(model)
+    losses_of(path, rows_of(9, 14))
+    assert path.fast == fast
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: error code 12")],

@@ -59,6 +59,9 @@ def reported(trained, tmp_path_factory):  # noqa: F811
     result["samples"][1]["question"] = HOSTILE
     result["flags"] = ["no better than vanilla", HOSTILE]
     result["likelihood"]["random"]["nll"] = math.nan
+    result["likelihood"]["vanilla"]["steered_minus_interval"] = [math.nan, math.nan]
+    with open(runs[0] / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 99, "lo')  # as a kill leaves it
     write_json(runs[0] / "eval.json", result)
     out = tmp_path_factory.mktemp("report")
     assert ev.main(["--run", str(trained / "runs"), "--report-only", "--report-dir", str(out)]) == 0
@@ -98,6 +101,7 @@ def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished): 
     )
     assert run["nll"][0][:2] == ["vanilla", pytest.approx(vanilla["nll"], rel=1e-4)]
     assert next(bar for bar in run["nll"] if bar[0] == "random")[:2] == ["random", None]
+    assert row["bounds"]["minus_vanilla"] == [None, None] and run["loss"][-1][0] != 99
     assert {line["name"] for line in run["turns"]} >= {"vanilla", "prompted"}
     assert run["loss"][0][0] == 1 and run["val"][0][0] == 0 and "condition" in run["tables"]
     other = data[f"run-{1 - row['number']}"]
@@ -124,7 +128,10 @@ def test_heat_map_gives_back_its_numbers_and_curves_are_thinned(tmp_path):
     lines = [json.dumps({"step": i, "loss": math.nan if i == 0 else 1.0}) for i in range(1000)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     points = pg.curve(tmp_path / "metrics.jsonl", "loss")
-    assert 70 <= len(points) <= pg.POINTS and points[0] == [0, None]
+    assert 70 <= len(points) <= pg.POINTS + 1 and points[-1] == [999, 1.0]
+    assert pg.plain_numbers(points[0]) == [0, None]
+    nan = pg.heat_map("", "", ["a", "b"], np.array([[1.0, np.nan], [0.0, 1.0]]))
+    assert (nan["low"], nan["high"]) == (0.0, 1.0)
     assert pg.curve(tmp_path / "none", "loss") == []
 
 

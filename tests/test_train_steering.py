@@ -146,9 +146,7 @@ def test_one_epoch_caches_only_what_is_validated_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count, epochs", [(2, 4), (4, 3), (5, 2), (12, 1), (20, 1)])
-def test_epochs_are_as_many_as_make_enough_steps_and_a_run_says_which_rule(
-    tmp_path, monkeypatch, count, epochs
-):
+def test_epochs_are_as_many_as_make_enough_steps(tmp_path, monkeypatch, count, epochs):
     monkeypatch.setattr(ts, "AUTO_STEPS", 6)  # of two rows
     rows = examples([4] * count)
     assert fit(tmp_path, rows)[1]["steps"] == epochs * len(range(0, count, 2))
