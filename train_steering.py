@@ -31,7 +31,6 @@ from steering.data_layouts import data_digest, requested_names
 from steering.vector_file import VECTOR_FILE
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
-AUTO_STEPS, AUTO_EPOCHS = 150, 4  # without --num-epochs: what makes so many steps, so many at most
 # Options that do not change the vector: not in the config that decides "done" and "may resume".
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
@@ -68,8 +67,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    epochs = args.num_epochs or min(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch))
-    total = args.max_steps or epochs * steps_per_epoch
+    total = args.max_steps or args.num_epochs * steps_per_epoch
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     max_tokens = args.micro_batch_tokens
@@ -238,7 +236,6 @@ def result_config(name, args, datasets, digest):
     config |= {"name": name, "data": data, "template": template, "dtype": dtype}
     config |= {"model_digest": digest, "format_version": vector_file.FORMAT_VERSION}
     config["auto_dtype"] = args.dtype == "auto"
-    config["auto_epochs"] = None if args.num_epochs or args.max_steps else [AUTO_STEPS, AUTO_EPOCHS]
     if args.init_vector:  # what it holds counts, not where it lies
         start, _ = vector_file.load_vector(args.init_vector)
         config["init_vector"] = vector_file.vector_digest(start)
@@ -424,14 +421,14 @@ def make_parser():
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
-    text = f"peak; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
+    text = f"peak learning rate; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
     add("--lr", type=number_or_word, default="auto", help=text)
-    add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="of lr")
+    kinds = ("constant", "linear", "cosine")
+    add("--lr-scheduler", default="cosine", choices=kinds, help="its shape after warm-up")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
     add("--batch-size", type=int, default=2, help="rows of a step, times --gradient-accumulation")
     add("--gradient-accumulation", type=int, default=1, help="factor on --batch-size")
-    text = f"passes over the rows; default: for {AUTO_STEPS} steps, at most {AUTO_EPOCHS} passes"
-    add("--num-epochs", type=int, help=text)
+    add("--num-epochs", type=int, default=4, help="passes over the training rows")
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--val-fraction", type=float, help="share of the training questions to validate on")
     add("--val-every", type=int, help="steps between validations; default: half an epoch")
@@ -445,13 +442,15 @@ def make_parser():
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="runs", help="root of the run folders")
     add("--run-name", help="subfolder for a second setting on the same dataset")
-    add("--seeds", type=int, default=1, metavar="N", help="from --seed on, in subfolders seed<k>")
+    text = "train so many times, from --seed on, each in a subfolder seed<k>"
+    add("--seeds", type=int, default=1, metavar="N", help=text)
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints to keep")
     add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
     add("--print-status", action="store_true", help="only print how far the datasets are")
     add("--restart", action="store_true", help="begin anew, keeping the old files in old-<n>/")
-    add("--accept-code-change", action="store_true", help="go on with a run of other code")
+    text = "go on with an unfinished run that other code began"
+    add("--accept-code-change", action="store_true", help=text)
     return parser
 
 

@@ -32,7 +32,6 @@ from steering.vector_file import (
 ROOT = Path(__file__).resolve().parent.parent  # of this project
 ATTEMPTS = 5  # processes that may die in a run, one after the other, at the same step
 STARTED = time.time()  # of this process, almost
-FORMER_DEFAULTS = {"num_epochs": 4}  # a run that finished under them is done under today's
 log = logging.getLogger("steering")
 
 
@@ -110,9 +109,6 @@ def is_done(folder, config, defaults):
     fields = differences(config, old, defaults)
     if done and config.get("auto_dtype") and record.get("args", {}).get("dtype") == "auto":
         fields = [key for key in fields if key != "dtype"]  # what auto was on another machine
-    for key, former in FORMER_DEFAULTS.items() if done and "auto_epochs" not in old else ():
-        if (old.get(key), config.get(key)) == (former, defaults.get(key)):
-            fields = [field for field in fields if field != key]
     if not holds:
         return record.get("status") == "skipped" and not fields
     if fields:
