@@ -28,6 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sweep import read_plan
+
 import eval_steering
 import train_steering
 from evaluation import answers, measures
@@ -120,7 +122,7 @@ def plain_states(model, fast, examples):
 def teacher_states(model, fast, chat, examples, kind, train):
     """{id of an example: states of the model that sees the persona prompt}: "prompted", or
     "few_shot" with three other training rows as turns."""
-    prompts = collections.Counter(e.row["system_prompt"] for e in train)
+    prompts = answers.system_prompts(e.row for e in train)
     result = {}
     for example in examples:
         rows = [example.row]
@@ -349,14 +351,8 @@ def aim_parser():
 
 def run_plan(plan, out):
     """Train and score each line of a plan, `name | aim | options of train_steering.py`."""
-    common, loaded, contexts = "", {}, {}
-    for line in plan.read_text().splitlines():
-        name, *rest = map(str.strip, line.split("|"))
-        if not name or name.startswith("#"):
-            continue
-        if name == "all":
-            common = rest[0]
-            continue
+    loaded, contexts = {}, {}
+    for name, common, *rest in read_plan(plan):
         aim = aim_parser().parse_args(shlex.split(rest[0]))
         argv = shlex.split(f"--data-root sample_data {common} {' '.join(rest[1:])}")
         args = train_steering.parse_args(argv)
@@ -398,10 +394,7 @@ def run_plan(plan, out):
         at = [f"{k}: {v['scale']:.2f} {v['probe'] or 0:.2f}" for k, v in result["levels"].items()]
         shown = ", ".join(f"{k} {result[k]:.3f}" for k in ("validation", "heldout", "second"))
         spent = f"{took['seconds']} + {result['score_seconds']} s"
-        print(
-            f"{folder.name} {name}: {shown} | {at} | {spent}",
-            flush=True,
-        )
+        print(f"{folder.name} {name}: {shown} | {at} | {spent}", flush=True)
 
 
 # ------------------------------------------------------------------ what came out

@@ -99,18 +99,24 @@ def table(out):
             print(f"| {' | '.join(cells)} |")
 
 
+def read_plan(path):
+    """Yield [name, options of the last `all` line or "", ...] of each run of a plan file, `name |
+    options`, what else is between bars behind it."""
+    common = ""
+    for line in path.read_text().splitlines():
+        name, *fields = map(str.strip, line.split("|"))
+        if name == "all":
+            common = fields[0]
+        elif name and not name.startswith("#"):
+            yield [name, common, *fields]
+
+
 def run_plan(plan, out):
     """Train each line of a plan file, `name | units options`; a run records its own failure."""
-    common, shelf = COMMON, Shelf()
-    for line in plan.read_text().splitlines():
-        name, _, options = map(str.strip, line.partition("|"))
-        if not name or name.startswith("#"):
-            continue
-        if name == "all":
-            common = f"{COMMON} {options}"
-            continue
+    shelf = Shelf()
+    for name, common, options in read_plan(plan):
         units, _, rest = options.partition(" ")  # the line's first word: lr in residual units
-        argv = shlex.split(f"{common} {rest} --output-dir {out} --run-name {name}")
+        argv = shlex.split(f"{COMMON} {common} {rest} --output-dir {out} --run-name {name}")
         args = train_steering.parse_args(argv)
         if args.init_vector and not Path(args.init_vector).exists():
             mean_difference(args.init_vector, args.model, args.dataset[0], args.layer)

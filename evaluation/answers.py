@@ -138,6 +138,11 @@ def plain_answers(model, chat, conversations, sampling, kept):
     return [kept.found[key]["answer"] for key in keys]
 
 
+def system_prompts(rows):
+    """A Counter of the rows' system prompts, without the empty one."""
+    return Counter(row["system_prompt"] for row in rows if row["system_prompt"])
+
+
 def few_shot(rows, train, prompts):
     """The rows with SHOTS training rows, question and answer, as turns before their own, and the
     most frequent system prompt: what a user would do who has examples and no vector.
@@ -158,8 +163,7 @@ def prompted_rows(rows, train, each_prompt=False):
     versions = {}
     if rows and all(row["system_prompt"] for row in rows):
         versions["prompted"] = rows
-    prompts = Counter(example.row["system_prompt"] for example in train)
-    prompts.pop("", None)
+    prompts = system_prompts(example.row for example in train)
     if each_prompt and "prompted" in versions and len(prompts) > 1:
         for number, (prompt, _) in enumerate(prompts.most_common(MAX_PROMPTS), 1):
             versions[f"prompt {number}"] = [{**row, "system_prompt": prompt} for row in rows]

@@ -4,12 +4,11 @@ import contextlib
 import difflib
 import math
 import sys
-from collections import Counter
 from dataclasses import replace
 
 from transformers import TextStreamer
 
-from evaluation.answers import generate_answers, too_long
+from evaluation.answers import generate_answers, system_prompts, too_long
 from evaluation.report import short_names
 from steering.run_state import eval_path
 from steering.vector_file import VECTOR_FILE, read_json
@@ -129,8 +128,7 @@ class Talk:
         """The most frequent system prompt of the first persona; ValueError if it has none."""
         name = self.used[0][0]
         if name not in self.prompts:
-            rows = self.rows_of(self.runs[name][0])
-            prompts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
+            prompts = system_prompts(self.rows_of(self.runs[name][0]))
             if not prompts:
                 raise ValueError(f"no row of {name} has a system prompt")
             self.prompts[name] = prompts.most_common(1)[0][0]
