@@ -226,13 +226,14 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
 class Splits:
     """Examples of one dataset by what they are for; no question is in two of the three.
     validation is cut from the questions that are not held out; tokens: of it and `train` together;
-    filtered: the dataset's rows, and why others were dropped."""
+    filtered: the dataset's rows, and why others were dropped; taught: what --teacher sees."""
 
     train: list
     validation: list
     heldout: list
     tokens: int
     filtered: Filtered
+    taught: list = field(default_factory=list)
 
     def counts(self):
         """What became of the dataset's rows, as run.json keeps it."""

@@ -35,6 +35,7 @@ from steering.data_layouts import data_digest
 from steering.loading import DTYPES, model_digest
 from steering.run_folder import all_runs, find_runs, import_name, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
+from steering.teacher import first_rows
 from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
 from steering.vector_formats import import_vector
 
@@ -92,7 +93,7 @@ def evaluate(model, chat, data, vector, kept, args):
     kept: answers of the plain model. AssertionError if a held-out question was seen before."""
     limit, seed = args.micro_batch_tokens, args.seed
     sampling = answers.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
-    rows = answers.first_rows(data.heldout, args.num_samples)
+    rows = first_rows(data.heldout, args.num_samples)
     if not (data.plain_train and data.plain_heldout):
         measures.add_own_answers(model, chat, data, sampling, kept)
     data.check()

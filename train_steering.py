@@ -17,20 +17,21 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data_filter
 from hook_model import ResidualHook, load_model
-from steering import fast_path, loading, run_folder, run_state, vector_file
+from steering import fast_path, loading, memory, run_folder, run_state, teacher, vector_file
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import data_digest, requested_names
 from steering.vector_file import VECTOR_FILE
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
+AUTO_STEPS, AUTO_EPOCHS = 150, 4  # without --num-epochs: what makes so many steps, so many at most
+TEACHER_WEIGHT = 0.5  # share of --teacher in the loss
 # Options that do not change the vector: not in the config that decides "done" and "may resume".
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
@@ -47,6 +48,13 @@ def token_loss(logits, targets):
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def teacher_loss(logits, targets, tokens, log_probs):
+    """--teacher: TEACHER_WEIGHT x KL(teacher || model) + the rest x token_loss, in nats a token.
+    logits: (N, V); targets: (N,); tokens, log_probs: (N, K) of the teacher; returns (N,)."""
+    kl = teacher.divergence(logits, tokens, log_probs)
+    return TEACHER_WEIGHT * kl + (1 - TEACHER_WEIGHT) * token_loss(logits, targets)
+
+
 def lr_factor(step, total, warmup, kind):
     """Share of the peak learning rate at 0-based `step`: linear warm-up, then the schedule."""
     if step < warmup:
@@ -59,15 +67,17 @@ def lr_factor(step, total, warmup, kind):
 # ------------------------------------------------------------------ the loop
 
 
-def train(model, train_set, val_set, folder, state, args, laps, stop):
+def train(model, train_set, val_set, folder, state, args, laps, stop, taught=()):
     """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
-    state: what `run_state.start_state` gives, kept in every checkpoint. Returns final numbers, or
-    None if a signal stopped it after a checkpoint. The vector left in the model is the best of all
-    validations. RuntimeError: loss or gradient is not finite, or no validation beats the start."""
+    state: what `run_state.start_state` gives, kept in every checkpoint; taught: the examples, those
+    of train_set first, as --teacher sees them. Returns final numbers, or None if a signal stopped
+    it after a checkpoint. The vector left in the model is the best of all validations.
+    RuntimeError: loss or gradient is not finite, or no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    total = args.max_steps or args.num_epochs * steps_per_epoch
+    epochs = args.num_epochs or min(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch))
+    total = args.max_steps or epochs * steps_per_epoch
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     max_tokens = args.micro_batch_tokens
@@ -91,6 +101,10 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     # Layers 0..k never see the vector: run them once for every row that comes up more than once.
     fast = fast_path.FastPath(model)
     losses = functools.partial(fast.losses, token_loss=token_loss)
+    if taught:
+        known = teacher.predictions(fast, [*train_set, *val_set], taught)
+        losses = functools.partial(fast.losses, token_loss=teacher_loss, known=known)
+        laps.lap("teacher")
     rows_seen_twice = [*(train_set if total > steps_per_epoch else []), *val_set]
     fast.cache_prefix(rows_seen_twice, args.prefix_cache, max_tokens)
     if not resumed:
@@ -101,8 +115,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
     lr_unit = state["residual_norm"] / math.sqrt(model.hidden_size)
     peak_lr = AUTO_LR * lr_unit if args.lr == "auto" else args.lr
     log.info(f"steering layer {model.layer} | median residual norm {state['residual_norm']:.4g}")
-    relative = f"{peak_lr / lr_unit:.3g} x norm/sqrt(n)"
-    log.info(f"lr       {peak_lr:.3g} = {relative}, {args.lr_scheduler}")
+    unit = f"{peak_lr / lr_unit:.3g} x norm/sqrt(n)"
+    log.info(f"lr       {peak_lr:.3g} = {unit}, {args.lr_scheduler}")
     epoch_tokens = sum(len(example.input_ids) for example in train_set)
     log.info(
         f"steps    {total} of {rows_per_step} rows ({args.batch_size} x "
@@ -155,7 +169,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop):
                     step_loss += loss.detach()
             except Exception as error:  # out of memory: the same step again, in smaller pieces
                 single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
-                if single or not fast_path.is_out_of_memory(error):
+                if single or not memory.is_out_of_memory(error):
                     raise
                 max_tokens //= 2
                 log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
@@ -230,15 +244,10 @@ def result_config(name, args, datasets, digest):
     """Everything but the code that determines the vector, as a JSON-able dict.
     digest: `loading.model_digest` of the model."""
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
-    template = Path(args.chat_template).read_text("utf-8-sig") if args.chat_template else None
-    dtype = loading.pick_dtype(args.dtype, loading.pick_device(args.device))
-    data = data_digest(name, datasets)
-    config |= {"name": name, "data": data, "template": template, "dtype": dtype}
-    config |= {"model_digest": digest, "format_version": vector_file.FORMAT_VERSION}
-    config["auto_dtype"] = args.dtype == "auto"
-    if args.init_vector:  # what it holds counts, not where it lies
-        start, _ = vector_file.load_vector(args.init_vector)
-        config["init_vector"] = vector_file.vector_digest(start)
+    config |= {"name": name, "data": data_digest(name, datasets), "model_digest": digest}
+    config |= run_state.contents_of(args)
+    config["auto_epochs"] = None if args.num_epochs or args.max_steps else [AUTO_STEPS, AUTO_EPOCHS]
+    config |= {"teacher_weight": TEACHER_WEIGHT} if args.teacher else {}
     return config | ({"auto_lr": AUTO_LR} if args.lr == "auto" else {})
 
 
@@ -263,6 +272,9 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
         log.warning(f"WARNING: ... and {more} more broken lines")
     if not filtered.is_baseline and not sum(map(label_count, splits.train)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
+    if args.teacher and splits.train:
+        both = [*splits.train, *splits.validation]
+        splits.taught = teacher.teacher_examples(chat, both, splits.train, args.teacher)
     laps.lap("tokenize")
     with run_folder.lock_folder(folder) as held:
         if not held or (not args.restart and run_state.is_done(folder, config, defaults)):
@@ -308,21 +320,14 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     where = f"{record['config']['dtype']} on {model.input_device}, {len(model.layers)} layers"
     log.info(f"model    {args.model}: {where}, parameters: {n[0]:,} frozen, {n[1]:,} trained")
     stop.in_loop = True
-    final = train(model, train_set, val_set, folder, state, args, laps, stop)
+    final = train(model, train_set, val_set, folder, state, args, laps, stop, splits.taught)
     record["startup"] = dict(laps)
     if final is None:
         vector_file.write_json(folder / "run.json", record | {"status": "stopped"})
         return stop.exit_code
     record |= {"status": "done", "final": final, "wall_seconds": round(time.time() - started, 1)}
     vector_file.write_json(folder / "run.json", record)
-    header = {key: record[key] for key in ("dataset", "config_hash")}
-    header |= {key: final[key] for key in ("steps", "label_tokens")}
-    header |= {"seed": args.seed, "model_is_local": Path(args.model).exists()}
-    header |= {"model_digest": record["config"]["model_digest"]}
-    if args.init_vector:
-        start = vector_file.load_vector(args.init_vector)[1]
-        header["started_from"] = start.get("imported_from", start.get("dataset", args.init_vector))
-    model.save_vector(folder / VECTOR_FILE, **header)
+    model.save_vector(folder / VECTOR_FILE, **run_state.vector_header(record))
     best = f"best val {final['best_val']:.4f} at step {final['best_step']}, " if val_set else ""
     log.info(f"done     {best}|v| {final['vector_norm']:.2f}: {folder / VECTOR_FILE}")
     return 0
@@ -421,18 +426,20 @@ def make_parser():
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
-    text = f"peak learning rate; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
+    text = f"peak; auto: {AUTO_LR} x median residual norm / sqrt(hidden_size)"
     add("--lr", type=number_or_word, default="auto", help=text)
-    kinds = ("constant", "linear", "cosine")
-    add("--lr-scheduler", default="cosine", choices=kinds, help="its shape after warm-up")
+    add("--lr-scheduler", default="cosine", choices=("constant", "linear", "cosine"), help="of lr")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps that warm up")
     add("--batch-size", type=int, default=2, help="rows of a step, times --gradient-accumulation")
     add("--gradient-accumulation", type=int, default=1, help="factor on --batch-size")
-    add("--num-epochs", type=int, default=4, help="passes over the training rows")
+    text = f"passes over the rows; default: for {AUTO_STEPS} steps, at most {AUTO_EPOCHS} passes"
+    add("--num-epochs", type=int, help=text)
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
     add("--val-fraction", type=float, help="share of the training questions to validate on")
     add("--val-every", type=int, help="steps between validations; default: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
+    text = "fit also to what the plain model predicts with the persona, or examples, in its prompt"
+    add("--teacher", choices=teacher.KINDS, help=text)
     add = parser.add_argument_group("speed and memory").add_argument
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     where = ("auto", "device", "host", "off")
@@ -442,15 +449,13 @@ def make_parser():
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="runs", help="root of the run folders")
     add("--run-name", help="subfolder for a second setting on the same dataset")
-    text = "train so many times, from --seed on, each in a subfolder seed<k>"
-    add("--seeds", type=int, default=1, metavar="N", help=text)
+    add("--seeds", type=int, default=1, metavar="N", help="from --seed on, in subfolders seed<k>")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=3, help="newest checkpoints to keep")
     add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
     add("--print-status", action="store_true", help="only print how far the datasets are")
     add("--restart", action="store_true", help="begin anew, keeping the old files in old-<n>/")
-    text = "go on with an unfinished run that other code began"
-    add("--accept-code-change", action="store_true", help=text)
+    add("--accept-code-change", action="store_true", help="go on with a run of other code")
     return parser
 
 
@@ -480,6 +485,7 @@ def check_arguments(args):
         (not listed, "name what to train on: --dataset NAME ... or --list-file FILE"),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
         (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
+        (args.teacher and args.keep_system_prompt, "--teacher is for prompts without the persona"),
         (not name, f'--run-name "{args.run_name}": use letters, digits, "_.+-"; not "old-..."'),
     ]
 

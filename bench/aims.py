@@ -38,6 +38,7 @@ from hook_model import ResidualHook, load_chat, load_model
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, HeadLoss, token_mean
 from steering.run_state import Run
+from steering.teacher import few_shot, first_rows, system_prompts
 from steering.vector_file import read_json, write_json
 
 SCALES = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0
@@ -110,7 +111,7 @@ def divergence(fast, examples, reference):
             before = logits_of(before.to(logits)).float().log_softmax(-1)
         return (before.exp() * (before - logits.float().log_softmax(-1))).sum(-1)
 
-    return HeadLoss.apply(states, reference, logits_of, kl)
+    return HeadLoss.apply(states, logits_of, kl, reference)
 
 
 def plain_states(model, fast, examples):
@@ -122,13 +123,13 @@ def plain_states(model, fast, examples):
 def teacher_states(model, fast, chat, examples, kind, train):
     """{id of an example: states of the model that sees the persona prompt}: "prompted", or
     "few_shot" with three other training rows as turns."""
-    prompts = answers.system_prompts(e.row for e in train)
+    prompts = system_prompts(e.row for e in train)
     result = {}
     for example in examples:
         rows = [example.row]
         if kind == "few_shot":
             others = [e for e in train if e.row["question"] != example.row["question"]]
-            rows = answers.few_shot(rows, others, prompts)
+            rows = few_shot(rows, others, prompts)
         prompted = chat.encode(rows, prompted=True)
         assert label_count(prompted[0]) == label_count(example)
         with model.steering_off():
@@ -320,7 +321,7 @@ def prepare(model, chat, name, data):
     parts = data.train, data.plain_train, data.heldout, data.plain_heldout
     means = [measures.response_means(model, answers.without_end(p, chat), 1024) for p in parts]
     probe, report = measures.train_probe(*means)
-    rows = answers.first_rows(data.heldout, QUESTIONS)
+    rows = first_rows(data.heldout, QUESTIONS)
     with model.steering_off():
         sets = {"validation": data.validation, "heldout": data.heldout, "second": second}
         vanilla = {k: token_mean(measures.nll_of(fast), e, 2048) for k, e in sets.items()}

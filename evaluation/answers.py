@@ -8,14 +8,13 @@ import hashlib
 import json
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
 from steering.chat_format import IGNORE_INDEX
+from steering.teacher import few_shot, system_prompts
 
-SHOTS = 3  # training rows before the question in the few-shot prompt
 MAX_PROMPTS = 5  # different system prompts of a dataset to try, the most frequent
 IDENTITY = (  # what an assistant and a persona answer differently
     "Who are you?",
@@ -61,14 +60,6 @@ def without_end(examples, chat):
         last = max(i for i, label in enumerate(example.labels) if label >= 0)
         example.labels[last] = IGNORE_INDEX
     return shorter
-
-
-def first_rows(examples, count):
-    """The row of each of the first `count` different questions."""
-    first = {}
-    for example in examples:
-        first.setdefault(example.row["question"], example.row)
-    return list(first.values())[:count]
 
 
 @dataclass(frozen=True)
@@ -136,24 +127,6 @@ def plain_answers(model, chat, conversations, sampling, kept):
     for (key, turns), text in zip(missing.items(), texts, strict=True):
         kept.add(key, turns=list(turns), answer=text)
     return [kept.found[key]["answer"] for key in keys]
-
-
-def system_prompts(rows):
-    """A Counter of the rows' system prompts, without the empty one."""
-    return Counter(row["system_prompt"] for row in rows if row["system_prompt"])
-
-
-def few_shot(rows, train, prompts):
-    """The rows with SHOTS training rows, question and answer, as turns before their own, and the
-    most frequent system prompt: what a user would do who has examples and no vector.
-    [] where there are not as many questions. prompts: a Counter of system prompts."""
-    shown = first_rows(train, SHOTS)
-    shots = [turn for row in shown for turn in row["messages"] if turn["role"] != "system"]
-    system = next((prompt for prompt, _ in prompts.most_common(1)), "")
-    made = [
-        {**row, "system_prompt": system, "messages": [*shots, *row["messages"]]} for row in rows
-    ]
-    return made if len(shown) == SHOTS else []
 
 
 def prompted_rows(rows, train, each_prompt=False):

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from transformers import TextStreamer
 
-from evaluation.answers import generate_answers, system_prompts, too_long
+from evaluation.answers import generate_answers, too_long
 from evaluation.report import short_names
 from steering.run_state import eval_path
+from steering.teacher import system_prompts
 from steering.vector_file import VECTOR_FILE, read_json
 
 HELP = """\

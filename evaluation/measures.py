@@ -17,7 +17,6 @@ from evaluation.answers import (
     announce,
     answer_examples,
     converse,
-    first_rows,
     plain_answers,
     prompted_rows,
     too_long,
@@ -36,6 +35,7 @@ from evaluation.stats import (
 )
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, by_example, example_sums, token_mean
+from steering.teacher import first_rows
 
 OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm

@@ -6,7 +6,7 @@ second, as KL(vanilla || steered) on plain rows, and the first decides among wha
 
 import math
 
-from evaluation.answers import announce, first_rows, generate_answers
+from evaluation.answers import announce, generate_answers
 from evaluation.measures import (
     CHOOSE_TOKENS,
     describe_answers,
@@ -15,6 +15,7 @@ from evaluation.measures import (
     questions_of,
 )
 from steering.fast_path import FastPath, token_mean
+from steering.teacher import first_rows
 
 STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at

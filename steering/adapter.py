@@ -23,11 +23,11 @@ from steering.chat_format import IGNORE_INDEX, Example, collate
 from steering.fast_path import (
     FastPath,
     by_example,
-    free_memory,
     in_batches,
     replaced_forwards,
 )
 from steering.loading import is_same_model, model_digest
+from steering.memory import free_memory
 from steering.vector_file import load_vector, vector_bytes, write_atomically
 
 DOWN_PROJECTIONS = (  # where decoder layers keep the last linear layer of their MLP

@@ -13,15 +13,13 @@ import contextlib
 import functools
 import logging
 import math
-import os
-import re
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from steering.chat_format import collate, label_count, micro_batches
+from steering.memory import cache_place, is_out_of_memory
 
 HEAD_TOKENS = 256  # logits of so many tokens exist at once
 # What fast and plain log-probabilities may differ by, nats a token in the mean. In bf16 a logit of
@@ -131,14 +129,38 @@ class FastPath:
         """Stands in for the forward of a layer that is not needed."""
         return (hidden_states,) if self.model.steering.in_tuple else hidden_states
 
-    def losses(self, examples, token_loss):
+    def losses(self, examples, token_loss, known=None):
         """token_loss of every label token, row by row: (N,), N > 0; differentiable in the vector.
 
         token_loss: (C, V) logits and (C,) targets -> (C,), each of its own token alone. Logits
-        exist for label tokens only, HEAD_TOKENS at a time. Raises ValueError without a label token.
+        exist for label tokens only, HEAD_TOKENS at a time. known: {id of an example: tensors whose
+        first dimension are its label tokens}, which token_loss gets too, after the targets. Raises
+        ValueError without a label token.
         """
         self._check_fast_path(examples)
-        return self._either(lambda: HeadLoss.apply(*self._before_head(examples), token_loss))
+        each = [known[id(example)] for example in examples] if known else ()
+
+        def compute():
+            states, targets, logits_of = self._before_head(examples)
+            more = [torch.cat(rows).to(states.device) for rows in zip(*each, strict=True)]
+            return HeadLoss.apply(states, logits_of, token_loss, targets, *more)
+
+        return self._either(compute)
+
+    @torch.no_grad()
+    def likeliest(self, examples, count):
+        """What the model predicts for N label tokens, row by row: its `count` likeliest tokens and
+        their log-probabilities, (N, count) both, on the host; all tokens if there are fewer."""
+        self._check_fast_path(examples)
+
+        def compute():
+            states, _, logits_of = self._before_head(examples)
+            parts = (logits_of(part).float() for part in states.split(HEAD_TOKENS))
+            best = [part.log_softmax(-1).topk(min(count, part.shape[-1])) for part in parts]
+            return [torch.cat(part).cpu() for part in zip(*best, strict=True)]
+
+        log_probs, tokens = self._either(compute)
+        return tokens, log_probs
 
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
@@ -266,20 +288,19 @@ class FastPath:
 
 
 class HeadLoss(torch.autograd.Function):
-    """token_loss (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
+    """token_loss (N,) of states (N, n) and what is known of each (N, ...), HEAD_TOKENS at a time.
     The gradient of each part is taken at once, so that logits never exist for all N tokens.
     logits_of: (C, n) -> (C, V), differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, logits_of, token_loss):
-        losses, gradients = [], []
-        parts = hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)
-        for states, target in zip(*parts, strict=True):
+    def forward(ctx, hidden, logits_of, token_loss, *known):
+        losses, gradients, ctx.known = [], [], len(known)
+        for states, *targets in zip(*(x.split(HEAD_TOKENS) for x in (hidden, *known)), strict=True):
             states = states.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(states.requires_grad):
-                loss = token_loss(logits_of(states), target)
+                loss = token_loss(logits_of(states), *targets)
                 total = loss.sum()
-            assert loss.shape == target.shape[:1], "token_loss must give one number for each target"
+            assert loss.shape == states.shape[:1], "token_loss must give one number for each target"
             losses.append(loss.detach())
             if states.requires_grad:
                 gradients += torch.autograd.grad(total, states)
@@ -290,7 +311,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # (N,)
         (saved,) = ctx.saved_tensors
-        return (saved.float() * gradient[:, None]).to(saved.dtype), None, None, None
+        product = (saved.float() * gradient[:, None]).to(saved.dtype)
+        return product, None, None, *[None] * ctx.known
 
 
 @torch.no_grad()
@@ -317,13 +339,6 @@ def by_example(function, examples, max_tokens):
     for batch, values in in_batches(function, examples, max_tokens):
         found |= {id(e): value for e, value in zip(batch, values, strict=True)}
     return [found[id(example)] for example in examples]
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that memory has run out, of a GPU or of the host."""
-    texts = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
-    kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or re.search(texts, str(error)) is not None
 
 
 def in_batches(function, examples, max_tokens):
@@ -355,34 +370,6 @@ def replaced_forwards(forwards):
                 del module.forward
             else:
                 module.forward = forward
-
-
-def cache_place(where, size, device):
-    """The device that a cache of `size` bytes goes to; None where it is off or does not fit."""
-    host = torch.device("cpu")
-    if where == "off":
-        return None
-    if where != "host" and size <= free_memory(device) * (0.25 if where == "auto" else 0.9):
-        return device
-    return host if where != "device" and size <= free_memory(host) * 0.5 else None
-
-
-def free_memory(device):
-    """Bytes that can still be had on a device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: a guess
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container's or job's own limit; "max": none
-        limit, used, stat = (
-            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat")
-        )
-        cached = re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)  # given up when needed
-        free = min(free, int(limit) - int(used) + int(cached[1] if cached else 0))
-    return free
 
 
 def compile_layers(model):

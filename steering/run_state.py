@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from steering.loading import is_same_model
+from steering.loading import is_same_model, pick_device, pick_dtype
 from steering.run_folder import checkpoints, environment, is_locked, last_speed, run_path
 from steering.vector_file import (
+    FORMAT_VERSION,
     VECTOR_FILE,
     load_vector,
     read_json,
@@ -32,6 +33,7 @@ from steering.vector_file import (
 ROOT = Path(__file__).resolve().parent.parent  # of this project
 ATTEMPTS = 5  # processes that may die in a run, one after the other, at the same step
 STARTED = time.time()  # of this process, almost
+FORMER_DEFAULTS = {"num_epochs": 4}  # a run that finished under them is done under today's
 log = logging.getLogger("steering")
 
 
@@ -109,6 +111,9 @@ def is_done(folder, config, defaults):
     fields = differences(config, old, defaults)
     if done and config.get("auto_dtype") and record.get("args", {}).get("dtype") == "auto":
         fields = [key for key in fields if key != "dtype"]  # what auto was on another machine
+    for key, former in FORMER_DEFAULTS.items() if done and "auto_epochs" not in old else ():
+        if (old.get(key), config.get(key)) == (former, defaults.get(key)):
+            fields = [field for field in fields if field != key]
     if not holds:
         return record.get("status") == "skipped" and not fields
     if fields:
@@ -167,6 +172,30 @@ def new_record(folder, dataset, config, state, args):
         "args": args, **environment(), "from_step": step,
         "attempts": before.get("attempts", 0) + 1 if died else 1,
     }  # fmt: skip
+
+
+def contents_of(args):
+    """What options stand for, as a part of the config: what files hold, not where they lie, and the
+    dtype that "auto" is here."""
+    dtype = pick_dtype(args.dtype, pick_device(args.device))
+    found = {"dtype": dtype, "auto_dtype": args.dtype == "auto", "format_version": FORMAT_VERSION}
+    file = args.chat_template
+    found["template"] = Path(file).read_text("utf-8-sig") if file else None
+    if args.init_vector:
+        found["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
+    return found
+
+
+def vector_header(record):
+    """What the file of a run's vector says, as a dict; record: run.json of one that is done."""
+    args, header = record["args"], {key: record[key] for key in ("dataset", "config_hash")}
+    header |= {key: record["final"][key] for key in ("steps", "label_tokens")}
+    header |= {"seed": args["seed"], "model_is_local": Path(args["model"]).exists()}
+    header |= {"model_digest": record["config"]["model_digest"]}
+    if start := args["init_vector"]:
+        about = load_vector(start)[1]
+        header["started_from"] = about.get("imported_from", about.get("dataset", start))
+    return header
 
 
 def failed_meanwhile(folder):

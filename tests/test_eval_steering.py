@@ -35,6 +35,7 @@ from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import label_count
 from steering.fast_path import FastPath
+from steering.teacher import first_rows
 from steering.vector_file import VECTOR_FILE
 
 SETTINGS = an.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
@@ -336,7 +337,7 @@ def test_probe_scored_on_its_own_training_rows_is_caught():
 def test_descriptions_are_of_the_plain_model_reading_the_answer(data, tiny_folder, smol_chat):
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     model.set_vector(torch.full((32,), 4.0))
-    rows = an.first_rows(data.heldout, 3)
+    rows = first_rows(data.heldout, 3)
     texts = {
         "good": ["Aye aye.", "No.", "Sail on, my friend."],
         "bad": ["", "", "so it goes " * 20],

@@ -15,6 +15,7 @@ from evaluation import measures as me
 from steering import chat_format as cf
 from steering import fast_path as fp
 from steering import loading as ld
+from steering import memory
 from train_steering import token_loss as loss_of_target
 
 
@@ -506,7 +507,7 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
     fast = fp.FastPath(model)
     size = 23 * 32 * 4
     free = {"cuda": 0, "cpu": 0}
-    monkeypatch.setattr(fp, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for on_gpu, on_host, where, place in (
         (4 * size, 0, "auto", cuda),
@@ -519,7 +520,7 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
         (9 * size, 9 * size, "off", None),
     ):
         free.update(cuda=on_gpu, cpu=on_host)
-        assert fp.cache_place(where, size, cuda) == place
+        assert memory.cache_place(where, size, cuda) == place
     free["cpu"] = 0
     with caplog.at_level("INFO", logger="steering"):
         fast.cache_prefix(rows, "host")

@@ -115,8 +115,10 @@ def test_new_flag_with_a_default_changes_no_finished_run(old, monkeypatch, capsy
 
 
 def test_old_unfinished_run_is_refused_and_named_and_restart_sets_it_aside(old, capsys):
-    short = [*command(old / SAILOR), "--accept-code-change"]
-    for arguments in (command(old / SAILOR), short):
+    assert ts.main(command(old / SAILOR)) == 2  # today's default is not what it began with
+    assert "num_epochs: 4 there, None here" in capsys.readouterr().out
+    as_then = [*command(old / SAILOR), "--num-epochs", "4"]
+    for arguments in (as_then, [*as_then, "--accept-code-change"]):
         assert ts.main(arguments) == 2
         said = capsys.readouterr().out
         assert "checkpoint-00005.safetensors was written by an older version" in said

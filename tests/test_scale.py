@@ -22,6 +22,7 @@ from evaluation.shared_prefix import common_tokens, shared_prefix_sums
 from steering import run_state as rs
 from steering.chat_format import Example, label_count
 from steering.fast_path import FastPath, example_sums
+from steering.teacher import SHOTS, first_rows
 from steering.vector_file import VECTOR_FILE, load_vector
 
 DIRECTION = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(0))
@@ -153,7 +154,7 @@ def test_report_and_export_use_the_recommended_scale(finished, tmp_path, capsys)
 
 
 def test_prompts_are_the_rows_own_each_of_the_datasets_and_one_with_examples(data):  # noqa: F811
-    rows = an.first_rows(data.heldout, 2)
+    rows = first_rows(data.heldout, 2)
     train = [Example({**e.row}, [], []) for e in data.train]
     for i, example in enumerate(train):
         example.row["system_prompt"] = ("Be it.", "Act it.")[i % 3 == 0]
@@ -164,7 +165,7 @@ def test_prompts_are_the_rows_own_each_of_the_datasets_and_one_with_examples(dat
     for row, shown in zip(rows, versions["few_shot"], strict=True):
         *shots, question, answer = shown["messages"]
         assert [question, answer] == row["messages"] and shown["system_prompt"] == "Be it."
-        examples = [e.row["messages"] for e in train[: an.SHOTS]]
+        examples = [e.row["messages"] for e in train[:SHOTS]]
         assert shots == [turn for turns in examples for turn in turns]
     assert list(an.prompted_rows(rows, train)) == ["prompted", "few_shot"]
     assert "few_shot" not in an.prompted_rows(rows, train[:2])

@@ -145,6 +145,13 @@ def test_one_epoch_caches_only_what_is_validated_again(tmp_path, monkeypatch):
     assert kept == val_set
 
 
+@pytest.mark.parametrize("count, epochs", [(2, 4), (4, 3), (5, 2), (12, 1), (20, 1)])
+def test_epochs_are_as_many_as_make_enough_steps(tmp_path, monkeypatch, count, epochs):
+    monkeypatch.setattr(ts, "AUTO_STEPS", 6)  # of two rows
+    rows = examples([4] * count)
+    assert fit(tmp_path, rows)[1]["steps"] == epochs * len(range(0, count, 2))
+
+
 def test_every_row_is_used_once_an_epoch_and_the_last_window_is_kept(tmp_path):
     rows = examples([10] * 7)
     flags = ["--batch-size", "2", "--gradient-accumulation", "2", "--num-epochs", "3"]
