@@ -102,7 +102,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     fast = fast_path.FastPath(model)
     losses = functools.partial(fast.losses, token_loss=token_loss)
     if taught:
-        known = teacher.predictions(fast, [*train_set, *val_set], taught)
+        known = teacher.predictions(fast, [*train_set, *val_set], taught, max_tokens)
         losses = functools.partial(fast.losses, token_loss=teacher_loss, known=known)
         laps.lap("teacher")
     rows_seen_twice = [*(train_set if total > steps_per_epoch else []), *val_set]

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from evaluation.answers import (
     too_long,
     without_end,
 )
-from evaluation.shared_prefix import shared_prefix_sums
 from evaluation.stats import (
     TEXT_METRICS,
     auroc,
@@ -35,7 +33,8 @@ from evaluation.stats import (
 )
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, by_example, example_sums, token_mean
-from steering.teacher import first_rows
+from steering.shared_prefix import after_shared_prefix
+from steering.teacher import check_prompted, first_rows
 
 OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm
@@ -156,11 +155,12 @@ def heldout_losses(model, chat, examples, vectors, max_tokens, train=()):
         for condition, rows in prompted_rows([e.row for e in examples], train).items():
             announce(f"held-out rows: {condition}")
             prompted = chat.encode(rows, prompted=True)
-            check_prompted(prompted, examples, chat)
+            check_prompted(chat, examples, prompted)
             if too_long(model, [example.input_ids for example in prompted]):
                 continue
-            shared = shared_prefix_sums(model.model, prompted, token_nll, max_tokens)
-            losses[condition] = shared or example_sums(nll_of(fast), prompted, max_tokens)
+            shared = after_shared_prefix(model.model, prompted, token_nll, max_tokens)
+            sums = [nats.sum().item() for nats in shared] if shared else None
+            losses[condition] = sums or example_sums(nll_of(fast), prompted, max_tokens)
     for condition, directions in vectors.items():
         announce(f"held-out rows: {condition}")
         each = []
@@ -203,16 +203,6 @@ def likelihood(model, chat, data, vector, difference, scale, max_tokens, seed):
         "recovered": recovered_fraction(losses, scored, questions),
         "coefficients": {"chosen_on": data.chosen_on, **chosen},
     }
-
-
-def check_prompted(prompted, examples, chat):
-    """AssertionError unless the prompt is there, and the tokens scored are the same ones."""
-    for with_prompt, without in zip(prompted, examples, strict=True):
-        text = chat.tokenizer.decode(with_prompt.input_ids)
-        text, prompt = (normalize("NFC", t) for t in (text, with_prompt.row["system_prompt"]))
-        assert prompt.strip() in text, "the prompted row has no prompt"
-        scored = [[t for t in e.labels if t >= 0] for e in (with_prompt, without)]
-        assert len(scored[0]) == len(scored[1]), "the prompt changed which tokens are scored"
 
 
 def add_own_answers(model, chat, data, sampling, kept):

@@ -148,19 +148,17 @@ class FastPath:
         return self._either(compute)
 
     @torch.no_grad()
-    def likeliest(self, examples, count):
-        """What the model predicts for N label tokens, row by row: its `count` likeliest tokens and
-        their log-probabilities, (N, count) both, on the host; all tokens if there are fewer."""
+    def predictions(self, examples, per_token):
+        """What per_token makes of what is predicted for N label tokens, row by row: (N, ...).
+        per_token: logits (C, V) and targets (C,) -> (C, ...)."""
         self._check_fast_path(examples)
 
         def compute():
-            states, _, logits_of = self._before_head(examples)
-            parts = (logits_of(part).float() for part in states.split(HEAD_TOKENS))
-            best = [part.log_softmax(-1).topk(min(count, part.shape[-1])) for part in parts]
-            return [torch.cat(part).cpu() for part in zip(*best, strict=True)]
+            states, targets, logits_of = self._before_head(examples)
+            parts = zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+            return torch.cat([per_token(logits_of(part), target) for part, target in parts])
 
-        log_probs, tokens = self._either(compute)
-        return tokens, log_probs
+        return self._either(compute)
 
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).

@@ -8,7 +8,12 @@ of a prompt into the model, context distillation (Snell et al., 2022), here into
 """
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
+from unicodedata import normalize
+
+import torch
+
+from steering.shared_prefix import after_shared_prefix
 
 KINDS = "prompted", "few_shot"
 SHOTS = 3  # training rows before the question in the few-shot prompt
@@ -44,7 +49,14 @@ def few_shot(rows, train, prompts):
     return made
 
 
-def predictions(fast, examples, prompted):
+def likeliest(logits, targets=None):
+    """The TOP likeliest tokens of logits (N, V) and their log-probabilities: (N, 2, TOP) fp32,
+    which holds every number of a token exactly."""
+    best = logits.float().log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+    return torch.stack([best.indices.float(), best.values], dim=1)
+
+
+def predictions(fast, examples, prompted, max_tokens):
     """{id of an example: the TOP likeliest tokens of the plain model at its label tokens, given
     the prompted one's text, and their log-probabilities, (N, TOP) both}. fast: a FastPath.
     ValueError for a prompt longer than the model takes."""
@@ -53,9 +65,18 @@ def predictions(fast, examples, prompted):
     if limit and max(tokens) > limit:
         raise ValueError(f"--teacher: a prompt of {max(tokens)} tokens, the model takes {limit}")
     log.info(f"teacher  {len(prompted)} prompts with the persona, {sum(tokens):,} tokens")
+    known, alike = {}, defaultdict(list)  # by the turns before the question
+    for example, other in zip(examples, prompted, strict=True):
+        before = tuple(turn["content"] for turn in other.row["messages"][:-2])
+        alike[before].append((example, other))
     with fast.model.steering_off():
-        each = [fast.likeliest([example], TOP) for example in prompted]
-    return {id(example): found for example, found in zip(examples, each, strict=True)}
+        for pairs in alike.values():
+            group = [other for _, other in pairs]
+            found = after_shared_prefix(fast.model.model, group, likeliest, max_tokens)
+            found = found or [fast.predictions([other], likeliest) for other in group]
+            for (example, _), best in zip(pairs, found, strict=True):
+                known[id(example)] = best[:, 0].long().cpu(), best[:, 1].cpu()
+    return known
 
 
 def divergence(logits, tokens, log_probs):
@@ -79,8 +100,18 @@ def teacher_examples(chat, examples, train, kind):
         if not rows:
             raise ValueError(f"--teacher few_shot: needs {SHOTS + 1} questions to train on")
     made = chat.encode(rows, prompted=True)
-    for example, prompted in zip(examples, made, strict=True):
-        answers = [[t for t in e.labels if t >= 0] for e in (example, prompted)]
-        if answers[0] != answers[1]:
-            raise ValueError(f"the prompt changes tokens of the answer {example.row['question']!r}")
+    check_prompted(chat, examples, made)
     return made
+
+
+def check_prompted(chat, examples, prompted):
+    """ValueError unless each prompt is there, and the tokens that carry loss are the same ones."""
+    for example, other in zip(examples, prompted, strict=True):
+        text = normalize("NFC", chat.tokenizer.decode(other.input_ids))
+        if normalize("NFC", other.row["system_prompt"]).strip() not in text:
+            raise ValueError(f"no system prompt before {example.row['question']!r}")
+        answers = [[t for t in e.labels if t >= 0] for e in (example, other)]
+        if answers[0] != answers[1]:
+            raise ValueError(
+                f"a prompt changes tokens of the answer to {example.row['question']!r}"
+            )

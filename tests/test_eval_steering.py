@@ -187,7 +187,7 @@ def test_swapped_baselines_are_caught(data, finished, tiny_folder, smol_chat, mo
         fault.setattr(
             type(smol_chat), "messages", lambda self, row, prompted=False: row["messages"]
         )
-        with pytest.raises(AssertionError, match="has no prompt"):
+        with pytest.raises(ValueError, match="no system prompt before"):
             compare_with_reference(tiny_folder, smol_chat, data.heldout, vector)
     with monkeypatch.context() as fault:  # "vanilla" is steered by whatever was there
         fault.setattr(hm.SteerModel, "steering_off", lambda self: contextlib.nullcontext())

@@ -18,10 +18,10 @@ from evaluation import answers as an
 from evaluation import measures as me
 from evaluation import scale as sc
 from evaluation.kept import Kept
-from evaluation.shared_prefix import common_tokens, shared_prefix_sums
 from steering import run_state as rs
 from steering.chat_format import Example, label_count
 from steering.fast_path import FastPath, example_sums
+from steering.shared_prefix import after_shared_prefix, common_tokens
 from steering.teacher import SHOTS, first_rows
 from steering.vector_file import VECTOR_FILE, load_vector
 
@@ -199,16 +199,16 @@ def test_a_shared_beginning_changes_no_loss(architecture):
         rest = torch.randint(3, 160, (length,), generator=generator).tolist()
         examples.append(Example({}, start + rest, [-100] * 72 + rest[2:]))
     assert common_tokens(examples) == 70
-    got = shared_prefix_sums(model, examples, me.token_nll, 12)
+    got = after_shared_prefix(model, examples, me.token_nll, 12)
     for example, found in zip(examples, got, strict=True):
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
         count = label_count(example)
         nats = model(input_ids=ids, labels=labels).loss.item() * count
-        assert found == pytest.approx(nats, rel=1e-4)
-    assert shared_prefix_sums(model, examples[:2], me.token_nll, 12) is None  # nothing to gain
+        assert found.sum().item() == pytest.approx(nats, rel=1e-4)
+    assert after_shared_prefix(model, examples[:2], me.token_nll, 12) is None  # nothing to gain
     with pytest.MonkeyPatch.context() as fault:  # a cache that is not what it should be
         fault.setattr(type(model), "forward", strange(type(model).forward))
-        assert shared_prefix_sums(model, examples, me.token_nll, 12) is None
+        assert after_shared_prefix(model, examples, me.token_nll, 12) is None
 
 
 def strange(forward):

@@ -43,18 +43,28 @@ def slow_loss(model, example, prompted, weight):
 
 @pytest.mark.parametrize("kind", teacher.KINDS)
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_loss_and_gradient_are_those_of_a_slow_version(splits, smol_chat, kind, fast_path):
+def test_loss_and_gradient_are_those_of_a_slow_version(
+    splits, smol_chat, kind, fast_path, monkeypatch
+):
     model = hm.SteerModel(tiny("llama", vocab_size=len(smol_chat.tokenizer)), 1)
     model.set_vector(torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(1)))
-    rows = splits.train[:2]
+    rows, found = splits.train[:7], []
+    real = teacher.after_shared_prefix
+    monkeypatch.setattr(
+        teacher, "after_shared_prefix", lambda *args: found.append(real(*args)) or found[-1]
+    )
     prompted = teacher.teacher_examples(smol_chat, rows, splits.train, kind)
     fast = FastPath(model)
     if fast_path:
         fast.cache_prefix(rows)
     else:
         fast.fast = False
-    known = teacher.predictions(fast, rows, prompted)
+    known = teacher.predictions(fast, rows, prompted, 1024)
     assert fast.fast is fast_path
+    # Four of the seven rows are asked after the same three.
+    assert [part and len(part) for part in found] == (
+        [None] if kind == "prompted" else [None, None, None, 4]
+    )
     values = fast.losses(rows, ts.teacher_loss, known)
     counts = [sum(t >= 0 for t in e.labels) for e in rows]
     got = [part.mean() for part in values.split(counts)]

@@ -1,4 +1,4 @@
-"""NLL of examples that begin alike, such as few-shot prompts: the beginning is run once."""
+"""Predictions for examples that begin alike, as few-shot prompts do: the beginning is run once."""
 
 import copy
 import inspect
@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from steering.chat_format import IGNORE_INDEX, collate
-from steering.fast_path import example_sums
+from steering.chat_format import IGNORE_INDEX, collate, label_count
+from steering.fast_path import by_example
 
 LEAST = 64  # tokens in common from which on it is worth it
 
@@ -22,9 +22,10 @@ def common_tokens(examples):
 
 
 @torch.no_grad()
-def shared_prefix_sums(model, examples, token_loss, max_tokens):
-    """token_loss summed over each example's label tokens, or None where nothing is to be gained or
-    the model's cache does not give what the whole text gives. model: a Hugging Face causal LM."""
+def after_shared_prefix(model, examples, per_token, max_tokens):
+    """[per_token of each example's label tokens], or None where nothing is to be gained or the
+    model's cache does not give what the whole text gives. model: a Hugging Face causal LM;
+    per_token: logits (N, V) and targets (N,) -> (N, ...)."""
     count = common_tokens(examples)
     if len(examples) < 3 or count < LEAST:
         return None
@@ -34,11 +35,14 @@ def shared_prefix_sums(model, examples, token_loss, max_tokens):
     prefix = torch.tensor([examples[0].input_ids[:count]], device=device)
     rests = [replace(e, input_ids=e.input_ids[count:], labels=e.labels[count:]) for e in examples]
 
-    def losses(batch, past=None):
+    def predictions(batch, past=None):
         ids, labels = (part.to(device) for part in collate(batch))
         logits = model(input_ids=ids, use_cache=past is not None, **{name: past}).logits
         at = labels[:, 1:] != IGNORE_INDEX
-        return token_loss(logits[:, :-1][at], labels[:, 1:][at])
+        return logits[:, :-1][at], labels[:, 1:][at]
+
+    def nll(logits, targets):
+        return -logits.float().log_softmax(-1).gather(-1, targets[:, None]).mean().item()
 
     try:
         cache = getattr(model(input_ids=prefix, use_cache=True), name)
@@ -46,12 +50,15 @@ def shared_prefix_sums(model, examples, token_loss, max_tokens):
         def after_prefix(batch):
             past = copy.deepcopy(cache)
             past.batch_repeat_interleave(len(batch))
-            return losses(batch, past)
+            return predictions(batch, past)
 
-        found = example_sums(after_prefix, rests, max_tokens)
-        whole = losses(examples[:1]).sum().item()  # not alike where a cache is another thing
+        def each(batch):
+            return per_token(*after_prefix(batch)).split([label_count(rest) for rest in batch])
+
+        # Not alike where a cache is another thing.
+        parts, whole = nll(*after_prefix(rests[:1])), nll(*predictions(examples[:1]))
+        off = abs(parts - whole) / abs(whole)
+        close = off <= (1e-4 if model.dtype == torch.float32 else 0.01)
+        return by_example(each, rests, max_tokens) if close else None
     except (TypeError, AttributeError, ValueError, RuntimeError):
         return None
-    off = abs(found[0] - whole) / abs(whole)
-    close = off <= (1e-4 if model.dtype == torch.float32 else 0.01)
-    return found if close else None
