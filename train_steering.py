@@ -25,7 +25,7 @@ import data_filter
 from hook_model import ResidualHook, load_model
 from steering import fast_path, loading, memory, run_folder, run_state, teacher, vector_file
 from steering.chat_format import label_count, micro_batches
-from steering.command_line import exit_code, new_parser, number_or_word, parse
+from steering.command_line import count_or_word, exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import data_digest, requested_names
 from steering.vector_file import VECTOR_FILE
 
@@ -36,7 +36,8 @@ TEACHER_WEIGHT = 0.5  # share of --teacher in the loss
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
     gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
-    accept_code_change print_todo print_status output_dir run_name trust_remote_code seeds
+    accept_code_change plan plan_memory plan_tflops print_todo print_status output_dir run_name
+    trust_remote_code seeds
 """
 log = logging.getLogger("steering")
 
@@ -64,6 +65,11 @@ def lr_factor(step, total, warmup, kind):
     return {"constant": 1.0, "linear": 1.0 - progress, "cosine": cosine}[kind]
 
 
+def epochs_of(args, steps_per_epoch):
+    """How many passes over the rows are made."""
+    return args.num_epochs or min(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch))
+
+
 # ------------------------------------------------------------------ the loop
 
 
@@ -76,8 +82,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    epochs = args.num_epochs or min(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps_per_epoch))
-    total = args.max_steps or epochs * steps_per_epoch
+    total = args.max_steps or epochs_of(args, steps_per_epoch) * steps_per_epoch
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     max_tokens = args.micro_batch_tokens
@@ -380,6 +385,10 @@ def run_datasets(args, laps, stop, loaded):
                     fast_path.compile_layers(loaded[0])
                 if args.gradient_checkpointing:
                     fast_path.checkpoint_layers(loaded[0])
+                if args.micro_batch_tokens == "auto":
+                    args.micro_batch_tokens = plan_for(args).tokens_now(
+                        loaded[0].input_device, args.gradient_checkpointing
+                    )
             seeded = torch.Generator().manual_seed(args.seed)
             start = ResidualHook(hidden_size, args.init_scale, seeded)
             loaded[0].steering.load_state_dict(start.state_dict())
@@ -406,6 +415,23 @@ def run_datasets(args, laps, stop, loaded):
         laps.lap("over")
         laps.clear()
     return max(codes)
+
+
+def plan_for(args):
+    """The Plan of training a vector on args.model, from its config."""
+    from steering.plan import Plan
+
+    where = args.dtype, "fake", None, args.trust_remote_code
+    return Plan(load_model(args.model, args.layer, *where), token_loss)
+
+
+def print_plan(args):
+    """--plan: print what training would take; returns the exit code."""
+    rows = args.target_tokens / 400  # tokens of a usual row
+    steps = math.ceil(rows / args.batch_size / args.gradient_accumulation)
+    names = requested_names({}, args.dataset, args.list_file) or ["one"]
+    plan_for(args).show(args, epochs_of(args, steps), len(names))
+    return 0
 
 
 # ------------------------------------------------------------------ command line
@@ -441,11 +467,15 @@ def make_parser():
     text = "fit also to what the plain model predicts with the persona, or examples, in its prompt"
     add("--teacher", choices=teacher.KINDS, help=text)
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
+    text = "padded tokens a forward pass; auto: what --plan says"
+    add("--micro-batch-tokens", type=count_or_word, default=1024, metavar="N", help=text)
     where = ("auto", "device", "host", "off")
     add("--prefix-cache", default="auto", choices=where, help="place of what layers 0..k give")
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
     add("--compile", action="store_true", help="torch.compile the layers above --layer")
+    add("--plan", action="store_true", help="only print what training takes, from the config")
+    add("--plan-memory", type=float, default=80.0, help="GiB of a device to plan for")
+    add("--plan-tflops", type=float, default=400.0, help="its TFLOP/s: 40%% of an H100's in bf16")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="runs", help="root of the run folders")
     add("--run-name", help="subfolder for a second setting on the same dataset")
@@ -482,7 +512,10 @@ def check_arguments(args):
     lr = 0 < args.lr < math.inf if number else args.lr == "auto"
     return [
         (not lr, f'--lr {args.lr}: must be "auto" or a number above 0'),
-        (not listed, "name what to train on: --dataset NAME ... or --list-file FILE"),
+        (
+            not listed and not args.plan,
+            "name what to train on: --dataset NAME ... or --list-file FILE",
+        ),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
         (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
         (args.teacher and args.keep_system_prompt, "--teacher is for prompts without the persona"),
@@ -498,6 +531,8 @@ def main(argv=None):
     log.setLevel(logging.INFO)
     log.handlers[:] = [run_folder.Console()]
     logging.raiseExceptions = False  # a full disk or a closed console must not stop a run
+    if args.plan:
+        return exit_code(print_plan, args)
     return exit_code(run, args, laps, run_folder.StopRequest())
 
 

@@ -22,11 +22,16 @@ def new_parser(doc):
     return argparse.ArgumentParser(description=doc.strip(), **options)
 
 
-def number_or_word(text):
-    """A number, if the text is one; otherwise the text."""
+def number_or_word(text, kind=float):
+    """A number of a kind, if the text is one; otherwise the text."""
     with contextlib.suppress(ValueError):
-        return float(text)
+        return kind(text)
     return text
+
+
+def count_or_word(text):
+    """A whole number, if the text is one; otherwise the text."""
+    return number_or_word(text, int)
 
 
 BOUNDS = {  # kind of number: (whether a value is one, what to say otherwise)
@@ -40,13 +45,14 @@ BOUNDS = {  # kind of number: (whether a value is one, what to say otherwise)
 
 def parse(parser, argv, bounds, checks):
     """Parsed options; all that are bad are reported at once, before anything is read.
-    bounds: {key of BOUNDS: names of options, separated by spaces}, None being no value; checks:
-    a function of the options that gives (whether something is wrong, what) pairs."""
+    bounds: {key of BOUNDS: names of options, separated by spaces}, None and "auto" being no value;
+    checks: a function of the options that gives (whether something is wrong, what) pairs."""
     args, problems = parser.parse_args(argv), []
     for kind, keys in bounds.items():
         holds, otherwise = BOUNDS[kind]
         for key in keys.split():
-            if (value := getattr(args, key)) is not None and not holds(value):
+            value = getattr(args, key)
+            if value not in (None, "auto") and (isinstance(value, str) or not holds(value)):
                 problems.append(f"--{key.replace('_', '-')} {value}: {otherwise}")
     problems += [what for wrong, what in checks(args) if wrong]
     if problems:

@@ -181,13 +181,32 @@ def load_chat(name, chat_template=None, trust_remote_code=False, template=None, 
     return ChatFormat(tokenizer, date)
 
 
+def fake_weights(name, dtype, trust_remote_code=False):
+    """The transformers model of a config, of torch's fake tensors: shapes without content.
+    dtype: "auto", that of a GPU, or a key of DTYPES. ValueError if there is no such config."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = read_config(name, trust_remote_code)
+    options = {"dtype": DTYPES[pick_dtype(dtype, "cuda")], "trust_remote_code": trust_remote_code}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        except ValueError:
+            model = AutoModelForImageTextToText.from_config(config, **options)
+    model.config._name_or_path = name
+    return model
+
+
 def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
-    dtype: "auto" or a key of DTYPES; device_map: as in transformers, needs accelerate. Raises
-    ValueError if the model or the device is not there."""
+    dtype: "auto" or a key of DTYPES; device: "fake" for `fake_weights`; device_map: as in
+    transformers, needs accelerate. Raises ValueError if the model or the device is not there."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
+    if device == "fake":
+        return fake_weights(name, dtype, trust_remote_code)
     device, gguf = pick_device(device), name.endswith(".gguf")
     if device == "cpu":
         keep_freed_memory()

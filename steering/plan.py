@@ -1,0 +1,144 @@
+"""What training takes, from the model's config alone: bytes, floating point operations, hours.
+
+    plan = Plan(load_model("Qwen/Qwen3-32B", 22, device="fake"), token_loss)
+    print(plan.step_bytes(1024), plan.flops(1024, epochs=2))
+
+The training step itself runs, on torch's fake tensors, which have shapes and no content. So what is
+counted is what this code would allocate and multiply, whatever the architecture.
+"""
+
+import types
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from steering.fast_path import FastPath, checkpoint_layers
+from steering.memory import free_memory
+
+ROW, PROMPT = 256, 48  # tokens of a row, and those of them without loss
+TOKENS = 1024  # of a forward pass, by default
+SIZES = [ROW * 2**i for i in range(7)]  # of micro-batches: 256 to 16,384 tokens
+GIB = 2**30
+RESERVE = 2 * GIB  # of a device, for what is not tensors, and gaps between them
+
+
+class LiveBytes(TorchDispatchMode):
+    """Context: bytes of the storages that operations inside of it make, until they are freed.
+    peak: the most at once; known: tensors that were there before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, size)
+        return result
+
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Plan:
+    """What training a vector takes. model: a SteerModel, of fake weights (or real ones, to check);
+    token_loss: that of train_steering.py."""
+
+    def __init__(self, model, token_loss):
+        self.model, self.token_loss = model, token_loss
+
+    def fast_path(self):
+        """A FastPath that is not checked: there are no numbers to compare."""
+        fast = FastPath(self.model)
+        fast.fast = True
+        return fast
+
+    def step(self, tokens):
+        """A function: loss and gradient of a micro-batch of so many tokens, its prefix cached."""
+        labels = [-100] * PROMPT + [0] * (ROW - PROMPT)
+        row, fast = types.SimpleNamespace(input_ids=[0] * ROW, labels=labels), self.fast_path()
+        fast.cache[id(row)] = (
+            row,
+            torch.zeros(ROW, self.model.hidden_size, dtype=self.model.model.dtype),
+        )
+
+        def step():
+            fast.losses([row] * (tokens // ROW), self.token_loss).sum().backward()
+            self.model.steering.vector.grad = None
+
+        return step
+
+    def step_bytes(self, tokens):
+        """The most bytes that a step of so many tokens holds at once, beyond weights and cache."""
+        step = self.step(tokens)
+        with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
+            step()
+        return live.peak
+
+    def flops(self, tokens, epochs):
+        """Floating point operations of training: layers 0..k once, the rest in each epoch.
+        Counted apart from bytes, since the counter keeps alive what checkpointing frees."""
+        step, ids = self.step(tokens), torch.zeros(tokens // ROW, ROW, dtype=torch.long)
+        with FlopCounterMode(display=False) as prefix, self.model.steering_off():
+            self.fast_path().layer_output(ids)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return prefix.get_total_flops() + epochs * counter.get_total_flops()
+
+    def weight_bytes(self):
+        """Bytes of the model's parameters and buffers, those that are shared once."""
+        tensors = [*self.model.model.parameters(), *self.model.model.buffers()]
+        each = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        return sum(each.values())
+
+    def micro_batch(self, room):
+        """(bytes of a step of TOKENS, tokens of the largest of SIZES whose step fits into `room`
+        bytes, 0 if none does). Bytes grow linearly with tokens."""
+        few, many = (self.step_bytes(tokens) for tokens in (TOKENS, 4 * TOKENS))
+        slope = (many - few) / (3 * TOKENS)
+        return few, max((n for n in SIZES if few + slope * (n - TOKENS) <= room), default=0)
+
+    def tokens_now(self, device, checkpointing):
+        """Tokens of the largest micro-batch that fits beside the weights that are there already."""
+        if checkpointing:
+            checkpoint_layers(self.model)
+        return self.micro_batch(0.9 * free_memory(device))[1] or SIZES[0]
+
+    def show(self, args, epochs, datasets):
+        """Print it, for a device of args.plan_memory GiB and args.plan_tflops.
+        args: options of train_steering.py; epochs: passes over the rows; datasets: how many."""
+        model, weights, budget = self.model, self.weight_bytes(), args.target_tokens
+        cache = budget * model.hidden_size * model.model.dtype.itemsize / GIB
+        count = sum(p.numel() for p in model.model.parameters())
+        dtype = str(model.model.dtype).removeprefix("torch.")
+        print(f"model    {model.name}: {count:,} parameters, {dtype}, {len(model.layers)} layers")
+        print(f"weights  {weights / GIB:.1f} GiB")
+        print(f"cache    {cache:.2f} GiB of layers 0..{model.layer}, on the device or the host")
+        work = self.flops(TOKENS, epochs) / TOKENS * budget
+        room, fits = args.plan_memory * GIB - weights - RESERVE, []
+        for option in ("", " --gradient-checkpointing"):
+            if option:
+                checkpoint_layers(model)
+            need, tokens = self.micro_batch(room)
+            print(f"step     {need / GIB:.2f} GiB for {TOKENS:,} tokens a forward pass{option}")
+            fits += [f"--micro-batch-tokens {tokens}{option}"] if tokens else []
+        least = (weights + need + RESERVE) / GIB
+        none = f"too small, {least:.0f} GiB are needed: --device-map auto over several, --quantize"
+        print(f"{args.plan_memory:g} GiB".ljust(8), ", or ".join(fits) or none)
+        seconds = work / args.plan_tflops / 1e12
+        hours = f"{datasets} of them {datasets * seconds / 3600:.2g} h"
+        print(
+            f"compute  {work / 1e15:.3g} PFLOP a dataset of {budget:,} tokens, {epochs} epochs: "
+            f"{seconds:.2g} s at {args.plan_tflops:g} TFLOP/s, {hours}"
+        )
