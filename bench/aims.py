@@ -43,7 +43,7 @@ from steering.vector_file import read_json, write_json
 
 SCALES = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0
 KL_LEVELS = 0.25, 0.5, 0.75, 1.0  # nats a token, that vectors are compared at
-QUESTIONS, NEW_TOKENS = 12, 48
+QUESTIONS, TIMES, NEW_TOKENS = 20, 3, 48  # each question is answered so many times
 MARGIN, MARGIN_WEIGHT, PLAIN_WEIGHT = 0.5, 6.0, 0.6  # of the contrast, as in EasyEdit
 
 
@@ -242,13 +242,13 @@ def lexicon(data, size=60):
     return {*sorted(frequent, key=odds, reverse=True)[:size]}
 
 
-def answers_at(model, chat, turns, scales):
+def answers_at(model, chat, turns, scales, seed=0):
     """[scale][question]: answers, all written at once."""
-    sampling = answers.Sampling(NEW_TOKENS, 0.7, 0, len(turns))
+    sampling = answers.Sampling(NEW_TOKENS, 0.7, seed, len(turns))
     steering, result = model.steering, []
     if not steering.only_prompt:
         every = [turn for _ in scales for turn in turns]
-        wide = answers.Sampling(NEW_TOKENS, 0.7, 0, len(every))
+        wide = answers.Sampling(NEW_TOKENS, 0.7, seed, len(every))
         scale = torch.tensor([s for s in scales for _ in turns])
         with steering.rows(scale):
             model.generate = model.model.generate  # a scale of its own for each row
@@ -293,10 +293,12 @@ def score(model, chat, data, context, vector, limit):
     scales = np.interp(np.sqrt(levels), np.sqrt(order), [*curve]).tolist()
     scales = [*scales, 1.0]
     levels = [*map(str, levels), "x1"]
-    texts = answers_at(model, chat, context["turns"], scales)
+    each = [answers_at(model, chat, context["turns"], scales, seed) for seed in range(TIMES)]
+    texts = [[text for part in parts for text in part] for parts in zip(*each, strict=True)]
     result["levels"] = {}
     for level, scale, each in zip(levels, scales, texts, strict=True):
-        examples = answers.without_end(answers.answer_examples(chat, context["rows"], each), chat)
+        written = answers.answer_examples(chat, context["rows"] * TIMES, each)
+        examples = answers.without_end(written, chat)
         found = {"scale": scale, "texts": each, "probe": None}
         if examples:
             means = measures.response_means(model, examples, limit)
@@ -360,7 +362,8 @@ def run_plan(plan, out):
         dataset, model_name = args.dataset[0], Path(args.model).name
         folder = out / f"{model_name}-{args.layer}-{dataset}-seed{args.seed}"
         path = folder / f"{name}.json"
-        if path.exists():
+        before = read_json(path) if path.exists() else {}
+        if before.get("times") == TIMES:
             continue
         if args.model not in loaded:
             loaded.clear()
@@ -380,14 +383,18 @@ def run_plan(plan, out):
                 raise SystemExit(f"{dataset}: no plain rows")
             contexts[key] = data, prepare(model, chat, dataset, data)
         data, context = contexts[key]
-        if aim.mean_difference:
+        if before:  # scored with fewer answers: only that is done again
+            vector = torch.tensor(before["vector"])
+            took = {key: before[key] for key in ("tokens", "seconds", "steps")}
+            model.set_vector(vector)
+        elif aim.mean_difference:
             vector, took = context["difference"], {"tokens": 0, "seconds": 0.0, "steps": 0}
             model.set_vector(vector)
         else:
             vector, took = fit(model, chat, data, aim, args)
         started = time.time()
         result = score(model, chat, data, context, vector, 2048)
-        result |= {"vanilla": context["vanilla"]}
+        result |= {"vanilla": context["vanilla"], "times": TIMES}
         result |= {**took, "aim": rest[0], "options": argv, "auroc": context["auroc"]}
         result |= {"vector": vector.tolist(), "score_seconds": round(time.time() - started, 1)}
         folder.mkdir(parents=True, exist_ok=True)
