@@ -157,7 +157,8 @@ def fit(model, chat, data, aim, args):
         groups.append({"params": [steering.alpha], "lr": 0.0, "factor": 0.02 / (0.05 * unit)})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     per_epoch = math.ceil(len(train) / args.batch_size)
-    total, step = args.num_epochs * per_epoch, 0
+    epochs = train_steering.epochs_of(args, per_epoch)
+    total, step = epochs * per_epoch, 0
 
     def loss_of(batch):
         """The aim's loss of the rows of a step."""
@@ -190,7 +191,7 @@ def fit(model, chat, data, aim, args):
             loss = loss + aim.neutral_kl * effect
         return loss
 
-    for _ in range(args.num_epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(train), generator=shuffle).tolist()
         for start in range(0, len(order), args.batch_size):
             loss = loss_of([train[i] for i in order[start : start + args.batch_size]])
