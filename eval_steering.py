@@ -32,7 +32,7 @@ from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
-from steering.loading import DTYPES, model_digest
+from steering.loading import DTYPES, QUANTIZE, model_digest
 from steering.run_folder import all_runs, find_runs, import_name, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.teacher import first_rows
@@ -281,6 +281,7 @@ def make_parser():
     add("--kind", choices=("role", "trait"), help="as --source-model")
     add("--model", help="where the model is now, if not where it was; --vector needs it")
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
+    add("--quantize", choices=QUANTIZE, help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
@@ -358,7 +359,7 @@ def tasks_of(args):
 
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
-    keys = ("data_root", "source_model", "kind", "model", "dtype", "device")
+    keys = ("data_root", "source_model", "kind", "model", "dtype", "quantize", "device")
     return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 

@@ -314,7 +314,7 @@ def run(args):
     workshop = Workshop(args.force, len(every))
     given = {key: value for key, value in vars(args).items() if value is not None}
     places = ("data_root", "source_model", "kind", "dtype", "device")
-    changes = {key: given[key] for key in places if key in given}
+    changes = {key: given[key] for key in places if key in given} | {"quantize": "none"}
     if args.model and Path(args.model).exists():  # the runs' own may be gone
         changes["model"] = args.model
     for folder, out in every:

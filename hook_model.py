@@ -193,16 +193,25 @@ class SteerModel(nn.Module):
             return self.model.generate(*args, **kwargs)
 
 
-def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_remote_code=False):
+def load_model(
+    name,
+    layer,
+    dtype="auto",
+    device="auto",
+    device_map=None,
+    trust_remote_code=False,
+    quantize="none",
+):
     """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
     dtype: "auto", "bf16", "fp32" or "fp16"; device: "auto", "cuda", "cuda:1", "mps" or "cpu";
-    device_map: as in transformers, needs accelerate. Raises ValueError if the model, the layer, the
-    dtype or the device is not there."""
+    device_map: as in transformers, needs accelerate; quantize: "none", "4bit" or "8bit", needs
+    bitsandbytes. Raises ValueError if model, layer, dtype or device is not there."""
     name = str(name)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
-    return SteerModel(load_weights(name, dtype, device, device_map, trust_remote_code), layer)
+    options = dtype, device, device_map, trust_remote_code, quantize
+    return SteerModel(load_weights(name, *options), layer)
 
 
 class Shelf:
@@ -224,7 +233,7 @@ class Shelf:
 
     def model(self, run):
         """The run's model, with the vector's place at the run's layer."""
-        keys = ("dtype", "device", "device_map", "trust_remote_code")
+        keys = ("dtype", "device", "device_map", "trust_remote_code", "quantize")
         loading = {key: run.args[key] for key in keys if key in run.args}
         loading["name"] = run.args["model"]
         if self._loading != loading:

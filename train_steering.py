@@ -379,8 +379,8 @@ def run_datasets(args, laps, stop, loaded):
         try:
             if not loaded:
                 log.info(f"loading  {args.model}")
-                where = args.dtype, args.device, args.device_map
-                loaded.append(load_model(args.model, args.layer, *where, args.trust_remote_code))
+                where = args.dtype, args.device, args.device_map, args.trust_remote_code
+                loaded.append(load_model(args.model, args.layer, *where, args.quantize))
                 if args.compile:
                     fast_path.compile_layers(loaded[0])
                 if args.gradient_checkpointing:
@@ -446,6 +446,7 @@ def make_parser():
     add("--dtype", default="auto", choices=("auto", *loading.DTYPES), help="auto: native bf16")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
+    add("--quantize", default="none", choices=loading.QUANTIZE, help="needs bitsandbytes")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("steering").add_argument
     add("--layer", type=int, default=22, help="0-based decoder layer whose output gets the vector")

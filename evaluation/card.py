@@ -35,8 +35,9 @@ def card(source, vector, scale, formats, names, folder):
         title = about.get("imported_from", about.get("started_from", title))
     made = "imported" if untrained or "imported_from" in about else "trained"
     place = f"the output of decoder block {layer} (counted from 0), at every token"
+    quantized = f", {about['quantize']} in training" if "quantize" in about else ""
     facts = {
-        "base model": f"`{model}` ({about['model_type']}), frozen",
+        "base model": f"`{model}` ({about['model_type']}), frozen{quantized}",
         "layer": f"{layer}: added to {place}",
         "scale": f"the files hold {scale:g} x the vector as {made}",
         "vector": f"{len(vector):,} numbers, norm {vector.norm():.4g}",

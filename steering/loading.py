@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from steering.vector_file import base_name
 
 CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 CONFIG_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
+QUANTIZE = "none", "4bit", "8bit"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -198,12 +200,30 @@ def fake_weights(name, dtype, trust_remote_code=False):
     return model
 
 
-def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
+def quantization(bits, dtype):
+    """transformers' config for weights of linear layers as "4bit" (NF4) or "8bit", by bitsandbytes,
+    that computes in a dtype. Embeddings, norms and head stay as they are."""
+    try:
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--quantize needs: pip install bitsandbytes accelerate") from error
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every product that it casts
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **kind)
+
+
+def load_weights(name, dtype, device, device_map=None, trust_remote_code=False, quantize="none"):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
     dtype: "auto" or a key of DTYPES; device: "fake" for `fake_weights`; device_map: as in
-    transformers, needs accelerate. Raises ValueError if the model or the device is not there."""
+    transformers, needs accelerate; quantize: of QUANTIZE. Raises ValueError if the model or the
+    device is not there, or a package is missing."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     if device == "fake":
         return fake_weights(name, dtype, trust_remote_code)
@@ -216,7 +236,12 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    if quantize != "none":
+        if gguf:
+            raise ValueError("--quantize is not for .gguf files, which are dequantized")
+        options["quantization_config"] = quantization(quantize, options["dtype"])
+        device_map = options["device_map"] = device_map or {"": device}
     options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
     try:
         try:
@@ -227,6 +252,9 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False):
             model = AutoModelForImageTextToText.from_pretrained(**options)  # used without images
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits: packed, it has no gradient
+            module.support_avx512bf16_for_cpu = False
     if gguf:  # it is a plain model now
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

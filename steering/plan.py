@@ -96,11 +96,15 @@ class Plan:
             step()
         return prefix.get_total_flops() + epochs * counter.get_total_flops()
 
-    def weight_bytes(self):
+    def weight_bytes(self, quantize="none"):
         """Bytes of the model's parameters and buffers, those that are shared once."""
-        tensors = [*self.model.model.parameters(), *self.model.model.buffers()]
+        model = self.model.model
+        tensors = [*model.parameters(), *model.buffers()]
         each = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        return sum(each.values())
+        head, bits = model.get_output_embeddings(), 8 * model.dtype.itemsize
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        saved = bits - {"none": bits, "4bit": 4.5, "8bit": 8}[quantize]  # NF4 has a scale for 64
+        return sum(each.values()) - sum(m.weight.numel() for m in linear) * saved / 8
 
     def micro_batch(self, room):
         """(bytes of a step of TOKENS, tokens of the largest of SIZES whose step fits into `room`
@@ -118,12 +122,15 @@ class Plan:
     def show(self, args, epochs, datasets):
         """Print it, for a device of args.plan_memory GiB and args.plan_tflops.
         args: options of train_steering.py; epochs: passes over the rows; datasets: how many."""
-        model, weights, budget = self.model, self.weight_bytes(), args.target_tokens
+        model, budget = self.model, args.target_tokens
+        weights = self.weight_bytes(args.quantize)
         cache = budget * model.hidden_size * model.model.dtype.itemsize / GIB
         count = sum(p.numel() for p in model.model.parameters())
         dtype = str(model.model.dtype).removeprefix("torch.")
         print(f"model    {model.name}: {count:,} parameters, {dtype}, {len(model.layers)} layers")
-        print(f"weights  {weights / GIB:.1f} GiB")
+        print(
+            f"weights  {weights / GIB:.1f} GiB" + f", {args.quantize}" * (args.quantize != "none")
+        )
         print(f"cache    {cache:.2f} GiB of layers 0..{model.layer}, on the device or the host")
         work = self.flops(TOKENS, epochs) / TOKENS * budget
         room, fits = args.plan_memory * GIB - weights - RESERVE, []

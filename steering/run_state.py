@@ -192,6 +192,7 @@ def vector_header(record):
     header |= {key: record["final"][key] for key in ("steps", "label_tokens")}
     header |= {"seed": args["seed"], "model_is_local": Path(args["model"]).exists()}
     header |= {"model_digest": record["config"]["model_digest"]}
+    header |= {"quantize": args["quantize"]} if args["quantize"] != "none" else {}
     if start := args["init_vector"]:
         about = load_vector(start)[1]
         header["started_from"] = about.get("imported_from", about.get("dataset", start))
