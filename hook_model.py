@@ -201,16 +201,18 @@ def load_model(
     device_map=None,
     trust_remote_code=False,
     quantize="none",
+    tensor_parallel=False,
 ):
     """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
     dtype: "auto", "bf16", "fp32" or "fp16"; device: "auto", "cuda", "cuda:1", "mps" or "cpu";
     device_map: as in transformers, needs accelerate; quantize: "none", "4bit" or "8bit", needs
-    bitsandbytes. Raises ValueError if model, layer, dtype or device is not there."""
+    bitsandbytes; tensor_parallel: this process of torchrun has a part of it. Raises ValueError if
+    model, layer, dtype or device is not there."""
     name = str(name)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     check_layer(layer, model_shape(name, trust_remote_code)[0], name)
-    options = dtype, device, device_map, trust_remote_code, quantize
+    options = dtype, device, device_map, trust_remote_code, quantize, tensor_parallel
     return SteerModel(load_weights(name, *options), layer)
 
 

@@ -16,14 +16,26 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
+from argparse import Namespace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data_filter
 from hook_model import ResidualHook, load_model
-from steering import fast_path, loading, memory, run_folder, run_state, teacher, vector_file
+from steering import (
+    fast_path,
+    loading,
+    memory,
+    ranks,
+    run_folder,
+    run_state,
+    teacher,
+    vector_file,
+)
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import count_or_word, exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import data_digest, requested_names
@@ -35,11 +47,15 @@ TEACHER_WEIGHT = 0.5  # share of --teacher in the loss
 # Options that do not change the vector: not in the config that decides "done" and "may resume".
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind strict chat_template device device_map compile
-    gradient_checkpointing prefix_cache micro_batch_tokens save_every keep_checkpoints restart
-    accept_code_change plan plan_memory plan_tflops print_todo print_status output_dir run_name
-    trust_remote_code seeds
+    tensor_parallel gradient_checkpointing prefix_cache micro_batch_tokens save_every
+    keep_checkpoints restart accept_code_change plan plan_memory plan_tflops print_todo
+    print_status output_dir run_name trust_remote_code seeds
 """
 log = logging.getLogger("steering")
+
+
+class NoVector(RuntimeError):
+    """A training that leads to no vector, whichever machine it is tried on."""
 
 
 def token_loss(logits, targets):
@@ -78,7 +94,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     state: what `run_state.start_state` gives, kept in every checkpoint; taught: the examples, those
     of train_set first, as --teacher sees them. Returns final numbers, or None if a signal stopped
     it after a checkpoint. The vector left in the model is the best of all validations.
-    RuntimeError: loss or gradient is not finite, or no validation beats the start."""
+    NoVector: loss or gradient is not finite, or no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
     rows_per_step = args.batch_size * args.gradient_accumulation
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
@@ -149,7 +165,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     def out_of_patience():
         return args.patience is not None and state["bad_validations"] >= args.patience
 
-    bar = tqdm(total=total, initial=state["step"], unit="step", disable=None)
+    quiet = ranks.rank() > 0 or None  # None: where there is no terminal
+    bar = tqdm(total=total, initial=state["step"], unit="step", disable=quiet)
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics, bar:
         if val_set and not resumed:
             log.info(f"step {0:05d}/{total:05d} | {validate()}before training")
@@ -174,7 +191,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
                     step_loss += loss.detach()
             except Exception as error:  # out of memory: the same step again, in smaller pieces
                 single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
-                if single or not memory.is_out_of_memory(error):
+                if single or ranks.size() > 1 or not memory.is_out_of_memory(error):
                     raise
                 max_tokens //= 2
                 log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
@@ -183,10 +200,11 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
                 continue
 
             # Update; nothing has touched the vector yet if this raises.
+            ranks.share_gradients(parameters)
             step_loss = step_loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()  # not clipped
             if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
-                raise RuntimeError(
+                raise NoVector(
                     f"step {state['step'] + 1}: loss {step_loss}, gradient norm {grad_norm}. "
                     "Try a lower --lr, a higher --warmup-ratio, or --dtype fp32"
                 )
@@ -220,16 +238,17 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
             bar.update()
 
             # Checkpoint, and leave if a signal came in during the step.
-            if last or stop.exit_code or out_of_patience() or state["step"] % args.save_every == 0:
+            stopped = ranks.agree(stop.exit_code)
+            if last or stopped or out_of_patience() or state["step"] % args.save_every == 0:
                 checkpoint()
-            if stop.exit_code:
+            if stopped:
                 log.info(f"stopped  by a signal after step {state['step']}: start again to go on")
                 return None
     if out_of_patience():
         log.info(f"stopped  early: the last {args.patience} validations were no better")
     if val_set:
         if state["best_step"] == 0:
-            raise RuntimeError(
+            raise NoVector(
                 f"no validation in {state['step']} steps was better than the start "
                 f"({state['best_val']:.4f}). Try a lower --lr or more steps"
             )
@@ -302,6 +321,8 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
                 failed = {"status": "failed", "error": str(error)}
                 with contextlib.suppress(OSError, ValueError):  # the disk may be full
                     vector_file.write_json(folder / "run.json", record | failed)
+                if ranks.size() > 1 and not isinstance(error, NoVector):
+                    raise SystemExit(1) from error  # the others may be anywhere: torchrun ends them
                 return 1
             finally:
                 stop.in_loop = False
@@ -311,8 +332,9 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     """Train and write run.json (`record`), then the vector, which exists only if all went well."""
     if record["attempts"] > run_state.ATTEMPTS:
         raise RuntimeError(f"its process died {run_state.ATTEMPTS} times in a row")
-    model, started = get_model(), time.time()  # no model, no run.json
     train_set, val_set = splits.train, splits.validation
+    ranks.agree((vars(args), train_set, val_set, state, splits.taught))
+    model, started = get_model(), time.time()  # no model, no run.json
     laps.lap("load")
     vector_file.write_json(folder / "run.json", record)
     log.info(f"dataset  {record['dataset']}: {record['counts']['summary']}")
@@ -341,6 +363,44 @@ def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
 # ------------------------------------------------------------------ many datasets
 
 
+def prepared_model(args, loaded):
+    """The model, with the vector at its start. loaded: a list that holds it from the first use on.
+    Raises SystemExit if it does not load, since then no dataset can be trained."""
+    try:
+        if not loaded:
+            log.info(f"loading  {args.model}")
+            where = args.dtype, args.device, args.device_map, args.trust_remote_code
+            kind = {"quantize": args.quantize, "tensor_parallel": args.tensor_parallel}
+            loaded.append(load_model(args.model, args.layer, *where, **kind))
+            if args.compile:
+                fast_path.compile_layers(loaded[0])
+            if args.gradient_checkpointing:
+                fast_path.checkpoint_layers(loaded[0])
+            if args.micro_batch_tokens == "auto":
+                here = loaded[0].input_device, args.gradient_checkpointing
+                args.micro_batch_tokens = plan_for(args).tokens_now(*here)
+        seeded = torch.Generator().manual_seed(args.seed)
+        start = ResidualHook(loaded[0].hidden_size, args.init_scale, seeded)
+        loaded[0].steering.load_state_dict(start.state_dict())
+        if args.init_vector:
+            loaded[0].load_vector(args.init_vector)
+    except ValueError as error:
+        log.error(f"error: {error}")
+        raise SystemExit(2) from error
+    return loaded[0]
+
+
+def follow(stop):
+    """--tensor-parallel, all ranks but the first: train what rank 0 trains; returns 0."""
+    loaded, stop.in_loop = [], True  # when to stop, rank 0 says
+    for options, train_set, val_set, state, taught in ranks.jobs():
+        model = prepared_model(args := Namespace(**options), loaded)
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NoVector):
+            laps = run_folder.Laps()
+            train(model, train_set, val_set, Path(folder), state, args, laps, stop, taught)
+    return 0
+
+
 def run(args, laps, stop):
     """Train every requested dataset under each seed, with one model load; the worst exit code."""
     name, codes, loaded = args.run_name, [], []
@@ -359,7 +419,7 @@ def run_datasets(args, laps, stop, loaded):
     datasets = data_filter.DataOptions.of(vars(args)).datasets()
     names = requested_names(datasets, args.dataset, args.list_file, args.source_model, args.kind)
     if not args.print_status:  # which starts without transformers
-        num_layers, hidden_size = loading.model_shape(args.model, args.trust_remote_code)
+        num_layers, _ = loading.model_shape(args.model, args.trust_remote_code)
         loading.check_layer(args.layer, num_layers, args.model)
     digest = loading.model_digest(args.model)
     config_of = functools.partial(result_config, args=args, datasets=datasets, digest=digest)
@@ -374,31 +434,7 @@ def run_datasets(args, laps, stop, loaded):
     if args.include_missing_scores:
         log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
 
-    def get_model():
-        """The model, loaded at its first use, with the vector at its start."""
-        try:
-            if not loaded:
-                log.info(f"loading  {args.model}")
-                where = args.dtype, args.device, args.device_map, args.trust_remote_code
-                loaded.append(load_model(args.model, args.layer, *where, args.quantize))
-                if args.compile:
-                    fast_path.compile_layers(loaded[0])
-                if args.gradient_checkpointing:
-                    fast_path.checkpoint_layers(loaded[0])
-                if args.micro_batch_tokens == "auto":
-                    args.micro_batch_tokens = plan_for(args).tokens_now(
-                        loaded[0].input_device, args.gradient_checkpointing
-                    )
-            seeded = torch.Generator().manual_seed(args.seed)
-            start = ResidualHook(hidden_size, args.init_scale, seeded)
-            loaded[0].steering.load_state_dict(start.state_dict())
-            if args.init_vector:
-                loaded[0].load_vector(args.init_vector)
-        except ValueError as error:  # no use in trying the other datasets
-            log.error(f"error: {error}")
-            raise SystemExit(2) from error
-        return loaded[0]
-
+    get_model = functools.partial(prepared_model, args, loaded)
     codes = []
     for name in names:
         try:
@@ -446,6 +482,8 @@ def make_parser():
     add("--dtype", default="auto", choices=("auto", *loading.DTYPES), help="auto: native bf16")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
+    text = "share the model between the processes of torchrun"
+    add("--tensor-parallel", action="store_true", help=text)
     add("--quantize", default="none", choices=loading.QUANTIZE, help="needs bitsandbytes")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("steering").add_argument
@@ -517,6 +555,10 @@ def check_arguments(args):
             not listed and not args.plan,
             "name what to train on: --dataset NAME ... or --list-file FILE",
         ),
+        (
+            args.tensor_parallel and (args.device_map or args.quantize != "none"),
+            "--tensor-parallel goes without --device-map and --quantize",
+        ),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
         (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
         (args.teacher and args.keep_system_prompt, "--teacher is for prompts without the persona"),
@@ -534,7 +576,15 @@ def main(argv=None):
     logging.raiseExceptions = False  # a full disk or a closed console must not stop a run
     if args.plan:
         return exit_code(print_plan, args)
-    return exit_code(run, args, laps, run_folder.StopRequest())
+    stop = run_folder.StopRequest()
+    if args.tensor_parallel and (code := exit_code(ranks.start, loading.pick_device(args.device))):
+        return code
+    if ranks.rank():
+        log.handlers[:] = [logging.NullHandler()]
+        return follow(stop)
+    code = exit_code(run, args, laps, stop)
+    ranks.agree(None)
+    return code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from steering import ranks
 from steering.chat_format import collate, label_count, micro_batches
 from steering.memory import cache_place, is_out_of_memory
 
@@ -47,6 +48,8 @@ class FastPath:
         dtype, device = model.model.dtype, model.steering.vector.device
         size = tokens * model.hidden_size * dtype.itemsize
         place = cache_place(where, size, device)
+        if not ranks.everywhere(place is not None):
+            place = None
         about = f"prefix   {tokens:,} tokens x {model.hidden_size:,} = {size / 2**30:.2f} GiB"
         if place is None:
             reason = "turned off" if where == "off" else "does not fit, so not cached"

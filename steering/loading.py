@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from steering import ranks
 from steering.chat_format import ChatFormat
 from steering.vector_file import base_name
 
@@ -217,11 +218,19 @@ def quantization(bits, dtype):
     return BitsAndBytesConfig(load_in_4bit=True, **kind)
 
 
-def load_weights(name, dtype, device, device_map=None, trust_remote_code=False, quantize="none"):
+def load_weights(
+    name,
+    dtype,
+    device,
+    device_map=None,
+    trust_remote_code=False,
+    quantize="none",
+    tensor_parallel=False,
+):
     """The transformers model of a name, on its device; `model.name_or_path` is the name.
     dtype: "auto" or a key of DTYPES; device: "fake" for `fake_weights`; device_map: as in
-    transformers, needs accelerate; quantize: of QUANTIZE. Raises ValueError if the model or the
-    device is not there, or a package is missing."""
+    transformers, needs accelerate; quantize: of QUANTIZE; tensor_parallel: a part for this process,
+    see ranks.py. Raises ValueError if the model or the device is not there, or a package."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
@@ -242,6 +251,12 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False, 
             raise ValueError("--quantize is not for .gguf files, which are dequantized")
         options["quantization_config"] = quantization(quantize, options["dtype"])
         device_map = options["device_map"] = device_map or {"": device}
+    if tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        ranks.check_heads(read_config(name, trust_remote_code))
+        options["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=ranks.size())
+        del options["device_map"]
     options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
     try:
         try:
@@ -260,4 +275,4 @@ def load_weights(name, dtype, device, device_map=None, trust_remote_code=False, 
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.config._name_or_path = name
-    return model if device_map else model.to(device)
+    return model if device_map or tensor_parallel else model.to(device)

@@ -1,0 +1,79 @@
+"""--tensor-parallel: the processes of torchrun that hold a part of one model each.
+
+    torchrun --nproc-per-node 4 train_steering.py --dataset NAME --tensor-parallel
+
+Rank 0 does what a single process does: it reads, decides, trains, writes and speaks. The others get
+each of its trainings as a job, and run it with their part of the model on the same rows, writing
+into a folder that nobody sees. The model is transformers' own; every rank has the whole vector.
+In a single process, all of this does nothing.
+"""
+
+import datetime
+import os
+
+import torch
+from torch import distributed
+
+WAIT = datetime.timedelta(hours=2)  # for one process, before the others give up
+words = None  # the group that objects go through, by the host
+
+
+def start(device):
+    """Join the processes that torchrun has started; ValueError if it did not start this one.
+    device: "cuda" or "cpu"."""
+    global words
+    if "LOCAL_RANK" not in os.environ:
+        how = "torchrun --nproc-per-node N train_steering.py ..."
+        raise ValueError(f"--tensor-parallel: start it as {how}")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=WAIT)
+    words = distributed.new_group(backend="gloo", timeout=WAIT)
+
+
+def size():
+    """How many processes share the model."""
+    return distributed.get_world_size() if words else 1
+
+
+def rank():
+    """Which of them this is."""
+    return distributed.get_rank() if words else 0
+
+
+def agree(value):
+    """Rank 0's value, on every rank."""
+    if not words:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, group=words)
+    return box[0]
+
+
+def jobs():
+    """Of the other ranks: what rank 0 gives to `agree`, until it is None."""
+    while (job := agree(None)) is not None:
+        yield job
+
+
+def everywhere(flag):
+    """Whether a flag is true on every rank."""
+    each = [flag] * size()
+    if words:
+        distributed.all_gather_object(each, flag, group=words)
+    return all(each)
+
+
+def share_gradients(parameters):
+    """Give all ranks the gradients of rank 0, so that their vectors stay the same bit for bit."""
+    for parameter in parameters if words else ():
+        distributed.broadcast(parameter.grad, src=0)
+
+
+def check_heads(config):
+    """ValueError unless the ranks can share a model's attention heads evenly."""
+    text = config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(text, name, None) or 0
+        if count % size():
+            raise ValueError(f"--tensor-parallel: {size()} processes do not divide {name}, {count}")

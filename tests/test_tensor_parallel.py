@@ -1,0 +1,99 @@
+"""--tensor-parallel: processes of torchrun that share a model train the vector of a single one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+from test_train_steering import command, read_vector, the_folder
+
+import train_steering as ts
+from steering.loading import load_tokenizer
+
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(count, argv):
+    """torchrun of the training script with so many processes."""
+    line = [*TORCHRUN, str(count), "train_steering.py", *argv]
+    line += ["--tensor-parallel"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=ENV, start_new_session=True, **pipe)
+
+
+def finished(process, seconds=100):
+    """(exit code, what it said) of a process; it is killed after so many seconds."""
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def folder(request, smol, tmp_path_factory):
+    path, tokenizer = tmp_path_factory.mktemp("models") / request.param, load_tokenizer(smol)
+    tiny(request.param, vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_two_processes_train_the_vector_of_one_and_go_on_where_they_were_killed(
+    folder, data_root, tmp_path
+):
+    assert ts.main(command(data_root, folder, tmp_path / "one")) == 0
+    argv = command(data_root, folder, tmp_path / "two")
+    code, said = finished(start(2, argv))
+    assert code == 0, said
+    assert said.count("done     best val") == 1  # one rank speaks, and writes
+    one, two = (read_vector(tmp_path / name) for name in ("one", "two"))
+    assert (one - two).norm() < 1e-3 * one.norm()
+    there = the_folder(tmp_path / "two")
+    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").open()]
+    assert len(steps) == len((the_folder(tmp_path / "one") / "metrics.jsonl").open().readlines())
+
+    # From the checkpoint of step 4 on: the same vector, bit for bit.
+    for file in ("steering_vector.safetensors", "checkpoint-00006.pt"):
+        (there / file).unlink()
+    code, said = finished(start(2, argv))
+    assert code == 0 and "resume   after step 4" in said
+    assert torch.equal(read_vector(tmp_path / "two"), two)
+
+
+def test_killed_rank_ends_all_and_the_same_command_goes_on(data_root, tiny_folder, tmp_path):
+    argv = command(data_root, tiny_folder, tmp_path, "--save-every", "5")
+    argv[argv.index("--max-steps") + 1] = "100000"
+    process = start(2, argv)
+    while not list(tmp_path.rglob("checkpoint-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code, said = finished(process, 100)
+    assert code != 0 and "Signal 9 (SIGKILL)" in said
+    assert not list(tmp_path.rglob("steering_vector.safetensors"))
+    process = start(2, argv)
+    for line in process.stdout:
+        if "resume   after step" in line:
+            break
+    process.terminate()  # a checkpoint, and the end
+    code, said = finished(process, 100)
+    assert "by a signal after step" in said
+
+
+def test_what_it_needs_is_said(data_root, tiny_folder, tmp_path, capsys):
+    argv = command(data_root, tiny_folder, tmp_path, "--tensor-parallel")
+    assert ts.main(argv) == 2
+    assert "torchrun --nproc-per-node N" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ts.parse_args([*argv, "--quantize", "4bit"])
+    code, said = finished(start(3, argv[:-1]))
+    assert code != 0 and "3 processes do not divide num_attention_heads, 4" in said
