@@ -1,7 +1,7 @@
 """What training takes, from the model's config alone: bytes, floating point operations, hours.
 
     plan = Plan(load_model("Qwen/Qwen3-32B", 22, device="fake"), token_loss)
-    print(plan.step_bytes(1024), plan.flops(1024, epochs=2))
+    print(plan.step_bytes(1024), plan.step_flops(1024))
 
 The training step itself runs, on torch's fake tensors, which have shapes and no content. So what is
 counted is what this code would allocate and multiply, whatever the architecture.
@@ -86,15 +86,20 @@ class Plan:
             step()
         return live.peak
 
-    def flops(self, tokens, epochs):
-        """Floating point operations of training: layers 0..k once, the rest in each epoch.
+    def step_flops(self, tokens):
+        """Floating point operations of a step of so many tokens.
         Counted apart from bytes, since the counter keeps alive what checkpointing frees."""
-        step, ids = self.step(tokens), torch.zeros(tokens // ROW, ROW, dtype=torch.long)
-        with FlopCounterMode(display=False) as prefix, self.model.steering_off():
-            self.fast_path().layer_output(ids)
+        step = self.step(tokens)
         with FlopCounterMode(display=False) as counter:
             step()
-        return prefix.get_total_flops() + epochs * counter.get_total_flops()
+        return counter.get_total_flops()
+
+    def prefix_flops(self, tokens):
+        """Floating point operations of layers 0..k for so many tokens."""
+        ids = torch.zeros(tokens // ROW, ROW, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, self.model.steering_off():
+            self.fast_path().layer_output(ids)
+        return counter.get_total_flops()
 
     def weight_bytes(self, quantize="none"):
         """Bytes of the model's parameters and buffers, those that are shared once."""
@@ -132,7 +137,8 @@ class Plan:
             f"weights  {weights / GIB:.1f} GiB" + f", {args.quantize}" * (args.quantize != "none")
         )
         print(f"cache    {cache:.2f} GiB of layers 0..{model.layer}, on the device or the host")
-        work = self.flops(TOKENS, epochs) / TOKENS * budget
+        work = self.prefix_flops(TOKENS) + epochs * self.step_flops(TOKENS)
+        work *= budget / TOKENS
         room, fits = args.plan_memory * GIB - weights - RESERVE, []
         for option in ("", " --gradient-checkpointing"):
             if option:

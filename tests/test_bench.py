@@ -1,11 +1,11 @@
-"""bench/: the scripts run, and the floor is the work that the fast path really does."""
+"""bench/: the scripts run, and say what they claim to say."""
 
+import json
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, persona_rows, write_raw
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
 import aims
@@ -18,33 +18,43 @@ from evaluation.answers import Sampling, generate_answers
 from hook_model import load_chat, load_model
 from steering.fast_path import FastPath
 from steering.run_state import read_run
-from train_steering import token_loss
 
 
 def test_gpu_bench_runs_on_a_cpu_with_a_tiny_shape(capsys):
     flags = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--steps", "1"]
     bench_gpu.main([*flags, "--rows", "4", "--length", "24", "--micro-batch-tokens", "48", "96"])
     lines = capsys.readouterr().out.splitlines()
-    assert "tiny, layer 2 of 4, fp32 on cpu" in lines[0]
-    assert any("96 tokens" in line for line in lines if line.startswith("matrix products"))
-    table = [line.split() for line in lines if line.startswith(("full ", "cached "))]
-    assert [row[:2] for row in table] == [
-        ["full", "48"], ["full", "96"], ["cached", "48"], ["cached", "96"]
+    assert lines[0].startswith("fp32 on cpu, torch") and "matrix products" in lines[0]
+    table = [line.split("|")[1:] for line in lines if line.startswith("| tiny")]
+    assert [[cell.strip() for cell in row[1:4]] for row in table] == [
+        ["full", "4", "48"], ["full", "4", "96"], ["cached", "4", "48"], ["cached", "4", "96"]
     ]  # fmt: skip
-    assert all(float(row[3].replace(",", "")) > 0 for row in table)
+    assert all(float(row[4]) > 0 for row in table)
 
 
-def test_floor_is_what_a_counter_of_operations_sees_of_a_cached_step():
-    model = bench_gpu.build("tiny", 1, "fp32", "cpu")
-    rows = bench_gpu.make_rows(4, 12, 1000)
-    fast = FastPath(model)
-    fast.cache_prefix(rows)
-    fast.losses(rows, token_loss)  # the check against the plain path, once, is not part of a step
-    with FlopCounterMode(display=False) as counter:
-        fast.losses(rows, token_loss).sum().backward()
-    assert bench_gpu.floor_flops("tiny", 1, rows) == pytest.approx(
-        counter.get_total_flops(), rel=0.1
-    )
+@pytest.mark.full
+def test_all_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, capsys):
+    flags = ["--all", "--shape", "tiny", "--device", "cpu", "--steps", "1", "--rows", "2", "4"]
+    assert bench_gpu.main([*flags, "--length", "64", "--out", str(tmp_path / "all.json")]) == 0
+    said = capsys.readouterr().out
+    assert "7 of 7 checks passed" in said and "FAILED" not in said
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [row["path"] for row in found["steps"]] == [
+        "full", "cached", "full", "cached", "checkpointing", "compiled"
+    ]  # fmt: skip
+    assert len(found["profile"]) == 10 and found["attention"]["MATH"] > 0
+
+
+def test_gpu_benchmark_notices_a_model_that_computes_something_else(monkeypatch):
+    assert bench_gpu.compare_architecture("Llama", "cpu")["ok"]
+    real, seen = bench_gpu.SteerModel.set_vector, []
+
+    def other(self, vector):  # on the device under test, twice the vector
+        seen.append(vector)
+        real(self, vector * len(seen))
+
+    monkeypatch.setattr(bench_gpu.SteerModel, "set_vector", other)
+    assert not bench_gpu.compare_architecture("Llama", "cpu")["ok"]
 
 
 def test_sweep_scores_every_run_on_the_same_rows_of_questions_that_none_trained_on(
