@@ -15,38 +15,36 @@ import torch
 from torch import distributed
 
 WAIT = datetime.timedelta(hours=2)  # for one process, before the others give up
-words = None  # the group that objects go through, by the host
 
 
 def start(device):
     """Join the processes that torchrun has started; ValueError if it did not start this one.
     device: "cuda" or "cpu"."""
-    global words
     if "LOCAL_RANK" not in os.environ:
         how = "torchrun --nproc-per-node N train_steering.py ..."
         raise ValueError(f"--tensor-parallel: start it as {how}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=WAIT)
-    words = distributed.new_group(backend="gloo", timeout=WAIT)
+    backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backends, timeout=WAIT)
 
 
 def size():
     """How many processes share the model."""
-    return distributed.get_world_size() if words else 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank():
     """Which of them this is."""
-    return distributed.get_rank() if words else 0
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def agree(value):
     """Rank 0's value, on every rank."""
-    if not words:
+    if size() == 1:
         return value
     box = [value]
-    distributed.broadcast_object_list(box, src=0, group=words)
+    distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -59,14 +57,14 @@ def jobs():
 def everywhere(flag):
     """Whether a flag is true on every rank."""
     each = [flag] * size()
-    if words:
-        distributed.all_gather_object(each, flag, group=words)
+    if size() > 1:
+        distributed.all_gather_object(each, flag)
     return all(each)
 
 
 def share_gradients(parameters):
     """Give all ranks the gradients of rank 0, so that their vectors stay the same bit for bit."""
-    for parameter in parameters if words else ():
+    for parameter in parameters if size() > 1 else ():
         distributed.broadcast(parameter.grad, src=0)
 
 
