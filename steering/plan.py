@@ -150,8 +150,8 @@ class Plan:
         none = f"too small, {least:.0f} GiB are needed: --device-map auto over several, --quantize"
         print(f"{args.plan_memory:g} GiB".ljust(8), ", or ".join(fits) or none)
         seconds = work / args.plan_tflops / 1e12
-        hours = f"{datasets} of them {datasets * seconds / 3600:.2g} h"
+        hours = f"{datasets} of them {datasets * seconds / 3600:.3g} h"
         print(
             f"compute  {work / 1e15:.3g} PFLOP a dataset of {budget:,} tokens, {epochs} epochs: "
-            f"{seconds:.2g} s at {args.plan_tflops:g} TFLOP/s, {hours}"
+            f"{seconds:.3g} s at {args.plan_tflops:g} TFLOP/s, {hours}"
         )

@@ -5,16 +5,25 @@
 Rank 0 does what a single process does: it reads, decides, trains, writes and speaks. The others get
 each of its trainings as a job, and run it with their part of the model on the same rows, writing
 into a folder that nobody sees. The model is transformers' own; every rank has the whole vector.
+If torchrun is gone, all of them end, with the memory that they hold.
 In a single process, all of this does nothing.
 """
 
 import datetime
 import os
+import threading
+import time
 
 import torch
 from torch import distributed
 
 WAIT = datetime.timedelta(hours=2)  # for one process, before the others give up
+
+
+def _end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def start(device):
@@ -23,6 +32,7 @@ def start(device):
     if "LOCAL_RANK" not in os.environ:
         how = "torchrun --nproc-per-node N train_steering.py ..."
         raise ValueError(f"--tensor-parallel: start it as {how}")
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

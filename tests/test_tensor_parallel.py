@@ -88,6 +88,17 @@ def test_killed_rank_ends_all_and_the_same_command_goes_on(data_root, tiny_folde
     code, said = finished(process, 100)
     assert "by a signal after step" in said
 
+    process = start(2, argv)  # torchrun itself is killed: nobody is left behind
+    for line in process.stdout:
+        if "resume   after step" in line:
+            break
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    process.kill()
+    deadline = time.time() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.time() < deadline:
+        time.sleep(0.2)
+    assert len(children) == 2 and not any(Path(f"/proc/{child}").exists() for child in children)
+
 
 def test_what_it_needs_is_said(data_root, tiny_folder, tmp_path, capsys):
     argv = command(data_root, tiny_folder, tmp_path, "--tensor-parallel")
