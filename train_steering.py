@@ -119,13 +119,15 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
         state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
     run_folder.trim_metrics(folder / "metrics.jsonl", state["step"] if resumed else -1)
 
-    # Layers 0..k never see the vector: run them once for every row that comes up more than once.
+    # The loss, and what the teacher predicts.
     fast = fast_path.FastPath(model)
     losses = functools.partial(fast.losses, token_loss=token_loss)
     if taught:
         known = teacher.predictions(fast, [*train_set, *val_set], taught, max_tokens)
         losses = functools.partial(fast.losses, token_loss=teacher_loss, known=known)
         laps.lap("teacher")
+
+    # Layers 0..k never see the vector: run them once for every row that comes up more than once.
     rows_seen_twice = [*(train_set if total > steps_per_epoch else []), *val_set]
     fast.cache_prefix(rows_seen_twice, args.prefix_cache, max_tokens)
     if not resumed:
@@ -136,8 +138,8 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     lr_unit = state["residual_norm"] / math.sqrt(model.hidden_size)
     peak_lr = AUTO_LR * lr_unit if args.lr == "auto" else args.lr
     log.info(f"steering layer {model.layer} | median residual norm {state['residual_norm']:.4g}")
-    unit = f"{peak_lr / lr_unit:.3g} x norm/sqrt(n)"
-    log.info(f"lr       {peak_lr:.3g} = {unit}, {args.lr_scheduler}")
+    in_units = f"{peak_lr / lr_unit:.3g} x norm/sqrt(n)"
+    log.info(f"lr       {peak_lr:.3g} = {in_units}, {args.lr_scheduler}")
     epoch_tokens = sum(len(example.input_ids) for example in train_set)
     log.info(
         f"steps    {total} of {rows_per_step} rows ({args.batch_size} x "
@@ -378,7 +380,7 @@ def prepared_model(args, loaded):
                 fast_path.checkpoint_layers(loaded[0])
             if args.micro_batch_tokens == "auto":
                 here = loaded[0].input_device, args.gradient_checkpointing
-                args.micro_batch_tokens = plan_for(args).tokens_now(*here)
+                args.micro_batch_tokens = ranks.agree(plan_for(args).tokens_now(*here))
         seeded = torch.Generator().manual_seed(args.seed)
         start = ResidualHook(loaded[0].hidden_size, args.init_scale, seeded)
         loaded[0].steering.load_state_dict(start.state_dict())

@@ -252,11 +252,14 @@ def load_weights(
         options["quantization_config"] = quantization(quantize, options["dtype"])
         device_map = options["device_map"] = device_map or {"": device}
     if tensor_parallel:
-        from transformers.distributed import DistributedConfig
-
         ranks.check_heads(read_config(name, trust_remote_code))
-        options["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=ranks.size())
         del options["device_map"]
+        try:
+            from transformers.distributed import DistributedConfig
+
+            options["distributed_config"] = DistributedConfig(tp_plan="auto")
+        except (ImportError, TypeError):  # older versions
+            options["tp_plan"] = "auto"
     options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
     try:
         try:

@@ -28,14 +28,15 @@ def _end_with(parent):
 
 def start(device):
     """Join the processes that torchrun has started; ValueError if it did not start this one.
-    device: "cuda" or "cpu"."""
+    device: as `pick_device` gives it."""
     if "LOCAL_RANK" not in os.environ:
         how = "torchrun --nproc-per-node N train_steering.py ..."
         raise ValueError(f"--tensor-parallel: start it as {how}")
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    if device == "cuda":
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backends, timeout=WAIT)
 
 
