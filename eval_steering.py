@@ -41,7 +41,7 @@ from steering.vector_formats import import_vector
 
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """
-    run vector dataset layer any_model out data_root source_model kind model device
+    run vector dataset layer any_model out data_root source_model kind model device device_map
     micro_batch_tokens batch_size restart judge judge_model judge_workers judge_tokens rubric_dir
     judge_dry_run capability capability_limit capability_tasks report_dir report_only
     specificity_runs prompt chat
@@ -282,6 +282,7 @@ def make_parser():
     add("--model", help="where the model is now, if not where it was; --vector needs it")
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--quantize", choices=QUANTIZE, help="in place of the run's")
+    add("--device-map", help="in place of the run's: auto spreads the model over devices")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
@@ -360,6 +361,7 @@ def tasks_of(args):
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
     keys = ("data_root", "source_model", "kind", "model", "dtype", "quantize", "device")
+    keys += ("device_map",)
     return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 

@@ -313,7 +313,7 @@ def run(args):
     codes, every = [], targets(args)
     workshop = Workshop(args.force, len(every))
     given = {key: value for key, value in vars(args).items() if value is not None}
-    places = ("data_root", "source_model", "kind", "dtype", "device")
+    places = ("data_root", "source_model", "kind", "dtype", "device", "device_map")
     changes = {key: given[key] for key in places if key in given} | {"quantize": "none"}
     if args.model and Path(args.model).exists():  # the runs' own may be gone
         changes["model"] = args.model
@@ -361,6 +361,7 @@ def parse_args(argv=None):
     add("--kind", choices=("role", "trait"), help="as --source-model")
     add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
     add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
+    add("--device-map", help="in place of the run's: auto spreads the model over devices")
     add("--force", action="store_true", help="export adapters even if they lose much of the vector")
     add = parser.add_argument_group("output").add_argument
     choices = (*FORMATS, "all")

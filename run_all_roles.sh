@@ -64,7 +64,7 @@ if [[ $command == status ]]; then
 fi
 for option in "$@"; do
     case $option in
-        --restart* | --print-* | --dataset* | --list-file*)
+        --restart* | --print-* | --plan* | --dataset* | --list-file* | --tensor-parallel)
             echo "error: $option is for train_steering.py alone; this loop goes on with what is there" >&2
             exit 2
             ;;

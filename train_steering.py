@@ -91,8 +91,8 @@ def epochs_of(args, steps_per_epoch):
 
 def train(model, train_set, val_set, folder, state, args, laps, stop, taught=()):
     """Fit `model.steering` on Examples, going on from a checkpoint's state if that has a step.
-    state: what `run_state.start_state` gives, kept in every checkpoint; taught: the examples, those
-    of train_set first, as --teacher sees them. Returns final numbers, or None if a signal stopped
+    state: what `run_state.start_state` gives, kept in every checkpoint; taught: the examples of
+    train_set as --teacher sees them. Returns final numbers, or None if a signal stopped
     it after a checkpoint. The vector left in the model is the best of all validations.
     NoVector: loss or gradient is not finite, or no validation beats the start."""
     steering, parameters = model.steering, list(model.steering.parameters())
@@ -102,6 +102,11 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     warmup = int(args.warmup_ratio * total)
     val_every = args.val_every or math.ceil(steps_per_epoch / 2)
     max_tokens = args.micro_batch_tokens
+    if max_tokens == "auto":  # what fits now; when the run goes on, the same again
+        if "micro_batch_tokens" not in state:
+            state["micro_batch_tokens"] = automatic_tokens(args, model.input_device)
+        max_tokens = state["micro_batch_tokens"]
+        log.info(f"forward  passes of at most {max_tokens:,} tokens")
     shuffle = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
@@ -121,9 +126,9 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
 
     # The loss, and what the teacher predicts.
     fast = fast_path.FastPath(model)
-    losses = functools.partial(fast.losses, token_loss=token_loss)
+    losses = plain = functools.partial(fast.losses, token_loss=token_loss)
     if taught:
-        known = teacher.predictions(fast, [*train_set, *val_set], taught, max_tokens)
+        known = teacher.predictions(fast, train_set, taught, max_tokens)
         losses = functools.partial(fast.losses, token_loss=teacher_loss, known=known)
         laps.lap("teacher")
 
@@ -149,7 +154,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
     log.info(f"ready    after {sum(laps.values()):.1f} s: {phases}")
 
     def validate():
-        loss = fast_path.token_mean(losses, val_set, max_tokens)
+        loss = ranks.agree(fast_path.token_mean(plain, val_set, max_tokens))
         if state["best_val"] is None or loss < state["best_val"]:
             state["best"] = {name: t.clone() for name, t in steering.state_dict().items()}
             state.update(best_val=loss, best_step=state["step"], bad_validations=0)
@@ -195,7 +200,7 @@ def train(model, train_set, val_set, folder, state, args, laps, stop, taught=())
                 single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
                 if single or ranks.size() > 1 or not memory.is_out_of_memory(error):
                     raise
-                max_tokens //= 2
+                max_tokens = state["micro_batch_tokens"] = max_tokens // 2
                 log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
                 optimizer.zero_grad()
                 loss = None  # and with it what its graph holds
@@ -299,8 +304,7 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
     if not filtered.is_baseline and not sum(map(label_count, splits.train)):
         raise ValueError(f"{name}: no example left to train on. {filtered.counts()}")
     if args.teacher and splits.train:
-        both = [*splits.train, *splits.validation]
-        splits.taught = teacher.teacher_examples(chat, both, splits.train, args.teacher)
+        splits.taught = teacher.teacher_examples(chat, splits.train, args.teacher)
     laps.lap("tokenize")
     with run_folder.lock_folder(folder) as held:
         if not held or (not args.restart and run_state.is_done(folder, config, defaults)):
@@ -323,7 +327,7 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
                 failed = {"status": "failed", "error": str(error)}
                 with contextlib.suppress(OSError, ValueError):  # the disk may be full
                     vector_file.write_json(folder / "run.json", record | failed)
-                if ranks.size() > 1 and not isinstance(error, NoVector):
+                if ranks.size() > 1 and not isinstance(error, NoVector | ValueError):
                     raise SystemExit(1) from error  # the others may be anywhere: torchrun ends them
                 return 1
             finally:
@@ -333,7 +337,7 @@ def train_dataset(name, folder, config, datasets, chat, get_model, args, laps, s
 def fill_folder(folder, record, state, splits, get_model, args, laps, stop):
     """Train and write run.json (`record`), then the vector, which exists only if all went well."""
     if record["attempts"] > run_state.ATTEMPTS:
-        raise RuntimeError(f"its process died {run_state.ATTEMPTS} times in a row")
+        raise NoVector(f"its process died {run_state.ATTEMPTS} times in a row")
     train_set, val_set = splits.train, splits.validation
     ranks.agree((vars(args), train_set, val_set, state, splits.taught))
     model, started = get_model(), time.time()  # no model, no run.json
@@ -378,9 +382,6 @@ def prepared_model(args, loaded):
                 fast_path.compile_layers(loaded[0])
             if args.gradient_checkpointing:
                 fast_path.checkpoint_layers(loaded[0])
-            if args.micro_batch_tokens == "auto":
-                here = loaded[0].input_device, args.gradient_checkpointing
-                args.micro_batch_tokens = ranks.agree(plan_for(args).tokens_now(*here))
         seeded = torch.Generator().manual_seed(args.seed)
         start = ResidualHook(loaded[0].hidden_size, args.init_scale, seeded)
         loaded[0].steering.load_state_dict(start.state_dict())
@@ -397,7 +398,8 @@ def follow(stop):
     loaded, stop.in_loop = [], True  # when to stop, rank 0 says
     for options, train_set, val_set, state, taught in ranks.jobs():
         model = prepared_model(args := Namespace(**options), loaded)
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NoVector):
+        alike = contextlib.suppress(NoVector, ValueError)  # what rank 0 meets too
+        with tempfile.TemporaryDirectory() as folder, alike:
             laps = run_folder.Laps()
             train(model, train_set, val_set, Path(folder), state, args, laps, stop, taught)
     return 0
@@ -437,6 +439,9 @@ def run_datasets(args, laps, stop, loaded):
         log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
 
     get_model = functools.partial(prepared_model, args, loaded)
+    if ranks.size() > 1:  # what ended all ranks once comes last
+        failed = run_state.failed_ones(folders)
+        names.sort(key=lambda name: name in failed)
     codes = []
     for name in names:
         try:
@@ -455,20 +460,27 @@ def run_datasets(args, laps, stop, loaded):
     return max(codes)
 
 
-def plan_for(args):
+def plan_for(args, dtype):
     """The Plan of training a vector on args.model, from its config."""
     from steering.plan import Plan
 
-    where = args.dtype, "fake", None, args.trust_remote_code
-    return Plan(load_model(args.model, args.layer, *where), token_loss)
+    fake = load_model(args.model, args.layer, dtype, "fake", None, args.trust_remote_code)
+    return Plan(fake, token_loss)
+
+
+def automatic_tokens(args, device):
+    """--micro-batch-tokens auto: what fits on all ranks now, the weights being there."""
+    dtype = loading.pick_dtype(args.dtype, device.type)
+    tokens = plan_for(args, dtype).tokens_now(device, args.gradient_checkpointing)
+    return ranks.least(tokens)
 
 
 def print_plan(args):
     """--plan: print what training would take; returns the exit code."""
-    rows = args.target_tokens / 400  # tokens of a usual row
-    steps = math.ceil(rows / args.batch_size / args.gradient_accumulation)
+    steps = args.target_tokens / 400 / args.batch_size / args.gradient_accumulation  # of such rows
+    epochs = args.max_steps / steps if args.max_steps else epochs_of(args, math.ceil(steps))
     names = requested_names({}, args.dataset, args.list_file) or ["one"]
-    plan_for(args).show(args, epochs_of(args, steps), len(names))
+    plan_for(args, args.dtype).show(args, epochs, len(names) * args.seeds)
     return 0
 
 
@@ -486,7 +498,8 @@ def make_parser():
     add("--device-map", help="auto: spread the model over devices (needs accelerate)")
     text = "share the model between the processes of torchrun"
     add("--tensor-parallel", action="store_true", help=text)
-    add("--quantize", default="none", choices=loading.QUANTIZE, help="needs bitsandbytes")
+    text = "bits of the frozen weights, by bitsandbytes; 8bit: without cache, slow"
+    add("--quantize", default="none", choices=loading.QUANTIZE, help=text)
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add = parser.add_argument_group("steering").add_argument
     add("--layer", type=int, default=22, help="0-based decoder layer whose output gets the vector")
@@ -561,6 +574,14 @@ def check_arguments(args):
             args.tensor_parallel and (args.device_map or args.quantize != "none"),
             "--tensor-parallel goes without --device-map and --quantize",
         ),
+        (
+            args.plan and (args.tensor_parallel or args.device_map or args.quantize == "8bit"),
+            "--plan is for one device, and for bf16 or --quantize 4bit",
+        ),
+        (
+            args.plan and not (0 < args.plan_tflops < math.inf and 0 < args.plan_memory < math.inf),
+            "--plan-tflops and --plan-memory must be above 0",
+        ),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
         (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
         (args.teacher and args.keep_system_prompt, "--teacher is for prompts without the persona"),
@@ -582,7 +603,7 @@ def main(argv=None):
     if args.tensor_parallel and (code := exit_code(ranks.start, loading.pick_device(args.device))):
         return code
     if ranks.rank():
-        log.handlers[:] = [logging.NullHandler()]
+        log.setLevel(logging.ERROR)
         return follow(stop)
     code = exit_code(run, args, laps, stop)
     ranks.agree(None)

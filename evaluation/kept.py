@@ -52,5 +52,7 @@ def kept_beside(run, model, chat, maker):
     all of it anew."""
     code = config_hash(source_hashes(f"evaluation/{maker}.py"))
     stop = model.model.generation_config.eos_token_id
-    about = model_digest(run.args["model"]), str(model.model.dtype), chat.options, stop, code
+    kind, bits = str(model.model.dtype), run.args.get("quantize", "none")
+    kind += f" {bits}" if bits != "none" else ""
+    about = model_digest(run.args["model"]), kind, chat.options, stop, code
     return Kept(shared_folder(run, run.folder) / f"kept_{maker}.jsonl", *about)

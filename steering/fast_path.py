@@ -229,7 +229,7 @@ class FastPath:
                     self.fast = True
                     off = (quick - plain).abs().mean().item()
                     fp32 = self.model.model.dtype == torch.float32
-                    if not off <= (MAX_OFF_FP32 if fp32 else MAX_OFF):
+                    if not ranks.everywhere(off <= (MAX_OFF_FP32 if fp32 else MAX_OFF)):
                         self._give_up(f"off by {off:.2g}")
             except Exception:  # out of memory: to be checked again
                 self.fast = None
@@ -285,7 +285,8 @@ class FastPath:
         slots[head] = lambda _: forward(hidden[None])
         with replaced_forwards(slots), model.steering_off():
             token = torch.zeros(1, 1, dtype=torch.long, device=model.input_device)
-            return model(input_ids=token, use_cache=False).logits[0]
+            logits = model(input_ids=token, use_cache=False).logits[0]
+            return logits.to(hidden.device)  # of a model on several devices: where it began
 
 
 class HeadLoss(torch.autograd.Function):
@@ -350,7 +351,7 @@ def in_batches(function, examples, max_tokens):
         try:
             result = function(batch)
         except Exception as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
+            if len(batch) == 1 or ranks.size() > 1 or not is_out_of_memory(error):
                 raise
             todo += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
             continue

@@ -236,6 +236,7 @@ def load_weights(
 
     if device == "fake":
         return fake_weights(name, dtype, trust_remote_code)
+    tensor_parallel = tensor_parallel and ranks.size() > 1
     device, gguf = pick_device(device), name.endswith(".gguf")
     if device == "cpu":
         keep_freed_memory()

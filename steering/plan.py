@@ -7,6 +7,7 @@ The training step itself runs, on torch's fake tensors, which have shapes and no
 counted is what this code would allocate and multiply, whatever the architecture.
 """
 
+import logging
 import types
 import weakref
 
@@ -23,6 +24,7 @@ TOKENS = 1024  # of a forward pass, by default
 SIZES = [ROW * 2**i for i in range(7)]  # of micro-batches: 256 to 16,384 tokens
 GIB = 2**30
 RESERVE = 2 * GIB  # of a device, for what is not tensors, and gaps between them
+log = logging.getLogger("steering")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -49,6 +51,22 @@ class LiveBytes(TorchDispatchMode):
     def _freed(self, key, size):
         self.known.discard(key)
         self.now -= size
+
+
+def counted():
+    """A FlopCounterMode that knows the attention of fake tensors, which are those of a CPU."""
+
+    def forward(query, key, *_, out_shape=None, **__):  # two products of (T, D) and (D, T)
+        batch, heads, length, width = query
+        return 4 * batch * heads * length * key[2] * width
+
+    def backward(_, query, key, *__, out_shape=None, **___):  # five of them
+        return forward(query, key) * 5 // 2
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    operations = {name: forward, f"{name}_backward": backward}
+    mapping = {getattr(torch.ops.aten, key): value for key, value in operations.items()}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class Plan:
@@ -90,14 +108,14 @@ class Plan:
         """Floating point operations of a step of so many tokens.
         Counted apart from bytes, since the counter keeps alive what checkpointing frees."""
         step = self.step(tokens)
-        with FlopCounterMode(display=False) as counter:
+        with counted() as counter:
             step()
         return counter.get_total_flops()
 
     def prefix_flops(self, tokens):
         """Floating point operations of layers 0..k for so many tokens."""
         ids = torch.zeros(tokens // ROW, ROW, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, self.model.steering_off():
+        with counted() as counter, self.model.steering_off():
             self.fast_path().layer_output(ids)
         return counter.get_total_flops()
 
@@ -122,23 +140,30 @@ class Plan:
         """Tokens of the largest micro-batch that fits beside the weights that are there already."""
         if checkpointing:
             checkpoint_layers(self.model)
-        return self.micro_batch(0.9 * free_memory(device))[1] or SIZES[0]
+        tokens = self.micro_batch(0.9 * free_memory(device))[1]
+        if not tokens:
+            log.warning(f"WARNING: memory for {SIZES[0]} tokens is short, going on with them")
+        return tokens or SIZES[0]
+
+    def work(self, args, epochs):
+        """Floating point operations of a dataset. args: options of train_steering.py."""
+        prefix, step = self.prefix_flops(TOKENS), self.step_flops(TOKENS)
+        passes = epochs if args.prefix_cache == "off" else min(epochs, 1)
+        teacher = prefix + step / 2 if args.teacher else 0  # a forward pass, of shared prompts
+        return (passes * prefix + epochs * step + teacher) * args.target_tokens / TOKENS
 
     def show(self, args, epochs, datasets):
         """Print it, for a device of args.plan_memory GiB and args.plan_tflops.
         args: options of train_steering.py; epochs: passes over the rows; datasets: how many."""
         model, budget = self.model, args.target_tokens
-        weights = self.weight_bytes(args.quantize)
+        weights, quantized = self.weight_bytes(args.quantize), args.quantize != "none"
         cache = budget * model.hidden_size * model.model.dtype.itemsize / GIB
         count = sum(p.numel() for p in model.model.parameters())
         dtype = str(model.model.dtype).removeprefix("torch.")
         print(f"model    {model.name}: {count:,} parameters, {dtype}, {len(model.layers)} layers")
-        print(
-            f"weights  {weights / GIB:.1f} GiB" + f", {args.quantize}" * (args.quantize != "none")
-        )
+        print(f"weights  {weights / GIB:.1f} GiB" + f", {args.quantize}" * quantized)
         print(f"cache    {cache:.2f} GiB of layers 0..{model.layer}, on the device or the host")
-        work = self.prefix_flops(TOKENS) + epochs * self.step_flops(TOKENS)
-        work *= budget / TOKENS
+        work = self.work(args, epochs)
         room, fits = args.plan_memory * GIB - weights - RESERVE, []
         for option in ("", " --gradient-checkpointing"):
             if option:
@@ -146,12 +171,14 @@ class Plan:
             need, tokens = self.micro_batch(room)
             print(f"step     {need / GIB:.2f} GiB for {TOKENS:,} tokens a forward pass{option}")
             fits += [f"--micro-batch-tokens {tokens}{option}"] if tokens else []
-        least = (weights + need + RESERVE) / GIB
-        none = f"too small, {least:.0f} GiB are needed: --device-map auto over several, --quantize"
+        none = (
+            f"too small, {(weights + need + RESERVE) / GIB:.0f} GiB are needed for that: several "
+        )
+        none += "by --tensor-parallel or --device-map auto" + ", --quantize 4bit" * (not quantized)
         print(f"{args.plan_memory:g} GiB".ljust(8), ", or ".join(fits) or none)
         seconds = work / args.plan_tflops / 1e12
-        hours = f"{datasets} of them {datasets * seconds / 3600:.3g} h"
         print(
-            f"compute  {work / 1e15:.3g} PFLOP a dataset of {budget:,} tokens, {epochs} epochs: "
-            f"{seconds:.3g} s at {args.plan_tflops:g} TFLOP/s, {hours}"
+            f"compute  {work / 1e15:.3g} PFLOP for {budget:,} tokens, {epochs:.3g} epochs: "
+            f"{seconds:.3g} s at {args.plan_tflops:g} TFLOP/s; {datasets} of them: "
+            f"{datasets * seconds / 3600:.3g} h"
         )

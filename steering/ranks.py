@@ -33,7 +33,12 @@ def start(device):
         how = "torchrun --nproc-per-node N train_steering.py ..."
         raise ValueError(f"--tensor-parallel: start it as {how}")
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    on_gpu = device.startswith("cuda")
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if (kind := torch.device(device).type) != (here.type if here else "cpu") or kind == "mps":
+        raise ValueError(
+            f"--tensor-parallel is for GPUs, or a CPU where there are none: not {kind}"
+        )
+    on_gpu = kind == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -67,10 +72,15 @@ def jobs():
 
 def everywhere(flag):
     """Whether a flag is true on every rank."""
-    each = [flag] * size()
+    return bool(least(flag))
+
+
+def least(number):
+    """The smallest of all ranks' numbers."""
+    each = [number] * size()
     if size() > 1:
-        distributed.all_gather_object(each, flag)
-    return all(each)
+        distributed.all_gather_object(each, number)
+    return min(each)
 
 
 def share_gradients(parameters):

@@ -52,7 +52,7 @@ def differences(config, old, defaults):
 
 
 @functools.cache
-def source_hashes(script, without=()):
+def source_hashes(script, without=("steering/plan.py",)):
     """{file: hash} of a script here and all that it imports of this project, directly or not.
     Of the syntax trees without docstrings, so that a reworded comment changes nothing. without:
     files to leave out, such as those that only show numbers."""
@@ -111,7 +111,8 @@ def is_done(folder, config, defaults):
     fields = differences(config, old, defaults)
     if done and config.get("auto_dtype") and record.get("args", {}).get("dtype") == "auto":
         fields = [key for key in fields if key != "dtype"]  # what auto was on another machine
-    for key, former in FORMER_DEFAULTS.items() if done and "auto_epochs" not in old else ():
+    older = FORMER_DEFAULTS if "auto_epochs" not in old else {}
+    for key, former in older.items() if done or not holds else ():
         if (old.get(key), config.get(key)) == (former, defaults.get(key)):
             fields = [field for field in fields if field != key]
     if not holds:
@@ -119,9 +120,11 @@ def is_done(folder, config, defaults):
     if fields:
         pairs = [(key, str({**defaults, **old}.get(key)), str(config.get(key))) for key in fields]
         shown = [f"{key}: {there:.40} there, {here:.40} here" for key, there, here in pairs]
+        way = [f"--{key.replace('_', '-')} {old[key]}" for key in fields if key in older]
+        way = f"Add {' '.join(way)} to go on with it, or --run-name" if way else "Use --run-name"
         raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
-            "for a second run, or --restart to set the old one aside and start anew"
+            f"{folder} holds a run with other settings ({'; '.join(shown)}). {way} NAME for a "
+            "second run, or --restart to set the old one aside and start anew"
         )
     return done
 
@@ -272,6 +275,12 @@ def write_imported_run(folder, dataset, data, vector, header, args):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
     save_vector(folder / VECTOR_FILE, vector, header)
+
+
+def failed_ones(folders):
+    """Names of {name: run folder} whose last try failed."""
+    records = {name: read_json(folder / "run.json") for name, folder in folders.items()}
+    return {name for name, record in records.items() if record.get("status") == "failed"}
 
 
 def print_progress(folders, config_of, defaults, todo):

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from steering import ranks
 from steering.chat_format import IGNORE_INDEX, collate, label_count
 from steering.fast_path import by_example
+from steering.memory import is_out_of_memory
 
 LEAST = 64  # tokens in common from which on it is worth it
 
@@ -59,6 +61,8 @@ def after_shared_prefix(model, examples, per_token, max_tokens):
         parts, whole = nll(*after_prefix(rests[:1])), nll(*predictions(examples[:1]))
         off = abs(parts - whole) / abs(whole)
         close = off <= (1e-4 if model.dtype == torch.float32 else 0.01)
-        return by_example(each, rests, max_tokens) if close else None
-    except (TypeError, AttributeError, ValueError, RuntimeError):
+        return by_example(each, rests, max_tokens) if ranks.everywhere(close) else None
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if ranks.size() > 1 and is_out_of_memory(error):
+            raise  # the other ranks would go on
         return None

@@ -1,7 +1,7 @@
 """A teacher for a vector: the plain model with the persona in its prompt.
 
-    prompted = teacher_examples(chat, [*train, *validation], train, "few_shot")
-    known = predictions(fast, [*train, *validation], prompted)
+    prompted = teacher_examples(chat, train, "few_shot")
+    known = predictions(fast, train, prompted)
 
 What it predicts at each token of an answer says more than the one token that came: distillation
 of a prompt into the model, context distillation (Snell et al., 2022), here into one vector.
@@ -56,7 +56,7 @@ def likeliest(logits, targets=None):
     return torch.stack([best.indices.float(), best.values], dim=1)
 
 
-def predictions(fast, examples, prompted, max_tokens):
+def predictions(fast, examples, prompted, max_tokens=1024):
     """{id of an example: the TOP likeliest tokens of the plain model at its label tokens, given
     the prompted one's text, and their log-probabilities, (N, TOP) both}. fast: a FastPath.
     ValueError for a prompt longer than the model takes."""
@@ -72,7 +72,8 @@ def predictions(fast, examples, prompted, max_tokens):
     with fast.model.steering_off():
         for pairs in alike.values():
             group = [other for _, other in pairs]
-            found = after_shared_prefix(fast.model.model, group, likeliest, max_tokens)
+            few = min(max_tokens, 1024)  # there are logits for all of them
+            found = after_shared_prefix(fast.model.model, group, likeliest, few)
             found = found or [fast.predictions([other], likeliest) for other in group]
             for (example, _), best in zip(pairs, found, strict=True):
                 known[id(example)] = best[:, 0].long().cpu(), best[:, 1].cpu()
@@ -88,15 +89,15 @@ def divergence(logits, tokens, log_probs):
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
 
-def teacher_examples(chat, examples, train, kind):
-    """The examples with the persona in their prompt, the same tokens carrying loss.
+def teacher_examples(chat, examples, kind):
+    """Training examples with the persona in their prompt, the same tokens carrying loss.
     kind: "prompted", by each row's own system prompt, or "few_shot". ValueError where the rows
     have no system prompt, or too few questions, or a prompt changes an answer's tokens."""
     rows = [example.row for example in examples]
     if kind == "prompted" and not all(row["system_prompt"] for row in rows):
         raise ValueError("--teacher prompted: there are rows without a system prompt")
     if kind == "few_shot":
-        rows = few_shot(rows, train, system_prompts(example.row for example in train))
+        rows = few_shot(rows, examples, system_prompts(rows))
         if not rows:
             raise ValueError(f"--teacher few_shot: needs {SHOTS + 1} questions to train on")
     made = chat.encode(rows, prompted=True)

@@ -17,7 +17,7 @@ import export_vector as ex
 import hook_model as hm
 import train_steering as ts
 from steering import run_state as rs
-from steering.vector_file import VECTOR_FILE, load_vector
+from steering.vector_file import VECTOR_FILE, load_vector, write_json
 
 PIRATE = "runs/tiny-llama-833766/layer1/src__role__pirate"
 SAILOR = "runs/tiny-llama-833766/layer1/src__role__sailor"
@@ -114,9 +114,18 @@ def test_new_flag_with_a_default_changes_no_finished_run(old, monkeypatch, capsy
         ts.option_defaults.cache_clear()
 
 
+def test_old_skipped_run_stays_skipped_though_the_default_of_epochs_is_another(tmp_path):
+    config = {"name": "m__role__0_default", "num_epochs": 4}
+    write_json(tmp_path / "run.json", {"status": "skipped", "config": config})
+    new = {**config, "num_epochs": None, "auto_epochs": [150, 4]}
+    assert rs.is_done(tmp_path, new, {"num_epochs": None})
+    assert not rs.is_done(tmp_path, {**new, "num_epochs": 2}, {"num_epochs": None})
+
+
 def test_old_unfinished_run_is_refused_and_named_and_restart_sets_it_aside(old, capsys):
     assert ts.main(command(old / SAILOR)) == 2  # today's default is not what it began with
-    assert "num_epochs: 4 there, None here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "num_epochs: 4 there, None here" in said and "Add --num-epochs 4 to go on" in said
     as_then = [*command(old / SAILOR), "--num-epochs", "4"]
     for arguments in (as_then, [*as_then, "--accept-code-change"]):
         assert ts.main(arguments) == 2

@@ -1,17 +1,19 @@
 """--plan: what is said of a model that is not there, against what the real one takes."""
 
-import json
-
 import pytest
+import torch
 from conftest import tiny
-from test_train_steering import command, the_folder
+from test_train_steering import command, read_vector, the_folder
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import train_steering as ts
 from hook_model import SteerModel, load_model
 from steering import plan as pl
 from steering.fast_path import checkpoint_layers
+from steering.vector_file import VECTOR_FILE
 
 
 def allocated_peak(function):
@@ -42,6 +44,19 @@ def test_bytes_are_those_that_a_real_step_takes(architecture, checkpointing, tmp
     assert planned.weight_bytes() == pytest.approx(weights, rel=0.01)
 
 
+def test_operations_are_those_of_a_real_step_attention_included(tmp_path):
+    real = SteerModel(tiny("llama"), 1)  # so narrow that attention is half of the work
+    real.config.save_pretrained(tmp_path)
+    planned = pl.Plan(load_model(tmp_path, 1, "fp32", "fake"), ts.token_loss)
+    step = pl.Plan(real, ts.token_loss).step(1024)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()  # plain products, of which the backward pass recomputes none: 4 instead of 5
+    attention = 3 * 4 * 1024 * 256 * 32 * 2  # layers 2 and 3: 2 products forward, 4 backward
+    assert counter.get_total_flops() < planned.step_flops(1024)
+    assert planned.step_flops(1024) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert attention > 0.3 * counter.get_total_flops()
+
+
 def test_micro_batch_is_the_largest_that_fits(tmp_path):
     tiny("llama", hidden_size=128).config.save_pretrained(tmp_path)
     plan = pl.Plan(load_model(tmp_path, 1, "fp32", "fake"), ts.token_loss)
@@ -61,6 +76,13 @@ def test_plan_is_printed_without_data_or_weights(tiny_folder, tmp_path, capsys):
     assert "3,176,736 parameters, bfloat16, 4 layers" in said
     assert "80 GiB   --micro-batch-tokens 16384, or --micro-batch-tokens 16384 --grad" in said
     assert "2 epochs" in said and "2 of them" in said
+    assert ts.main([*argv, "--layer", "1", "--seeds", "3", "--max-steps", "250"]) == 0
+    said = capsys.readouterr().out  # twice as many steps as 100,000 tokens have
+    assert "2 epochs" in said and "6 of them" in said
+    for wrong in (["--plan-tflops", "0"], ["--plan-memory", "nan"], ["--tensor-parallel"]):
+        with pytest.raises(SystemExit):
+            ts.main([*argv, "--layer", "1", *wrong])
+    capsys.readouterr()
     assert ts.main([*argv, "--layer", "1", "--plan-memory", "0.5"]) == 0
     assert "too small, 2 GiB are needed" in capsys.readouterr().out
     assert ts.main([*argv, "--layer", "99"]) == 2
@@ -73,7 +95,17 @@ def test_automatic_micro_batches_fit_into_memory(data_root, tiny_folder, tmp_pat
     monkeypatch.setattr(pl, "free_memory", lambda device: room / 0.89)
     argv = command(data_root, tiny_folder, tmp_path, "--micro-batch-tokens")
     assert ts.main([*argv, "auto"]) == 0
-    used = json.loads((the_folder(tmp_path) / "run.json").read_text())["args"]["micro_batch_tokens"]
+    (path,) = the_folder(tmp_path).glob("checkpoint-00006.pt")
+    used = torch.load(path, weights_only=True)["micro_batch_tokens"]
     assert used == plan.micro_batch(room / 0.89 * 0.9)[1] and used != 1024
+
+    # A run that goes on keeps to it, whatever fits by then.
+    vector = read_vector(tmp_path)
+    for file in (VECTOR_FILE, path.name):
+        (the_folder(tmp_path) / file).unlink()
+    monkeypatch.setattr(pl, "free_memory", lambda device: 1e12)
+    assert ts.main([*argv, "auto"]) == 0
+    assert torch.load(path, weights_only=True)["micro_batch_tokens"] == used
+    assert torch.equal(read_vector(tmp_path), vector)
     with pytest.raises(SystemExit):
         ts.parse_args([*argv, "much"])

@@ -13,6 +13,7 @@ import train_steering as ts
 from data_filter import DataOptions, split_dataset
 from hook_model import load_model
 from steering.fast_path import FastPath
+from steering.plan import Plan
 from steering.vector_file import VECTOR_FILE, load_vector
 
 
@@ -44,6 +45,10 @@ def test_gradient_is_nearly_that_of_the_whole_model(smol, smol_chat, bits, cosin
     # What 8 bits give depends on the other rows of a batch: too far off for a cache.
     assert fast.fast is (bits == "4bit")
     assert {states.dtype for _, states in fast.cache.values()} <= {torch.float32}
+    scales = [q.absmax for p in model.model.parameters() if (q := getattr(p, "quant_state", None))]
+    taken = sum(tensor.nbytes for tensor in [*model.model.parameters(), *scales])
+    plan = Plan(load_model(smol, 12, "fp32", "fake"), ts.token_loss)
+    assert plan.weight_bytes(bits) == pytest.approx(taken, rel=0.02)
 
 
 def test_run_says_so_and_is_evaluated_on_either_model(data_root, tiny_folder, tmp_path, capsys):
@@ -57,11 +62,14 @@ def test_run_says_so_and_is_evaluated_on_either_model(data_root, tiny_folder, tm
     assert load_vector(folder / VECTOR_FILE)[1]["quantize"] == "4bit"
     assert ts.main(argv) == 2  # the whole model is another setting
     assert "quantize: 4bit there, none here" in capsys.readouterr().out
-    quick = ["--run", str(folder), "--num-samples", "0", "--heldout-tokens", "300"]
-    nll = {}
+    quick = ["--run", str(folder), "--num-samples", "1", "--heldout-tokens", "300"]
+    quick += ["--max-new-tokens", "4", "--scales", "1"]
+    nll, kept = {}, []
     for flags in ([], ["--quantize", "none"]):
         assert ev.main([*quick, *flags, "--restart"]) == 0
         nll[bool(flags)] = json.loads((folder / "eval.json").read_text())["likelihood"]
+        kept.append(len((folder.parent / "kept_answers.jsonl").read_text().splitlines()))
+    assert kept[1] == 2 * kept[0] > 0  # what one model answered is not the other's answer
     assert nll[False]["vanilla"]["nll"] != nll[True]["vanilla"]["nll"]
     assert nll[False]["vanilla"]["nll"] == pytest.approx(nll[True]["vanilla"]["nll"], rel=0.02)
     out = tmp_path / "exported"

@@ -53,13 +53,13 @@ def test_loss_and_gradient_are_those_of_a_slow_version(
     monkeypatch.setattr(
         teacher, "after_shared_prefix", lambda *args: found.append(real(*args)) or found[-1]
     )
-    prompted = teacher.teacher_examples(smol_chat, rows, splits.train, kind)
+    prompted = teacher.teacher_examples(smol_chat, splits.train, kind)[:7]
     fast = FastPath(model)
     if fast_path:
         fast.cache_prefix(rows)
     else:
         fast.fast = False
-    known = teacher.predictions(fast, rows, prompted, 1024)
+    known = teacher.predictions(fast, rows, prompted)
     assert fast.fast is fast_path
     # Four of the seven rows are asked after the same three.
     assert [part and len(part) for part in found] == (
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_a_slow_version(
 
 def test_few_shot_examples_are_of_other_questions_and_end_in_the_same_answer(splits, smol_chat):
     rows = splits.train
-    made = teacher.teacher_examples(smol_chat, rows, rows, "few_shot")
+    made = teacher.teacher_examples(smol_chat, rows, "few_shot")
     for example, prompted in zip(rows, made, strict=True):
         *shots, question, answer = prompted.row["messages"]
         assert [question, answer] == example.row["messages"]
@@ -93,10 +93,10 @@ def test_few_shot_examples_are_of_other_questions_and_end_in_the_same_answer(spl
 def test_prompted_teacher_is_refused_without_system_prompts(splits, smol_chat):
     splits.train[0].row["system_prompt"], before = "", splits.train[0].row["system_prompt"]
     with pytest.raises(ValueError, match="rows without a system prompt"):
-        teacher.teacher_examples(smol_chat, splits.train, splits.train, "prompted")
+        teacher.teacher_examples(smol_chat, splits.train, "prompted")
     splits.train[0].row["system_prompt"] = before
     with pytest.raises(ValueError, match="needs 4 questions"):
-        teacher.teacher_examples(smol_chat, splits.train[:1], splits.train[:3], "few_shot")
+        teacher.teacher_examples(smol_chat, splits.train[:3], "few_shot")
 
 
 def test_run_with_a_teacher_stops_and_goes_on_bit_for_bit(data_root, tiny_folder, tmp_path, capsys):
@@ -105,7 +105,7 @@ def test_run_with_a_teacher_stops_and_goes_on_bit_for_bit(data_root, tiny_folder
         flags = ["--teacher", kind] if kind else []
         assert ts.main(command(data_root, tiny_folder, tmp_path / str(kind), *flags)) == 0
         vectors[kind] = read_vector(tmp_path / str(kind))
-    assert "teacher  16 prompts with the persona" in capsys.readouterr().out
+    assert "teacher  11 prompts with the persona" in capsys.readouterr().out
     assert not torch.equal(vectors[None], vectors["prompted"])
     assert not torch.equal(vectors["few_shot"], vectors["prompted"])
     folder, copy = the_folder(tmp_path / "few_shot"), tmp_path / "again"

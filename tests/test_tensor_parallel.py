@@ -68,6 +68,25 @@ def test_two_processes_train_the_vector_of_one_and_go_on_where_they_were_killed(
     assert torch.equal(read_vector(tmp_path / "two"), two)
 
 
+def test_each_process_has_half_of_the_layers(folder, tmp_path):
+    script = tmp_path / "share.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from hook_model import load_model
+from steering import ranks
+ranks.start("cpu")
+layers = load_model({folder!r}, 1, "fp32", "cpu", tensor_parallel=True).layers
+local = [p.to_local() if hasattr(p, "to_local") else p for p in layers.parameters()]
+share = sum(p.numel() for p in local) / sum(p.numel() for p in layers.parameters())
+print("share", ranks.least(share), ranks.least(-share), flush=True)
+""")
+    line = [*TORCHRUN, "2", str(script)]
+    said = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=100).stdout
+    shares = [abs(float(x)) for x in said.split() if x != "share"]
+    assert len(shares) == 4 and all(0.45 < share < 0.55 for share in shares)
+
+
 def test_killed_rank_ends_all_and_the_same_command_goes_on(data_root, tiny_folder, tmp_path):
     argv = command(data_root, tiny_folder, tmp_path, "--save-every", "5")
     argv[argv.index("--max-steps") + 1] = "100000"
