@@ -426,29 +426,26 @@ def at_level(each, level, key):
 
 
 def table(out):
-    """Means over personas and seeds, of those that every aim of a model and layer has."""
+    """Means over the runs of each aim; in brackets, of next-token loss over the same ones."""
     for place, aims in results(out).items():
-        everywhere = set.intersection(*({r["where"] for r in each} for each in aims.values()))
-        print(f"\n### {place}: {len(everywhere)} runs of each aim\n")
-        levels = " | ".join(f"at KL {level:g}" for level in KL_LEVELS)
-        print(f"| aim | tokens | NLL gain | another author's | {levels} | lexicon | cosine |")
-        print("|---" * (6 + len(KL_LEVELS)) + "|")
+        levels = " | ".join(f"probe at KL {level:g}" for level in KL_LEVELS)
+        print(f"\n### {place}\n\n| aim | runs | tokens | NLL gain | another author's | {levels} |")
+        print("|---" * (5 + len(KL_LEVELS)) + "|")
         for name, each in aims.items():
-            each = [r for r in each if r["where"] in everywhere]
-            gains = [np.mean([r["vanilla"][k] - r[k] for r in each]) for k in ("heldout", "second")]
-            tokens = np.mean([r["tokens"] for r in each])
-            cells = [name, f"{tokens:,.0f}", *(f"{gain:.3f}" for gain in gains)]
+            same = [r for r in aims["ce"] if r["where"] in {r["where"] for r in each}]
+            cells = [name, str(len(each)), f"{np.mean([r['tokens'] for r in each]):,.0f}"]
+            for key in ("heldout", "second"):
+                gains = [np.mean([r["vanilla"][key] - r[key] for r in x]) for x in (each, same)]
+                cells.append("{:.3f} ({:.3f})".format(*gains))
             for level in KL_LEVELS:
-                probe, nll = (at_level(each, level, key) for key in ("probe", "nll"))
-                cells.append("-" if probe is None else f"{probe:.2f} ({nll:.2f})")
-            words = at_level(each, 0.5, "lexicon")
-            cells.append("-" if words is None else f"{words:.2f}")
-            cells.append(f"{np.mean([r['cosine'] for r in each]):.2f}")
+                found = [at_level(x, level, "probe") for x in (each, same)]
+                cells.append("-" if None in found else "{:.2f} ({:.2f})".format(*found))
             print(f"| {' | '.join(cells)} |")
 
 
 def picture(out):
-    """frontier.png: persona by probe against KL on plain rows, a line for each aim."""
+    """frontier.png: persona by probe against KL on plain rows, a line for each aim that has all the
+    runs that next-token loss has."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -460,13 +457,14 @@ def picture(out):
         for name, each in aims.items():
             points = [(level, at_level(each, level, "probe")) for level in KL_LEVELS]
             points = [(level, probe) for level, probe in points if probe is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=f"{name} ({len(each)})")
-        axis.set(title=place, xlabel="KL(vanilla || steered) on plain rows, nats a token")
-        axis.set(ylabel="persona of answers, by probe", ylim=(0, 1))
-        axis.legend(fontsize=7)
+            if points and len(each) == len(aims["ce"]):
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=f"{place}, {len(aims['ce'])} personas", ylim=(0, 1))
+        axis.set(xlabel="KL(vanilla || steered) on plain rows, nats a token")
+        axis.set(ylabel="persona of answers, by probe")
+        axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(out / "frontier.png", dpi=120)
+    figure.savefig(out / "frontier.png", dpi=100)
 
 
 def main():
