@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steering import ranks
 from steering.chat_format import collate, label_count, micro_batches
-from steering.memory import cache_place, is_out_of_memory
+from steering.memory import Freed, cache_place, is_out_of_memory
 
 HEAD_TOKENS = 256  # logits of so many tokens exist at once
 # What fast and plain log-probabilities may differ by, nats a token in the mean. In bf16 a logit of
@@ -36,6 +36,7 @@ class FastPath:
 
     def __init__(self, model):
         self.model, self.layer, self.cache, self.fast = model, model.layer, {}, None
+        self.freed = Freed()
 
     def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
@@ -240,6 +241,8 @@ class FastPath:
     def _before_head(self, examples):
         """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
         Without the fast path the states are the logits."""
+        if self.model.input_device.type == "cpu":
+            self.freed.give_back()
         ids, labels = collate(examples)  # (B, T) both
         at = (labels[:, 1:] >= 0).nonzero()  # (N, 2), on the host: no waiting for the device
         if not len(at):

@@ -9,7 +9,6 @@ imported where it is used, since that takes seconds that reading files does not 
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import logging
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from steering import ranks
+from steering import memory, ranks
 from steering.chat_format import ChatFormat
 from steering.vector_file import base_name
 
@@ -57,15 +56,6 @@ def pick_dtype(dtype, device):
     if dtype != "auto":
         return dtype
     return "fp32" if device == "cpu" and not cpu_has_bf16() else "bf16"
-
-
-def keep_freed_memory():
-    """Have glibc keep freed blocks for the next tensors; a tenth to a fifth of a CPU step.
-    By default every large one is mapped, zeroed page by page, and unmapped again."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: map none
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back
 
 
 def gguf_arguments(name):
@@ -239,7 +229,7 @@ def load_weights(
     tensor_parallel = tensor_parallel and ranks.size() > 1
     device, gguf = pick_device(device), name.endswith(".gguf")
     if device == "cpu":
-        keep_freed_memory()
+        memory.keep_freed()
     options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
     if gguf:
         with contextlib.suppress(ImportError, TypeError):  # older versions always dequantize

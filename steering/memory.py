@@ -1,6 +1,7 @@
 """How much memory there is, what goes where, and whether it has run out."""
 
 import contextlib
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,32 @@ def cache_place(where, size, device):
     if where != "host" and size <= free_memory(device) * (0.25 if where == "auto" else 0.9):
         return device
     return host if where != "device" and size <= free_memory(host) * 0.5 else None
+
+
+def keep_freed():
+    """Have glibc keep freed blocks for the next tensors; a tenth to a fifth of a CPU step.
+    By default every large one is mapped, zeroed page by page, and unmapped again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: map none
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back
+
+
+class Freed:
+    """What glibc keeps of freed blocks, by `keep_freed`. Holes that no later tensor fits into add
+    up: to 24 GB of a process with a vocabulary of 152,000, of which 2 were in use."""
+
+    def __init__(self):
+        self.left = 0  # bytes of the process after the last time
+
+    def give_back(self):
+        """Give it to the system, if the process has grown to more than what is free."""
+        with contextlib.suppress(OSError, AttributeError):  # no /proc, another C library
+            held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            if held > max(1.25 * self.left, free_memory(torch.device("cpu"))):
+                ctypes.CDLL(None).malloc_trim(0)
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                self.left = pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device):
