@@ -29,7 +29,7 @@ class Stop:
     @property
     def exit_code(self):
         self.steps += 1
-        return 75 if self.steps >= 5 else None
+        return 75 if self.steps >= 3 else None
 
 real, codes = run_folder.StopRequest, []
 for name, *arguments in json.loads(sys.argv[1]):
