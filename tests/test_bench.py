@@ -20,6 +20,11 @@ from steering.fast_path import FastPath
 from steering.run_state import read_run
 
 
+@pytest.fixture(autouse=True)
+def restore_the_learning_rate(monkeypatch):
+    monkeypatch.setattr(sweep.train_steering, "AUTO_LR", 0.05)  # which a plan's lines set
+
+
 def test_gpu_bench_runs_on_a_cpu_with_a_tiny_shape(capsys):
     flags = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--steps", "1"]
     bench_gpu.main([*flags, "--rows", "4", "--length", "24", "--micro-batch-tokens", "48", "96"])
