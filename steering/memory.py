@@ -37,7 +37,7 @@ def keep_freed():
 
 class Freed:
     """What glibc keeps of freed blocks, by `keep_freed`. Holes that no later tensor fits into add
-    up: to 24 GB of a process with a vocabulary of 152,000, of which 2 were in use."""
+    up: a training on rows of 580 tokens, with a vocabulary of 152,000, grew to 17 GiB."""
 
     def __init__(self):
         self.left = 0  # bytes of the process after the last time
