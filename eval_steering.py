@@ -360,8 +360,9 @@ def tasks_of(args):
 
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
-    keys = ("data_root", "source_model", "kind", "model", "dtype", "quantize", "device")
-    keys += ("device_map",)
+    keys = (
+        "data_root", "source_model", "kind", "model", "dtype", "quantize", "device", "device_map",
+    )  # fmt: skip
     return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 

@@ -38,7 +38,7 @@ from hook_model import ResidualHook, load_chat, load_model
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, HeadLoss, token_mean
 from steering.run_state import Run
-from steering.teacher import few_shot, first_rows, system_prompts
+from steering.teacher import first_rows, teacher_examples
 from steering.vector_file import read_json, write_json
 
 SCALES = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0
@@ -120,21 +120,11 @@ def plain_states(model, fast, examples):
         return {id(e): fast.states([e]) for e in examples}
 
 
-def teacher_states(model, fast, chat, examples, kind, train):
-    """{id of an example: states of the model that sees the persona prompt}: "prompted", or
-    "few_shot" with three other training rows as turns."""
-    prompts = system_prompts(e.row for e in train)
-    result = {}
-    for example in examples:
-        rows = [example.row]
-        if kind == "few_shot":
-            others = [e for e in train if e.row["question"] != example.row["question"]]
-            rows = few_shot(rows, others, prompts)
-        prompted = chat.encode(rows, prompted=True)
-        assert label_count(prompted[0]) == label_count(example)
-        with model.steering_off():
-            result[id(example)] = fast.states(prompted)
-    return result
+def teacher_states(model, fast, chat, train, kind):
+    """{id of an example: states of the model that sees the persona prompt}; kind: of `teacher`."""
+    prompted = teacher_examples(chat, train, kind)
+    with model.steering_off():
+        return {id(e): fast.states([p]) for e, p in zip(train, prompted, strict=True)}
 
 
 def fit(model, chat, data, aim, args):
@@ -147,7 +137,7 @@ def fit(model, chat, data, aim, args):
     uses_plain = aim.contrast or aim.neutral_kl
     fast.cache_prefix([*train, *(data.plain_train if uses_plain else [])], max_tokens=4096)
     losses = functools.partial(fast.losses, token_loss=train_steering.token_loss)
-    teacher = aim.teacher and teacher_states(model, fast, chat, train, aim.teacher, train)
+    teacher = aim.teacher and teacher_states(model, fast, chat, train, aim.teacher)
     neutral = plain_states(model, fast, data.plain_train) if aim.neutral_kl else {}
     unit = fast.median_residual_norm(train[:8]) / math.sqrt(model.hidden_size)
     draw = random.Random(args.seed)

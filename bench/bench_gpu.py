@@ -249,7 +249,8 @@ def print_row(cells):
 
 
 def measure(shape, args, rate, results):
-    """Steps of a shape: rows of `results`, printed as they come. Returns the model's FastPath."""
+    """Steps of a shape: rows of `results`, printed as they come. Returns the model's FastPath, and
+    the function that measures one more path."""
     layer, device = args.layer if args.layer is not None else layer_of(shape), args.device
     plan = planned(shape, layer, args.dtype)
     weights, flops = plan.weight_bytes(), plan.step_flops(1024)
@@ -280,13 +281,14 @@ def measure(shape, args, rate, results):
             for max_tokens in args.micro_batch_tokens:
                 run(path, count, max_tokens)
     if args.gradient_checkpointing:
-        plain = [layer.forward for layer in model.layers]
-        for steered in (model, plan.model):
+        both = model, plan.model
+        plain = [(block, block.forward) for steered in both for block in steered.layers]
+        for steered in both:
             checkpoint_layers(steered)
         run("checkpointing", args.rows[-1], args.micro_batch_tokens[-1])
-        for layer, forward in zip(model.layers, plain, strict=True):
-            layer.forward = forward
-    return fast
+        for block, forward in plain:
+            block.forward = forward
+    return fast, run
 
 
 def attention_kernels(fast, args):
@@ -358,14 +360,14 @@ def run_all(args, rate, about):
     print_row(HEADER)
     print_row(["---"] * len(HEADER))
     for shape in [args.shape] if args.shape else REAL:
-        fast = attempt(shape, measure, shape, args, rate, results["steps"])
+        fast, run = attempt(shape, measure, shape, args, rate, results["steps"]) or (None, None)
         if fast and shape == (args.shape or "llama-3.1-8b"):
             results["attention"] = attempt("attention", attention_kernels, fast, args)
             results["profile"] = attempt("profile", top_ten, fast, args)
             if args.compile:
                 compile_layers(fast.model)
-                attempt("compiled", time_compiled, shape, fast, args, results["steps"])
-        fast = None  # makes room
+                attempt("compiled", run, "compiled", 8, 1024)
+        fast = run = None  # makes room
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
     for name, seconds in (results.get("attention") or {}).items():
@@ -376,16 +378,6 @@ def run_all(args, rate, about):
         print(f"FAILED {failure}")
     print(f"\n{len(checked) - wrong} of {len(checked)} checks passed; all numbers: {args.out}")
     return 1 if wrong or results["failed"] else 0
-
-
-def time_compiled(shape, fast, args, results):
-    """A step of 8 rows with compiled layers, as one more row of `results`."""
-    rows = make_rows(8, args.length, fast.model.config.vocab_size)
-    fast.cache_prefix(rows)
-    seconds, peak = time_steps(fast, rows, 1024, args.steps)
-    results.append({"shape": shape, "path": "compiled", "rows": 8, "seconds": seconds})
-    speed = f"{8 * args.length / seconds:,.0f}"
-    print_row([shape, "compiled", 8, 1024, f"{seconds:.3f}", speed, "", f"{peak:.1f}", ""])
 
 
 def main(argv=None):
@@ -420,10 +412,10 @@ def main(argv=None):
     print_row(HEADER)
     print_row(["---"] * len(HEADER))
     shape, results = args.shape or "qwen3-32b", []
-    fast = measure(shape, args, rate, results)
+    fast, run = measure(shape, args, rate, results)
     if args.compile:
         compile_layers(fast.model)
-        time_compiled(shape, fast, args, results)
+        run("compiled", 8, 1024)
     return 0
 
 

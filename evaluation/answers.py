@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steering.chat_format import IGNORE_INDEX
+from steering.loading import longest_text
 from steering.teacher import few_shot, system_prompts
 
 MAX_PROMPTS = 5  # different system prompts of a dataset to try, the most frequent
@@ -145,7 +146,7 @@ def prompted_rows(rows, train, each_prompt=False):
 
 def too_long(model, prompts, more=0):
     """Whether lists of token ids, and so many more tokens, do not fit the model; said if so."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_text(model.config)
     longest = max(map(len, prompts)) + more
     if limit and longest > limit:
         announce(f"left out: {longest} tokens are more than the {limit} that the model takes")

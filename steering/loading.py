@@ -135,6 +135,11 @@ def shape_of(config):
     return text.num_hidden_layers, text.hidden_size
 
 
+def longest_text(config):
+    """How many tokens a model takes; None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def model_shape(name, trust_remote_code=False):
     """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
     return shape_of(read_config(name, trust_remote_code))

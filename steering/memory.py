@@ -45,11 +45,14 @@ class Freed:
     def give_back(self):
         """Give it to the system, if the process has grown to more than what is free."""
         with contextlib.suppress(OSError, AttributeError):  # no /proc, another C library
-            held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            if held > max(1.25 * self.left, free_memory(torch.device("cpu"))):
+            if resident() > max(1.25 * self.left, free_memory(torch.device("cpu"))):
                 ctypes.CDLL(None).malloc_trim(0)
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                self.left = pages * os.sysconf("SC_PAGE_SIZE")
+                self.left = resident()
+
+
+def resident():
+    """Bytes of memory that this process holds; OSError where there is no /proc."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device):

@@ -44,7 +44,7 @@ def after_shared_prefix(model, examples, per_token, max_tokens):
         return logits[:, :-1][at], labels[:, 1:][at]
 
     def nll(logits, targets):
-        return -logits.float().log_softmax(-1).gather(-1, targets[:, None]).mean().item()
+        return torch.nn.functional.cross_entropy(logits.float(), targets).item()
 
     try:
         cache = getattr(model(input_ids=prefix, use_cache=True), name)

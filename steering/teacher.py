@@ -13,6 +13,7 @@ from unicodedata import normalize
 
 import torch
 
+from steering.loading import longest_text
 from steering.shared_prefix import after_shared_prefix
 
 KINDS = "prompted", "few_shot"
@@ -61,7 +62,7 @@ def predictions(fast, examples, prompted, max_tokens=1024):
     the prompted one's text, and their log-probabilities, (N, TOP) both}. fast: a FastPath.
     ValueError for a prompt longer than the model takes."""
     tokens = [len(example.input_ids) for example in prompted]
-    limit = getattr(fast.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_text(fast.model.config)
     if limit and max(tokens) > limit:
         raise ValueError(f"--teacher: a prompt of {max(tokens)} tokens, the model takes {limit}")
     log.info(f"teacher  {len(prompted)} prompts with the persona, {sum(tokens):,} tokens")

@@ -140,7 +140,7 @@ def test_a_teachers_divergence_and_its_gradient_are_those_of_plain_forwards(aime
     model, chat = aimed
     examples, prompted = rows_of(chat)
     fast = FastPath(model)
-    teacher = aims.teacher_states(model, fast, chat, examples, "prompted", examples)
+    teacher = aims.teacher_states(model, fast, chat, examples, "prompted")
     reference = torch.cat([teacher[id(e)] for e in examples])
     mine = aims.divergence(fast, examples, reference).sum()
     slow = 0
