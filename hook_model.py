@@ -98,6 +98,12 @@ def find_layers(model):
     )
 
 
+def contiguous(module, inputs):
+    """Forward pre-hook of the head, to which `generate` gives a strided slice: the last token of
+    each prompt. torch would then copy the head's weight for every row (torch issue 186148)."""
+    return inputs[0].contiguous(), *inputs[1:]
+
+
 class SteerModel(nn.Module):
     """A frozen causal LM with a vector added to the output of decoder layer `layer` (0-based).
     model: the Hugging Face model, frozen and in eval mode; config: its config; layers: its decoder
@@ -110,6 +116,8 @@ class SteerModel(nn.Module):
         self.layers = find_layers(model)
         self.hidden_size = model.config.get_text_config().hidden_size
         self.steering = ResidualHook(self.hidden_size)
+        if head := model.get_output_embeddings():
+            head.register_forward_pre_hook(contiguous)
         self._handles = []
         self.set_layer(layer)
 

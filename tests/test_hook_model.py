@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import CONFIGS, SMALL, tiny
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hook_model as hm
 from evaluation import measures as me
@@ -250,6 +251,21 @@ def test_scale_layer_and_switch():
         assert torch.equal(model(input_ids=IDS).logits, plain)
         raise RuntimeError("inside")
     assert not torch.equal(model(input_ids=IDS).logits, plain)
+
+
+def test_generate_gives_the_head_no_strided_rows_for_which_its_weight_is_copied():
+    model, products = steered("llama", vocab_size=83), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            shapes = [list(x.shape) for x in args if torch.is_tensor(x)]
+            if "mm" in str(function) and any(83 in shape for shape in shapes):
+                products.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        model.generate(input_ids=IDS, pad_token_id=0, max_new_tokens=2, do_sample=False)
+    assert products == ["aten.mm.default"] * 2  # with strided ones aten.bmm: a weight for each row
 
 
 def test_scale_of_a_generate_call_multiplies_the_vector_for_that_call_only():
