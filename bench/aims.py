@@ -410,46 +410,57 @@ def results(out):
 
 
 def at_level(each, level, key):
-    """Mean over runs of what answers are like at a KL; None if one of them never reaches it."""
+    """What the answers of each run are like at a KL; none if one of them never reaches it."""
     found = [r["levels"].get(str(level), {}).get(key) for r in each]
-    return None if None in found else float(np.mean(found))
+    return [] if None in found else found
 
 
 def table(out):
-    """Means over the runs of each aim; in brackets, of next-token loss over the same ones."""
+    """Means over the runs of each aim; in brackets, of next-token loss over the same ones, and of
+    how many of them the probe gives more than that."""
+    columns = [(f"probe at KL {level:g}", level, "probe") for level in KL_LEVELS]
+    columns += [("lexicon at KL 0.5", 0.5, "lexicon"), ("repeated at KL 0.5", 0.5, "repeated")]
+    names = ["aim", "runs", "tokens", "NLL gain", "another author's", *(c[0] for c in columns)]
     for place, aims in results(out).items():
-        levels = " | ".join(f"probe at KL {level:g}" for level in KL_LEVELS)
-        print(f"\n### {place}\n\n| aim | runs | tokens | NLL gain | another author's | {levels} |")
-        print("|---" * (5 + len(KL_LEVELS)) + "|")
+        print(f"\n### {place}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
         for name, each in aims.items():
-            same = [r for r in aims["ce"] if r["where"] in {r["where"] for r in each}]
+            before = {r["where"]: r for r in aims["ce"]}
+            each = [r for r in each if r["where"] in before]
+            same = [before[r["where"]] for r in each]
             cells = [name, str(len(each)), f"{np.mean([r['tokens'] for r in each]):,.0f}"]
             for key in ("heldout", "second"):
                 gains = [np.mean([r["vanilla"][key] - r[key] for r in x]) for x in (each, same)]
                 cells.append("{:.3f} ({:.3f})".format(*gains))
-            for level in KL_LEVELS:
-                found = [at_level(x, level, "probe") for x in (each, same)]
-                cells.append("-" if None in found else "{:.2f} ({:.2f})".format(*found))
+            for _, level, key in columns:
+                found, ce = (at_level(x, level, key) for x in (each, same))
+                cells.append(f"{np.mean(found):.2f} ({np.mean(ce):.2f})" if found and ce else "-")
+                if key == "probe" and found and ce and name != "ce":
+                    more = sum(a > b for a, b in zip(found, ce, strict=True))
+                    cells[-1] = f"{cells[-1][:-1]}; {more} of {len(found)})"
             print(f"| {' | '.join(cells)} |")
 
 
 def picture(out):
     """frontier.png: persona by probe against KL on plain rows, a line for each aim that has all the
-    runs that next-token loss has."""
+    personas that next-token loss has."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    def personas(each):
+        return {r["where"].rsplit("-", 1)[0] for r in each}
+
     places = results(out)
-    figure, axes = pyplot.subplots(1, len(places), figsize=(6 * len(places), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(places), figsize=(5 * len(places), 4.5), squeeze=False)
     for axis, (place, aims) in zip(axes[0], places.items(), strict=True):
         for name, each in aims.items():
             points = [(level, at_level(each, level, "probe")) for level in KL_LEVELS]
-            points = [(level, probe) for level, probe in points if probe is not None]
-            if points and len(each) == len(aims["ce"]):
+            points = [(level, np.mean(found)) for level, found in points if found]
+            if points and personas(each) == personas(aims["ce"]):
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{place}, {len(aims['ce'])} personas", ylim=(0, 1))
+        many = f"{len(personas(aims['ce']))} personas, {len(aims['ce'])} runs"
+        axis.set(title=f"{place}\n{many}", ylim=(0, 1))
         axis.set(xlabel="KL(vanilla || steered) on plain rows, nats a token")
         axis.set(ylabel="persona of answers, by probe")
         axis.legend(fontsize=8)
