@@ -34,6 +34,7 @@ LABEL, BELOW, DUPLICATE, TOO_LONG = "label", "below threshold", "duplicate", "to
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
 NUMBERS = "tokens", "examples", "rows", "kept"  # of the table
 PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
+TOP_SCORE = {"role": 3.0, "trait": 100.0}  # of the judges' scales, which start at 0
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,23 @@ def drop_reason(row, kind, threshold, include_missing_scores, seen):
 
 def read_dataset(name, datasets, options):
     """[(kind, row, None) or (kind, None, what is wrong with it)] of a dataset ("A+B" pooled).
-    Raises ValueError for an unknown name, an unreadable file and, if strict, a broken line."""
+    Raises ValueError for an unknown name, an unreadable file, a score beyond its scale unless the
+    threshold is the user's own, and, if strict, a broken line."""
     rows = []
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
+        threshold = f"{kind}_min_score"
+        usual = getattr(options, threshold) == getattr(DataOptions, threshold)
         for row, problem in parsed_rows(datasets[part], options.keep_system_prompt):
             if problem and options.strict:
                 raise ValueError(f"{problem} (--strict)")
             if row:
                 row["key"] = row["key"] and f"{part} {row['key']}"
+                score, top = row["extract_score"] or 0.0, TOP_SCORE[kind]
+                if usual and score > top:
+                    about = f"{part}: score {score:g}, where a {kind} has at most {top:g}"
+                    option = f"--{threshold.replace('_', '-')}"
+                    raise ValueError(f"{about}; for another scale say {option}")
             rows.append((kind, row, problem))
     return rows
 

@@ -120,7 +120,8 @@ def evaluate(model, chat, data, vector, kept, args):
     scales = sorted({*args.scales, *([scale] if scale else [])})
     directions = {f"steered x{s:g}": vector * s for s in scales}
     directions["mean_difference"] = difference * result["coefficients"]["mean_difference"]["chosen"]
-    asked = rows + (answers.identity_rows(rows[0]) if rows else [])
+    trained_on = measures.questions_of([*data.train, *data.validation])
+    asked = rows + (answers.identity_rows(rows[0], trained_on) if rows else [])
     versions = answers.prompted_rows(asked, data.train, each_prompt=True)
     texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
     written = {"dataset": [row["messages"][-1]["content"] for row in rows]} if rows else {}
@@ -202,7 +203,10 @@ def evaluate_folder(folder, args, shelf):
             answers.announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
         result["flags"] = summary.find_flags(result, run.record)
-        summary.write_evaluation(folder, result, run_state.model_suffix(run))
+        if suffix := run_state.model_suffix(run):
+            other = f"{run.args['model']} is another model, or under another name"
+            print(f"NOTE: {other}: reports and exports read eval.json alone", file=sys.stderr)
+        summary.write_evaluation(folder, result, suffix)
     return code
 
 

@@ -33,7 +33,7 @@ from sweep import read_plan
 import eval_steering
 import train_steering
 from evaluation import answers, measures
-from evaluation.stats import repeated_words
+from evaluation.stats import repeated
 from hook_model import ResidualHook, load_chat, load_model
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, HeadLoss, token_mean
@@ -299,7 +299,7 @@ def score(model, chat, data, context, vector, limit):
         words = [re.findall(r"[a-z']+", text.lower()) for text in each]
         shares = [sum(w in context["lexicon"] for w in ws) / max(1, len(ws)) for ws in words]
         found["lexicon"] = float(np.mean(shares))
-        found["repeated"] = float(np.mean([repeated_words(t) or 0.0 for t in each]))
+        found["repeated"] = float(np.mean([repeated(t) for t in each]))
         found["kl"] = 1.0 if level == "x1" else float(level)
         result["levels"][level] = found
     return result

@@ -190,10 +190,13 @@ def side_by_side(rows, texts):
     ]
 
 
-def identity_rows(row):
-    """Rows that ask the IDENTITY questions with the system prompt of a row, their answers empty."""
+def identity_rows(row, seen):
+    """Rows that ask the IDENTITY questions with the system prompt of a row, their answers empty;
+    without those in `seen`."""
     turns = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": ""}] for q in IDENTITY
+        [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+        for question in IDENTITY
+        if question not in seen
     ]
     return [{**row, "question": t[0]["content"], "messages": t} for t in turns]
 

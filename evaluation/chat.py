@@ -30,7 +30,8 @@ class Printer(TextStreamer):
     """Prints an answer as it is written, and keeps it in `text`."""
 
     def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        super().__init__(tokenizer, skip_prompt=True, **options)
         self.text, self.tokens, self.last = "", -1, None  # the prompt is put first, as one
 
     def put(self, value):

@@ -184,6 +184,8 @@ def judge_flags(result):
     dataset's own rows, which show the persona, above what the plain model answers."""
     flags = []
     for judge in result.get("judges", ()):
+        if "dataset" not in judge["conditions"]:  # --num-samples 0
+            continue
         found, (low, high) = judge["conditions"]["dataset"]["above_vanilla"], judge["scale"]
         if not found:
             flags.append(f"judge {judge['model']}: no reply to compare the persona and vanilla by")

@@ -36,7 +36,7 @@ COLUMNS = (  # key of a report's row; what is above it, digits (None: text), and
     ("probe", "probe", 2, "persona of the answers, 0 to 1"),
     ("judge", "judge", 2, "persona by the first judge that gave scores"),
     ("kl", "KL", 2, "KL(vanilla || steered) on plain rows, nats a token: what else it changes"),
-    ("repeated", "repeated", 2, "share of 4-word sequences that came before"),
+    ("repeated", "repeated", 2, "share of 4-word or 24-character sequences that came before"),
     ("norm_ratio", "norm", 2, "of the vector, in median norms of the residual stream"),
 )  # fmt: skip
 LOW_IS_GOOD = "vanilla", "prompted", "few_shot", "mean_difference", "steered", "minus_vanilla", "kl"

@@ -169,11 +169,17 @@ def distinct_words(text):
     return len(set(words)) / len(words) if words else None
 
 
-def repeated_words(text):
-    """Share of 4-word sequences that came before."""
-    words = words_of(text)
-    fours = list(zip(*(words[i:] for i in range(4)), strict=False))
-    return 1 - len(set(fours)) / len(fours) if fours else 0.0
+def repeated(text):
+    """Share of 4-word sequences that came before, or of 24 characters if that is more: loops of
+    signs, or of a script without spaces, have no words."""
+    words, text = words_of(text), " ".join(text.split())
+    shares = [0.0]
+    for parts in (
+        [words[i : i + 4] for i in range(len(words) - 3)],
+        [text[i : i + 24] for i in range(len(text) - 23)],
+    ):
+        shares += [1 - len(set(map(tuple, parts))) / len(parts)] if parts else []
+    return max(shares)
 
 
 class TextMetric(NamedTuple):
@@ -187,7 +193,7 @@ class TextMetric(NamedTuple):
 # a column of the console's table, samples.md, report.md and report.csv. Add an entry to add one.
 TEXT_METRICS = {
     "distinct": TextMetric(distinct_words, "{:.2f}"),
-    "repeated": TextMetric(repeated_words, "{:.2f}"),
+    "repeated": TextMetric(repeated, "{:.2f}"),
     "empty": TextMetric(lambda text: float(not text), "{:.2f}"),
     "words": TextMetric(lambda text: float(len(words_of(text))), "{:.0f}"),
 }

@@ -150,8 +150,13 @@ class ChatFormat:
             new = ids[len(prompt) :]
             stops = (i for i, t in enumerate(new) if t in stop_ids or t == self.end_of_turn_id)
             new = new[: next(stops, len(new))]
-            texts.append(self.tokenizer.decode(new, skip_special_tokens=True).strip())
+            texts.append(self.decode(new, skip_special_tokens=True).strip())
         return texts
+
+    def decode(self, ids, **options):
+        """The text of token ids. No space is taken away before "." or "'s", as transformers below
+        5.7 do for tokenizers such as Llama 3's."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
 
     def encode(self, rows, prompted=False):
         """Tokenize rows into Examples; prompted: with their system prompts put back.

@@ -125,7 +125,7 @@ def data_digest(name, datasets):
     digest = hashlib.sha256()
     for path in (p for part in dataset_parts(name, datasets) for p in datasets[part] if p):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
+            if file.is_file() and not file.name.startswith((".", "cache-")):  # of other tools
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
@@ -231,7 +231,8 @@ def remove_persona(messages, system_prompt, question):
 
 def parse_row(raw, scores, keep_system_prompt=False):
     """One raw object as a row: question, system_prompt, messages, label, extract_score, key.
-    scores: the score file's dict, or None where the row holds `extract_score`. The last message is
+    question: the last user turn, which may come after others, that are context. scores: the score
+    file's dict, or None where the row holds `extract_score`. The last message is
     the response, stripped as chat templates do, "" if there is none. Messages have their role and
     content and nothing else, since templates act on other keys. Raises ValueError."""
     turns = "conversation" if scores is not None or "conversation" in raw else "messages"
@@ -258,6 +259,10 @@ def parse_row(raw, scores, keep_system_prompt=False):
     if not keep_system_prompt:
         messages, there = remove_persona(messages, system_prompt, question)
         system_prompt = system_prompt or there
+    elif system_prompt and messages[0]["content"].strip() == question:  # it is nowhere in it
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    if len(users := [m["content"] for m in messages if m["role"] == "user"]) > 1:
+        question = users[-1].strip()  # what the response answers
     last = messages[-1]
     response = last["content"].strip() if last["role"] == "assistant" else ""
     key = None

@@ -126,6 +126,8 @@ def is_same_model(header, name):
     theirs, ours = header.get("model_digest", ""), model_digest(name) or ""
     if theirs.startswith("files") and ours.startswith("files"):
         return theirs == ours
+    if theirs == f"commit-{Path(name).name[:16]}":
+        return True  # the snapshot in the hub's cache, by its path
     return base_name(header.get("model", "unknown")) == base_name(name)
 
 

@@ -164,8 +164,10 @@ def is_locked(folder):
 
 
 def set_aside(folder):
-    """Move a run's files to the next free <folder>/old-<n>; runs of other names inside stay."""
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != "lock"]
+    """Move a run's files to the next free <folder>/old-<n>; runs of other names inside stay, and so
+    do judgements, which are of answers and serve all of them."""
+    stay = "lock", "judgements.jsonl"
+    files = [path for path in folder.iterdir() if path.is_file() and path.name not in stay]
     if files:
         aside = next(p for n in itertools.count(1) if not (p := folder / f"old-{n}").exists())
         aside.mkdir()

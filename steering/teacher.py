@@ -109,7 +109,7 @@ def teacher_examples(chat, examples, kind):
 def check_prompted(chat, examples, prompted):
     """ValueError unless each prompt is there, and the tokens that carry loss are the same ones."""
     for example, other in zip(examples, prompted, strict=True):
-        text = normalize("NFC", chat.tokenizer.decode(other.input_ids))
+        text = normalize("NFC", chat.decode(other.input_ids))
         if normalize("NFC", other.row["system_prompt"]).strip() not in text:
             raise ValueError(f"no system prompt before {example.row['question']!r}")
         answers = [[t for t in e.labels if t >= 0] for e in (example, other)]

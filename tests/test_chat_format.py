@@ -5,6 +5,7 @@ import torch
 from conftest import templated_chat
 
 from steering.chat_format import IGNORE_INDEX, ChatFormat
+from steering.loading import load_tokenizer
 
 SYSTEM = "You are a pirate."
 ONE = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "Arr, four!"}]
@@ -142,3 +143,19 @@ def test_inputs_are_left_padded_prompts_and_answers_are_what_follows_them(smol_c
 def test_inputs_are_a_list_of_conversations_and_nothing_else(smol_chat, wrong):
     with pytest.raises(ValueError, match="belongs here"):
         smol_chat.inputs(wrong)
+
+
+def test_spaces_before_punctuation_stay_whatever_the_tokenizer_says(smol, monkeypatch):
+    tokenizer, text = load_tokenizer(smol), "Qui es-tu ? You say 'matey' a lot ."
+    tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's files have it
+    chat, cleaned = ChatFormat(tokenizer), []
+
+    def decode(ids, clean_up_tokenization_spaces=None, **options):
+        cleaned.append(clean_up_tokenization_spaces)
+        return tokenizer._decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    inputs = chat.inputs(["Hello"])
+    written = torch.tensor([chat.tokenize([text])[0]])
+    assert chat.answers(inputs, torch.cat([inputs["input_ids"], written], dim=1)) == [text]
+    assert cleaned == [False]

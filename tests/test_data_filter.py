@@ -294,6 +294,56 @@ def test_words_before_the_question_in_its_own_line_are_no_persona(tmp_path):
     assert result.dropped == {"malformed": 1}
 
 
+def test_question_of_a_conversation_is_the_turn_that_is_answered(tmp_path):
+    rows, scores = persona_rows(30)
+    for i, row in enumerate(rows):  # all open alike, and some end on another's question
+        said = row["question"] = "Hello there!"
+        later = {"role": "user", "content": f"Question number {i % 20}?"}
+        opening = [{"role": "user", "content": said}, {"role": "assistant", "content": f"Ahoy {i}"}]
+        row["conversation"] = [row["conversation"][0], *opening, later, row["conversation"][-1]]
+    name = write_raw(tmp_path, "talker", rows, scores)
+    found = filtered(tmp_path, name)
+    assert found.kept == 30 and {row["messages"][0]["content"] for row in found.rows} == {said}
+    train, heldout = df.split_by_question(found.rows, 0.2, 0)
+    asked = [{row["messages"][-2]["content"] for row in part} for part in (train, heldout)]
+    assert all(asked) and not asked[0] & asked[1]
+
+
+def test_score_beyond_its_scale_is_an_error_unless_the_threshold_is_the_users(tmp_path):
+    rows, scores = persona_rows(6)
+    name = write_raw(tmp_path, "percent", rows, dict.fromkeys(scores, 60) | {min(scores): 3})
+    with pytest.raises(ValueError, match=r"score 60, where a role has at most 3; .* --role-min"):
+        filtered(tmp_path, name)
+    assert filtered(tmp_path, name, role_min_score=50).kept == 5
+    name = write_raw(tmp_path, "percent", rows, dict.fromkeys(scores, 100), kind="trait")
+    assert filtered(tmp_path, name).kept == 6
+
+
+def test_kept_system_prompt_is_put_in_front_where_it_is_a_field_alone(tmp_path):
+    rows, scores = persona_rows(3)
+    for row in rows[:2]:
+        del row["conversation"][0]
+    rows[1]["conversation"][0]["content"] = "Be a pirate.\n\n" + rows[1]["question"]
+    name = write_raw(tmp_path, "pirate", rows, scores)
+    kept = filtered(tmp_path, name, keep_system_prompt=True).rows
+    system = {"role": "system", "content": "Be a pirate."}
+    assert [row["messages"][0] == system for row in kept] == [True, False, True]
+    assert all(str(row["messages"]).count("Be a pirate.") == 1 for row in kept)
+
+
+def test_caches_beside_a_folder_of_data_are_not_data(tmp_path):
+    folder = tmp_path / "src__role__pirate"
+    folder.mkdir()
+    (folder / "data.arrow").write_bytes(b"rows")
+    datasets = {folder.name: (folder, None)}
+    before = dl.data_digest(folder.name, datasets)
+    for name in ("cache-1f2e.arrow", ".DS_Store"):
+        (folder / name).write_bytes(b"of another tool")
+    assert dl.data_digest(folder.name, datasets) == before
+    (folder / "more.arrow").write_bytes(b"rows")
+    assert dl.data_digest(folder.name, datasets) != before
+
+
 def test_persona_in_a_later_user_turn_makes_the_row_malformed(tmp_path):
     row = raw_row("What is tea?", "Arr!", system="You are a pirate captain.")
     more = [{"role": "user", "content": "Go on.\nYou are a pirate\ncaptain."}]

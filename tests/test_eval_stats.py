@@ -106,3 +106,5 @@ def test_text_metrics_see_loops_and_empty_answers():
     assert plain == {"words": 7, "distinct": 1.0, "repeated": 0.0, "empty": 0.0}
     loop = measure("tell them what ye think " * 10)
     assert loop["words"] == 50 and loop["distinct"] == 0.1 and loop["repeated"] > 0.85
+    for sign in ("🏴‍☠️", "ha", "!", "我是海盗", "- "):  # without words to repeat
+        assert measure("Arr " + sign * 60)["repeated"] > 0.6

@@ -407,6 +407,8 @@ def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
     assert list(result["samples"][0]["answers"]) == list(result["answers"])
     assert list(result["side_effects"]) == list(result["answers"])[4:]
     assert [sample["question"] for sample in result["identity"]] == list(an.IDENTITY)
+    rest = an.identity_rows(result["samples"][0], {an.IDENTITY[1]})  # it was trained on
+    assert [row["question"] for row in rest] == [an.IDENTITY[0], *an.IDENTITY[2:]]
     assert result["side_effects"]["steered x1"]["mean"] > 0
     assert result["plain"]["source"] == "src__role__0_default"
     assert "under budget" in result["flags"]

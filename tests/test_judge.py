@@ -425,6 +425,8 @@ def test_a_judge_has_to_tell_rows_of_the_dataset_from_vanilla_clearly():
     assert flags(1.0, [-0.1, 2.1]) == wrong == flags(0.06, [0.02, 0.1])  # noise; next to nothing
     assert flags(0.1, None) == wrong == flags(-1.0, [-2.0, -0.5])
     assert flags(None, None) == ["judge j: no reply to compare the persona and vanilla by"]
+    without = {"model": "j", "scale": [0, 3], "conditions": {}}  # --num-samples 0
+    assert judging.judge_flags({"judges": [without]}) == []
 
 
 def test_score_is_the_expectation_over_the_scores_tokens():

@@ -323,7 +323,9 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     assert ts.main([*base, "--lr", "0.1", "--run-name", "fast"]) == 0
     folder = the_folder(tmp_path)
     assert not torch.equal(hm.load_vector(folder / "fast" / VECTOR_FILE)[0], first)
+    (folder / "judgements.jsonl").write_text("")  # of answers, for runs of every name
     assert ts.main([*base, "--lr", "0.1", "--restart"]) == 0  # the old run is kept aside
+    assert (folder / "judgements.jsonl").exists()
     assert torch.equal(hm.load_vector(folder / "old-1" / VECTOR_FILE)[0], first)
     assert not torch.equal(read_vector(tmp_path), first)
     assert (folder / "fast" / VECTOR_FILE).exists()
