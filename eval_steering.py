@@ -32,7 +32,7 @@ from hook_model import Shelf
 from steering import run_state
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
-from steering.loading import DTYPES, QUANTIZE, model_digest
+from steering.loading import DTYPES, QUANTIZE, model_digest, same_files
 from steering.run_folder import all_runs, find_runs, import_name, lock_folder, run_path
 from steering.run_state import read_run, write_imported_run
 from steering.teacher import first_rows
@@ -155,7 +155,9 @@ def evaluation_config(args, run):
     config["plain"] = [data_digest(name, datasets) for name in plain]
     config["data"] = data_digest(run.dataset, datasets)
     config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
-    config["model_digest"] = model_digest(run.args["model"])
+    name, trained_on = run.args["model"], run.record["config"].get("model_digest")
+    digest = model_digest(name)
+    config["model_digest"] = trained_on if same_files(name, digest, trained_on) else digest
     return config | {"format_version": summary.FORMAT_VERSION}
 
 

@@ -24,6 +24,7 @@ from steering.vector_file import base_name
 
 CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 CONFIG_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
+WEIGHTS = ".safetensors", ".bin"
 QUANTIZE = "none", "4bit", "8bit"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -109,14 +110,41 @@ def model_digest(name):
                 if isinstance(found := try_to_load_from_cache(name, "config.json"), str):
                     return f"commit-{Path(found).parent.name[:16]}"
         return None
-    for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
-        if file.suffix in (".safetensors", ".bin") or file == path:
+    for file in model_files(path) if path.is_dir() else [path]:
+        if file.suffix in WEIGHTS or file == path:
             about = file.stat()
             digest.update(str(about.st_size).encode())
             digest.update(weights_digest(file, about.st_size, about.st_mtime_ns))
-        elif file.name in CONFIG_FILES or file.suffix in (".jinja", ".model", ".py"):
+        else:
             digest.update(file.name.encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:16]}"
+
+
+def model_files(folder):
+    """The files of a folder that a model is made of, sorted."""
+    suffixes = *WEIGHTS, ".jinja", ".model", ".py"
+    files = (f for f in folder.iterdir() if f.name in CONFIG_FILES or f.suffix in suffixes)
+    return sorted(filter(Path.is_file, files))
+
+
+def same_files(name, digest, other):
+    """Whether two `model_digest` of a model say the same. Two commits of the hub do if what the
+    cache has of both is the same files: then only a README or the like has changed."""
+    if digest == other or not (name and digest and other):
+        return digest == other
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(here := try_to_load_from_cache(name, "config.json"), str):
+        return False
+    commits = (each.removeprefix("commit-") for each in (digest, other))
+    snapshots = [list(Path(here).parents[1].glob(f"{commit}*")) for commit in commits]
+    if any(len(found) != 1 for found in snapshots):
+        return False
+    each = [{f.name: f.resolve() for f in model_files(found[0])} for found in snapshots]
+    weights = [{file for file in files if file.endswith(WEIGHTS)} for files in each]
+    if all(weights) and weights[0] != weights[1]:  # of one, they may not be here yet
+        return False
+    return all(each[0][file] == each[1][file] for file in each[0].keys() & each[1].keys())
 
 
 def is_same_model(header, name):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from steering.loading import is_same_model, pick_device, pick_dtype
+from steering.loading import is_same_model, pick_device, pick_dtype, same_files
 from steering.run_folder import checkpoints, environment, is_locked, last_speed, run_path
 from steering.vector_file import (
     FORMAT_VERSION,
@@ -48,7 +48,11 @@ def differences(config, old, defaults):
     that had them is other code."""
     before = {**defaults, **old}
     known = [key for key in config if key in before and key != "auto_dtype"]
-    return sorted(key for key in known if config[key] != before[key])
+    other = sorted(key for key in known if config[key] != before[key])
+    key = "model_digest"
+    if key in other and same_files(before.get("model"), config[key], before[key]):
+        other.remove(key)
+    return other
 
 
 @functools.cache

@@ -753,6 +753,25 @@ def test_files_beside_a_model_do_not_make_it_another(tiny_folder, tmp_path):
     assert ts.loading.model_digest("nobody/has-this") is None
 
 
+def test_commit_of_the_hub_that_changes_no_file_of_the_model_changes_no_run(tmp_path, monkeypatch):
+    commits, blobs = ["a" * 40, "b" * 40, "c" * 40], tmp_path / "blobs"
+    contents = {"config.json": "ccc", "model.safetensors": "www", "README.md": "abc"}
+    for i, commit in enumerate(commits):
+        (tmp_path / "snapshots" / commit).mkdir(parents=True)
+        for file, each in contents.items():
+            each = {"model.safetensors": "wwx"}.get(file, each)  # other weights in the last one
+            (blobs / (file + each[i])).parent.mkdir(exist_ok=True)
+            (blobs / (file + each[i])).write_text(each[i])
+            (tmp_path / "snapshots" / commit / file).symlink_to(blobs / (file + each[i]))
+    here = str(tmp_path / "snapshots" / commits[1] / "config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: here)
+    digests = [f"commit-{commit[:16]}" for commit in commits]
+    assert ts.loading.model_digest("who/model") == digests[1]
+    configs = [{"model": "who/model", "model_digest": d} for d in [*digests, "commit-d", "files-a"]]
+    other = [ts.run_state.differences(configs[1], config, {}) for config in configs]
+    assert other == [[], [], ["model_digest"], ["model_digest"], ["model_digest"]]
+
+
 def test_torn_newer_checkpoints_do_not_outlive_those_of_a_new_start(tmp_path):
     for step in (480, 490, 500):
         (tmp_path / f"checkpoint-{step:05d}.pt").write_bytes(b"torn")
