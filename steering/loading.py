@@ -130,7 +130,8 @@ def model_files(folder):
 def same_files(name, digest, other):
     """Whether two `model_digest` of a model say the same. Two commits of the hub do if what the
     cache has of both is the same files: then only a README or the like has changed."""
-    if digest == other or not (name and digest and other):
+    both = all(str(each).startswith("commit-") for each in (digest, other))
+    if digest == other or not (both and name):
         return digest == other
     from huggingface_hub import try_to_load_from_cache
 

@@ -770,6 +770,8 @@ def test_commit_of_the_hub_that_changes_no_file_of_the_model_changes_no_run(tmp_
     configs = [{"model": "who/model", "model_digest": d} for d in [*digests, "commit-d", "files-a"]]
     other = [ts.run_state.differences(configs[1], config, {}) for config in configs]
     assert other == [[], [], ["model_digest"], ["model_digest"], ["model_digest"]]
+    of_an_evaluation = [{**config, "model": None} for config in configs[:2]]
+    assert ts.run_state.differences(*of_an_evaluation, {}) == ["model_digest"]
 
 
 def test_torn_newer_checkpoints_do_not_outlive_those_of_a_new_start(tmp_path):
