@@ -340,6 +340,12 @@ def test_caches_beside_a_folder_of_data_are_not_data(tmp_path):
     for name in ("cache-1f2e.arrow", ".DS_Store"):
         (folder / name).write_bytes(b"of another tool")
     assert dl.data_digest(folder.name, datasets) == before
+    file = tmp_path / "cache-d__role__x.jsonl"  # a dataset's own name is its own affair
+    datasets[file.stem], digests = (file, None), set()
+    for text in "ab":
+        file.write_text(text)
+        digests.add(dl.data_digest(file.stem, datasets))
+    assert len(digests) == 2
     (folder / "more.arrow").write_bytes(b"rows")
     assert dl.data_digest(folder.name, datasets) != before
 
