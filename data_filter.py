@@ -128,20 +128,23 @@ def read_dataset(name, datasets, options):
     rows = []
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
-        threshold = f"{kind}_min_score"
-        usual = getattr(options, threshold) == getattr(DataOptions, threshold)
         for row, problem in parsed_rows(datasets[part], options.keep_system_prompt):
             if problem and options.strict:
                 raise ValueError(f"{problem} (--strict)")
             if row:
                 row["key"] = row["key"] and f"{part} {row['key']}"
-                score, top = row["extract_score"] or 0.0, TOP_SCORE[kind]
-                if usual and score > top:
-                    about = f"{part}: score {score:g}, where a {kind} has at most {top:g}"
-                    option = f"--{threshold.replace('_', '-')}"
-                    raise ValueError(f"{about}; for another scale say {option}")
+                check_scale(row["extract_score"], part, kind, options)
             rows.append((kind, row, problem))
     return rows
+
+
+def check_scale(score, part, kind, options):
+    """ValueError if a score is beyond its kind's scale, and the threshold is not the user's own."""
+    threshold, top = f"{kind}_min_score", TOP_SCORE[kind]
+    usual = getattr(options, threshold) == getattr(DataOptions, threshold)
+    if usual and score is not None and score > top:
+        about = f"{part}: score {score:g}, where a {kind} has at most {top:g}"
+        raise ValueError(f"{about}; for another scale say --{threshold.replace('_', '-')}")
 
 
 def filter_rows(rows, options):

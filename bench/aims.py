@@ -423,8 +423,8 @@ def table(out):
     names = ["aim", "runs", "tokens", "NLL gain", "another author's", *(c[0] for c in columns)]
     for place, aims in results(out).items():
         print(f"\n### {place}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+        before = {r["where"]: r for r in aims["ce"]}
         for name, each in aims.items():
-            before = {r["where"]: r for r in aims["ce"]}
             each = [r for r in each if r["where"] in before]
             same = [before[r["where"]] for r in each]
             cells = [name, str(len(each)), f"{np.mean([r['tokens'] for r in each]):,.0f}"]

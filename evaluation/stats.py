@@ -172,14 +172,12 @@ def distinct_words(text):
 def repeated(text):
     """Share of 4-word sequences that came before, or of 24 characters if that is more: loops of
     signs, or of a script without spaces, have no words."""
-    words, text = words_of(text), " ".join(text.split())
-    shares = [0.0]
-    for parts in (
-        [words[i : i + 4] for i in range(len(words) - 3)],
-        [text[i : i + 24] for i in range(len(text) - 23)],
-    ):
-        shares += [1 - len(set(map(tuple, parts))) / len(parts)] if parts else []
-    return max(shares)
+
+    def share(parts, length):
+        windows = [tuple(parts[i : i + length]) for i in range(len(parts) - length + 1)]
+        return 1 - len(set(windows)) / len(windows) if windows else 0.0
+
+    return max(share(words_of(text), 4), share(" ".join(text.split()), 24))
 
 
 class TextMetric(NamedTuple):

@@ -124,9 +124,10 @@ def data_digest(name, datasets):
     """sha256 over every file behind a dataset name: what "the same data" means to a run."""
     digest = hashlib.sha256()
     for path in (p for part in dataset_parts(name, datasets) for p in datasets[part] if p):
-        others = (".", "cache-")  # what tools that read a folder leave in it
-        inside = sorted(f for f in path.rglob("*") if not f.name.startswith(others))
-        for file in inside if path.is_dir() else [path]:
+        files = [path]
+        if path.is_dir():  # without what other tools leave in it
+            files = sorted(f for f in path.rglob("*") if not f.name.startswith((".", "cache-")))
+        for file in files:
             if file.is_file():
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
