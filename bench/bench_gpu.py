@@ -15,6 +15,7 @@ cached prefix at the rate of matrix products measured on this device in the same
 
 import argparse
 import functools
+import gc
 import json
 import os
 import signal
@@ -264,7 +265,8 @@ def measure(shape, args, rate, results):
         cached = sum(states.nbytes for _, states in fast.cache.values())
         seconds, peak = time_steps(fast, rows, max_tokens, args.steps)
         batch = max(len(b) * args.length for b in micro_batches(rows, max_tokens))
-        expected = (weights + cached + plan.step_bytes(max(256, batch // 256 * 256))) / GIB
+        # Bytes of a step grow linearly with its tokens, and the plan counts rows of 256.
+        expected = (weights + cached + plan.step_bytes(1024) * batch / 1024) / GIB
         row = {
             "shape": shape, "path": path, "rows": count, "micro_batch_tokens": max_tokens,
             "seconds": seconds, "tokens_per_second": tokens / seconds,
@@ -367,7 +369,8 @@ def run_all(args, rate, about):
             if args.compile:
                 compile_layers(fast.model)
                 attempt("compiled", run, "compiled", 8, 1024)
-        fast = run = None  # makes room
+        fast = run = None
+        gc.collect()  # A layer whose forward was replaced refers to itself: makes room.
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
     for name, seconds in (results.get("attention") or {}).items():
