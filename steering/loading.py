@@ -14,6 +14,7 @@ import hashlib
 import logging
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,10 @@ CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "speci
 CONFIG_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
 WEIGHTS = ".safetensors", ".bin"
 QUANTIZE = "none", "4bit", "8bit"
+# What transformers raises for files that are torn, no weights at all, or of another model.
+UNREADABLE = (
+    OSError, ImportError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError,
+)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -244,6 +249,54 @@ def quantization(bits, dtype):
     return BitsAndBytesConfig(load_in_4bit=True, **kind)
 
 
+def check_weights(model, report):
+    """ValueError unless the files held every weight of a model in its shape, and no layer beyond.
+
+    transformers fills what is missing with random numbers, and only says so on stderr.
+    report: what `from_pretrained(output_loading_info=True)` gives. A tied head does not count.
+    """
+    missing = sorted(report["missing_keys"])
+    mismatched = [
+        f"{name} {list(in_file)}, config says {list(in_model)}"
+        for name, in_file, in_model in report["mismatched_keys"]
+    ]
+    unexpected = sorted(report["unexpected_keys"])
+    beyond = [name for name in unexpected if layer_beyond(model, name)]
+    problems = []
+    for what, names in (
+        ("its files lack", missing),
+        ("its files have another shape of", mismatched),
+        ("its files have layers that its config does not", beyond),
+    ):
+        if names:
+            problems.append(f"{what} {some_of(names)}")
+    if missing and unexpected:
+        problems.append(f"they have instead {some_of(unexpected)}")
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. It would be partly random: use a folder whose config.json and "
+            "weights belong together, saved by save_pretrained of the model itself"
+        )
+
+
+def some_of(names):
+    """The first three of some names, and how many there are."""
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(names[:3])})"
+
+
+def layer_beyond(model, name):
+    """Whether a weight's name is of a layer after the model's last one.
+    Layers that predict tokens further ahead (num_nextn_predict_layers) are left out on purpose."""
+    match = re.match(r"(.+?)\.(\d+)\.", name)
+    if not match:
+        return False
+    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and f".{path}".endswith(f".{match[1]}"):
+            return int(match[2]) >= len(module) + extra
+    return False
+
+
 def load_weights(
     name,
     dtype,
@@ -288,14 +341,18 @@ def load_weights(
         except (ImportError, TypeError):  # older versions
             options["tp_plan"] = "auto"
     options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
+    # Mismatched shapes are let through here, so that `check_weights` can name them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(**options)
+            model, report = AutoModelForCausalLM.from_pretrained(**options)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            model = AutoModelForImageTextToText.from_pretrained(**options)  # used without images
-    except (OSError, ImportError, ValueError, SafetensorError) as error:
+            # It is used without images.
+            model, report = AutoModelForImageTextToText.from_pretrained(**options)
+        check_weights(model, report)
+    except UNREADABLE as error:
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits: packed, it has no gradient
