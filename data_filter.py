@@ -10,15 +10,25 @@ persona's text out of the prompt, and tokenizes only what the token budget needs
 Exit codes: 0 done, 2 bad input (also: a dataset has scores and none passes).
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steering.command_line import aligned, exit_code, new_parser, parse
+from tqdm import tqdm
+
+from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import (
     dataset_parts,
     find_datasets,
@@ -26,22 +36,32 @@ from steering.data_layouts import (
     parsed_rows,
     requested_names,
 )
-from steering.parallel import in_processes
+from steering.tables import aligned
 
 # Why a row is dropped; the first that holds is counted.
-MALFORMED, NO_RESPONSE, MISSING_SCORE = "malformed", "no response", "missing score"
-LABEL, BELOW, DUPLICATE, TOO_LONG = "label", "below threshold", "duplicate", "too long"
+MALFORMED = "malformed"
+NO_RESPONSE = "no response"
+MISSING_SCORE = "missing score"
+LABEL = "label"
+BELOW = "below threshold"
+DUPLICATE = "duplicate"
+TOO_LONG = "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
-NUMBERS = "tokens", "examples", "rows", "kept"  # of the table
+
 PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
 TOP_SCORE = {"role": 3.0, "trait": 100.0}  # of the judges' scales, which start at 0
+NUMBERS = ("tokens", "examples", "rows", "kept")  # columns of the table
+MOST_PROCESSES = 16
+DATASETS_A_PROCESS = 4  # that it is worth starting for
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which rows of a dataset are used, and how they are split. The one place of these defaults.
-    data_root, source_model, kind: where datasets are found; the rest is said in
-    `add_data_arguments`. A run keeps them in run.json."""
+    """Which rows of a dataset are used, and how they are split; the one place of these defaults.
+
+    data_root, source_model, kind: where datasets are found; `add_data_arguments` explains the
+    rest. A run keeps them in run.json.
+    """
 
     data_root: str = "data"
     source_model: str | None = None
@@ -60,35 +80,36 @@ class DataOptions:
 
     @classmethod
     def of(cls, values):
-        """The options in a dict, of parsed arguments or run.json; one it lacks has its default."""
+        """Take the options from a dict, of parsed arguments or run.json; others have defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: values[name] for name in names if name in values})
 
     def datasets(self, passed_over=None):
-        """Every dataset there: {name: (responses path, scores path or None)}, else ValueError."""
+        """Find every dataset there: {name: (responses path, scores path or None)}."""
         return find_datasets(self.data_root, self.source_model, self.kind, passed_over)
+
+
+# ---------------------------------------------------------------- which rows
 
 
 @dataclass
 class Filtered:
-    """Rows kept of one dataset, rows dropped by reason, and a message for every broken line.
-    plain: its rows that were asked not to show the persona, and do not (of traits, label "neg")."""
+    """Rows that pass of one dataset, counts of the others by reason, a message for each broken one.
+
+    kept: number of rows that pass; tokenizing takes off those that are too long or refused.
+    plain: rows that were asked not to show the persona, and do not (of traits, label "neg").
+    """
 
     total: int
+    kept: int = 0
     rows: list = field(default_factory=list)
     plain: list = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
-    refused: int = 0  # of those malformed, by the chat template
     problems: list = field(default_factory=list)
     has_scores: bool = False
 
-    @property
-    def kept(self):
-        """Number of rows kept; too long or refused is found out, and counted, by tokenizing."""
-        return len(self.rows) - self.dropped[TOO_LONG] - self.refused
-
     def counts(self):
-        """Say it in one line: "79 rows: 70 kept, 9 below threshold"."""
+        """Say in one line what became of the rows: "79 rows: 70 kept, 9 below threshold"."""
         parts = [f"{self.kept:,} kept", *reason_counts(self.dropped)]
         return f"{self.total:,} rows: {', '.join(parts)}"
 
@@ -99,32 +120,16 @@ class Filtered:
 
 
 def reason_counts(dropped):
-    """["9 below threshold", ...] of {reason: count}, in the order of REASONS."""
+    """List the reasons of {reason: count} in their order: ["9 below threshold", ...]."""
     return [f"{dropped[reason]:,} {reason}" for reason in REASONS if dropped.get(reason)]
 
 
-def drop_reason(row, kind, threshold, include_missing_scores, seen):
-    """The first reason to drop a row, or None to keep it; `seen` collects what was kept."""
-    score, response = row["extract_score"], row["messages"][-1]["content"]
-    same_as = {(row["question"], response)} | ({row["key"]} if row["key"] else set())
-    if not response:
-        return NO_RESPONSE
-    if score is None and not include_missing_scores:
-        return MISSING_SCORE
-    if row["label"] == "default" or (kind == "trait" and row["label"] != "pos"):
-        return LABEL
-    if score is not None and score < threshold:
-        return BELOW
-    if same_as & seen:
-        return DUPLICATE
-    seen.update(same_as)
-    return None
-
-
 def read_dataset(name, datasets, options):
-    """[(kind, row, None) or (kind, None, what is wrong with it)] of a dataset ("A+B" pooled).
+    """Read the rows of a dataset ("A+B" pooled): [(kind, row or None, what is wrong or None)].
+
     Raises ValueError for an unknown name, an unreadable file, a score beyond its scale unless the
-    threshold is the user's own, and, if strict, a broken line."""
+    threshold is the user's own, and, if strict, a broken line.
+    """
     rows = []
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
@@ -139,89 +144,145 @@ def read_dataset(name, datasets, options):
 
 
 def check_scale(score, part, kind, options):
-    """ValueError if a score is beyond its kind's scale, and the threshold is not the user's own."""
-    threshold, top = f"{kind}_min_score", TOP_SCORE[kind]
-    usual = getattr(options, threshold) == getattr(DataOptions, threshold)
-    if usual and score is not None and score > top:
-        about = f"{part}: score {score:g}, where a {kind} has at most {top:g}"
-        raise ValueError(f"{about}; for another scale say --{threshold.replace('_', '-')}")
+    """Raise ValueError if a score is beyond its scale, and the threshold is not the user's own."""
+    threshold = f"{kind}_min_score"
+    if getattr(options, threshold) != getattr(DataOptions, threshold):
+        return
+    if score is not None and score > TOP_SCORE[kind]:
+        raise ValueError(
+            f"{part}: score {score:g}, where a {kind} has at most {TOP_SCORE[kind]:g}; "
+            f"for another scale say --{threshold.replace('_', '-')}"
+        )
+
+
+def response_of(row):
+    """Give the text of a row's response."""
+    return row["messages"][-1]["content"]
+
+
+def drop_reason(row, kind, options, seen):
+    """Give the first reason to drop a row, or None to keep it; `seen` collects what was kept."""
+    score = row["extract_score"]
+    same_as = {(row["question"], response_of(row)), row["key"]} - {None}
+    if not response_of(row):
+        return NO_RESPONSE
+    if score is None and not options.include_missing_scores:
+        return MISSING_SCORE
+    if row["label"] == "default" or (kind == "trait" and row["label"] != "pos"):
+        return LABEL
+    if score is not None and score < getattr(options, f"{kind}_min_score"):
+        return BELOW
+    if same_as & seen:
+        return DUPLICATE
+    seen.update(same_as)
+    return None
 
 
 def filter_rows(rows, options):
-    """What `read_dataset` gave as a Filtered: the rows that pass, and what became of the others."""
-    result, seen = Filtered(total=len(rows)), set()
+    """Sort what `read_dataset` gave into a Filtered: rows that pass, and why the others do not."""
+    result = Filtered(total=len(rows))
+    seen = set()
     for kind, row, problem in rows:
         if problem:
             result.problems.append(problem)
             result.dropped[MALFORMED] += 1
             continue
-        threshold = options.role_min_score if kind == "role" else options.trait_min_score
-        score, response = row["extract_score"], row["messages"][-1]["content"]
-        result.has_scores |= score is not None
-        if kind == "trait" and row["label"] == "neg" and response:
-            result.plain += [row] if (score or 0.0) < PLAIN_SCORE else []
-        reason = drop_reason(row, kind, threshold, options.include_missing_scores, seen)
+        score = row["extract_score"]
+        if score is not None:
+            result.has_scores = True
+        shows_none = row["label"] == "neg" and (score or 0.0) < PLAIN_SCORE
+        if kind == "trait" and shows_none and response_of(row):
+            result.plain.append(row)
+        reason = drop_reason(row, kind, options, seen)
         if reason:
             result.dropped[reason] += 1
         else:
             result.rows.append(row)
+    result.kept = len(result.rows)
     return result
 
 
 def filter_dataset(name, datasets, options):
-    """The rows of one dataset that pass, as a Filtered; ValueError as `read_dataset` has it."""
+    """Filter the rows of one dataset into a Filtered; ValueError as `read_dataset` has it."""
     return filter_rows(read_dataset(name, datasets, options), options)
 
 
 def plain_datasets(name, datasets):
-    """Default datasets of a dataset's source model, those of its kind first: names, maybe none."""
-    source, kind, _ = parse_name(dataset_parts(name, datasets)[0])
-    kinds = kind, "trait" if kind == "role" else "role"
-    defaults = "0_default", "1_default", "default"
-    all_names = [f"{source}__{its_kind}__{default}" for its_kind in kinds for default in defaults]
-    return [other for other in all_names if other in datasets]
+    """List the default datasets of a dataset's source model, those of its kind first."""
+    source, its_kind, _ = parse_name(dataset_parts(name, datasets)[0])
+    names = []
+    for kind in dict.fromkeys([its_kind, "role", "trait"]):  # each once
+        for default in ("0_default", "1_default", "default"):
+            names.append(f"{source}__{kind}__{default}")
+    return [name for name in names if name in datasets]
 
 
 def plain_rows(name, datasets, filtered):
-    """(rows of the source model without a dataset's persona, whose they are); [] if there are none.
-    A trait's own neg rows; otherwise the first default dataset that has a response, whatever its
-    labels and scores. Lines that do not parse are left out."""
+    """Find rows of the source model without a dataset's persona: (rows, whose they are).
+
+    They are a trait's own neg rows, or else those of the first default dataset that has a
+    response, whatever its labels and scores; [] if there are none. Lines that do not parse are
+    left out.
+    """
     if filtered.plain:
         return filtered.plain, "neg rows of the dataset"
-    for other in plain_datasets(name, datasets):
-        rows = parsed_rows(datasets[other], scored=False)
-        if rows := [row for row, _ in rows if row and row["messages"][-1]["content"]]:
-            return rows, other
+    for default in plain_datasets(name, datasets):
+        parsed = parsed_rows(datasets[default], scored=False)
+        rows = [row for row, _ in parsed if row and response_of(row)]
+        if rows:
+            return rows, default
     return [], "nobody's"
 
 
+# ---------------------------------------------------------------- split and budget
+
+
 def hash_unit(*parts):
-    """A number in [0, 1) from sha256 of the parts: the same on every machine and hash seed."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    """Hash the parts to a number in [0, 1): the same on every machine and hash seed."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+    return int(digest[:16], 16) / 2**64
+
+
+def question_hash(question):
+    """Hash a question's text to 16 hex digits, by which run.json knows it."""
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 def split_by_question(items, fraction, seed, salt="heldout"):
     """Split rows or Examples into (the others, those of chosen questions).
-    A hash of salt, seed and the question's text chooses, so every dataset has the same split."""
-    groups = [], []
+
+    A hash of salt, seed and the question's text chooses, so every dataset has the same split.
+    """
+    others = []
+    chosen = []
     for item in items:
         row = item if isinstance(item, dict) else item.row
-        groups[hash_unit(salt, seed, row["question"]) < fraction].append(item)
-    return groups
+        if hash_unit(salt, seed, row["question"]) < fraction:
+            chosen.append(item)
+        else:
+            others.append(item)
+    return others, chosen
 
 
 def take_budget(rows, chat, target_tokens, max_length, seed):
     """Shuffle rows by seed and tokenize them, batch by batch, until the token budget is reached.
-    target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept), None
-    takes all. Returns (examples, tokens, rows longer than max_length, what is wrong with each row
-    that the template refuses); rows on disk in another order give the same examples in the same
-    order."""
-    digests = [hash_unit(seed, row["question"], row["messages"][-1]["content"]) for row in rows]
-    order = sorted(range(len(rows)), key=digests.__getitem__)
-    examples, tokens, too_long, refused = [], 0, 0, []
-    for start in range(0, len(order), 64):
-        batch, problems = chat.encode_each([rows[i] for i in order[start : start + 64]])
+
+    target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept); None
+    takes all. Returns (examples, their tokens, number of rows longer than max_length, what is
+    wrong with each row that the template refuses). Rows on disk in another order give the same
+    examples in the same order.
+    """
+
+    def place(row):
+        return hash_unit(seed, row["question"], response_of(row))
+
+    shuffled = sorted(rows, key=place)
+    examples = []
+    tokens = 0
+    too_long = 0
+    refused = []
+    for start in range(0, len(shuffled), 64):
+        batch, problems = chat.encode_each(shuffled[start : start + 64])
         refused += problems
         for example in batch:
             if target_tokens is not None and tokens >= target_tokens:
@@ -237,47 +298,69 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
 @dataclass
 class Splits:
     """Examples of one dataset by what they are for; no question is in two of the three.
-    validation is cut from the questions that are not held out; tokens: of it and `train` together;
-    filtered: the dataset's rows, and why others were dropped; taught: what --teacher sees."""
+
+    validation is cut from the questions that are not held out. tokens: of it and `train` together.
+    filtered: the dataset's rows, and why others were dropped.
+    """
 
     train: list
     validation: list
     heldout: list
     tokens: int
     filtered: Filtered
-    taught: list = field(default_factory=list)
 
     def counts(self):
-        """What became of the dataset's rows, as run.json keeps it."""
-        rows = self.filtered
+        """Count what became of the dataset's rows, as run.json keeps it."""
         return {
-            "rows": rows.total, "kept": rows.kept, "dropped": +rows.dropped, "tokens": self.tokens,
-            "train": len(self.train), "validation": len(self.validation), "summary": rows.counts(),
-        }  # fmt: skip
+            "rows": self.filtered.total,
+            "kept": self.filtered.kept,
+            "dropped": +self.filtered.dropped,
+            "tokens": self.tokens,
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "summary": self.filtered.counts(),
+        }
+
+    def question_hashes(self):
+        """Hash the questions of training and validation: {"train": [...], "validation": [...]}."""
+        train = {question_hash(example.row["question"]) for example in self.train}
+        validation = {question_hash(example.row["question"]) for example in self.validation}
+        return {"train": sorted(train), "validation": sorted(validation)}
 
 
 def split_dataset(name, datasets, chat, options, heldout_tokens=0, rows=None):
     """Filter one dataset, split it by question and tokenize what the budgets ask for, as Splits.
-    chat: a ChatFormat; heldout_tokens: budget of held-out examples, 0 for none; rows: of
-    `read_dataset`, which is called, and may raise ValueError, if there are none yet."""
+
+    chat: a ChatFormat. heldout_tokens: budget of held-out examples, 0 for none. rows: what
+    `read_dataset` gave, which is called, and may raise ValueError, if there are none yet.
+    """
     filtered = filter_rows(rows or read_dataset(name, datasets, options), options)
-    seed, limit = options.seed, options.max_length
-    rows, others = split_by_question(filtered.rows, options.heldout_fraction, options.split_seed)
-    examples, tokens, filtered.dropped[TOO_LONG], refused = take_budget(
-        rows, chat, options.target_tokens, limit, seed
+    rows, heldout_rows = split_by_question(
+        filtered.rows, options.heldout_fraction, options.split_seed
+    )
+    examples, tokens, too_long, refused = take_budget(
+        rows, chat, options.target_tokens, options.max_length, options.seed
     )
     train, validation = split_by_question(
         examples, options.val_fraction, options.split_seed, "validation"
     )
     heldout = []
     if heldout_tokens:
-        heldout, _, _, more = take_budget(others, chat, heldout_tokens, limit, seed)
-        refused += more
+        heldout, _, _, refused_heldout = take_budget(
+            heldout_rows, chat, heldout_tokens, options.max_length, options.seed
+        )
+        refused += refused_heldout
     if refused and options.strict:
         raise ValueError(f"{name}: {refused[0]} (--strict)")
-    filtered.refused, filtered.problems = len(refused), filtered.problems + refused
+
+    filtered.dropped[TOO_LONG] = too_long
     filtered.dropped[MALFORMED] += len(refused)
+    filtered.kept -= too_long + len(refused)
+    filtered.problems += refused
     return Splits(train, validation, heldout, tokens, filtered)
+
+
+# ---------------------------------------------------------------- options
 
 
 def add_data_arguments(parser):
@@ -287,6 +370,8 @@ def add_data_arguments(parser):
     add("--data-root", help="folder of datasets, in any of the three layouts")
     add("--dataset", nargs="+", metavar="NAME", help="dataset names; A+B pools two into one")
     add("--list-file", metavar="FILE", help="file of dataset names, one a line, # comments")
+    add("--only", nargs="+", metavar="PATTERN", help='take names like these: "*__trait__*"')
+    add("--limit", type=int, help="take so many names, from the top of the list")
     add("--source-model", help="of bare names and of the assistant-axis layout; takes no others")
     add("--kind", choices=("role", "trait"), help="as --source-model: role or trait")
     add("--role-min-score", type=float, help="lowest score kept of a role, 0-3")
@@ -302,69 +387,17 @@ def add_data_arguments(parser):
     add("--strict", action="store_true", help="stop at the first broken line")
 
 
-DATA_BOUNDS = {  # of the numbers among them
-    "count": "target_tokens max_length", "share": "heldout_fraction", "seed": "seed split_seed",
+# What `command_line.parse` checks of these options.
+DATA_BOUNDS = {
+    "count": "limit target_tokens max_length",
+    "share": "heldout_fraction",
+    "seed": "seed split_seed",
     "number": "role_min_score trait_min_score",
-}  # fmt: skip
-
-
-def inspect_dataset(name, datasets, chat, options):
-    """A line of the table, as a dict; broken lines go to stderr. chat None: rows are only counted.
-    One unreadable file must not hide the others: unless strict, it is a line that says so."""
-    try:
-        return table_line(name, datasets, chat, options)
-    except Exception as error:
-        if options.strict:
-            raise
-        numbers = dict.fromkeys(NUMBERS, 0)
-        return {"dataset": name, "status": f"error: {error}", "dropped": {}, **numbers}
-
-
-def table_line(name, datasets, chat, options):
-    """`inspect_dataset` of a dataset that can be read."""
-    rows, chat = read_dataset(name, datasets, options), chat and chat.remembering()
-    splits = chat and split_dataset(name, datasets, chat, options, rows=rows)
-    filtered = splits.filtered if chat else filter_rows(rows, options)
-    tokens = splits.tokens if chat else None
-    examples = len(splits.train) + len(splits.validation) if chat else None
-    status = "ok" if chat else "not tokenized"
-    if filtered.is_baseline:
-        status = "no examples: no scores"
-    elif not filtered.rows or examples == 0:
-        status = "no examples: none passes" if not filtered.rows else "no examples: all held out"
-    elif chat and tokens < options.target_tokens:
-        status = f"under budget: {tokens:,} of {options.target_tokens:,}"
-    if chat and tokens < options.target_tokens and filtered.dropped[BELOW]:
-        key = f"{parse_name(name)[1]}_min_score"
-        lower = getattr(options, key) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
-        laxer = dataclasses.replace(options, **{key: lower})
-        more = split_dataset(name, datasets, chat, laxer, rows=rows).tokens
-        status += f" (score >= {lower:g} gives {more:,})" if more > tokens else ""
-    sys.stderr.writelines(f"{name}: {problem}\n" for problem in filtered.problems)
-    return {
-        "dataset": name, "status": status, "tokens": tokens, "examples": examples,
-        "rows": filtered.total, "kept": filtered.kept, "dropped": +filtered.dropped,
-    }  # fmt: skip
-
-
-def print_table(lines, passed_over=0):
-    """The validation table: a line a dataset, then totals; passed_over: files without a name."""
-    keys, over = NUMBERS, f" ({passed_over} file{'s' * (passed_over > 1)} passed over)"
-    total = {"dataset": f"{len(lines)} datasets{over * bool(passed_over)}", "dropped": Counter()}
-    total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
-    for key in keys:
-        total[key] = None if lines[0][key] is None else sum(line[key] or 0 for line in lines)
-    table = [["dataset", *keys, "status; dropped"]]
-    for line in [*lines, total]:
-        total["dropped"].update(line["dropped"] if line is not total else {})
-        numbers = ["-" if line[key] is None else f"{line[key]:,}" for key in keys]
-        reasons = ", ".join(reason_counts(line["dropped"])) or "none dropped"
-        table.append([line["dataset"], *numbers, f"{line['status']}; {reasons}"])
-    print("\n".join(aligned(table, left=(0, len(keys) + 1))))
+}
 
 
 def parse_args(argv=None):
-    """Command line of data_filter.py."""
+    """Parse the command line of data_filter.py."""
     parser = new_parser(__doc__)
     add_data_arguments(parser)
     add = parser.add_argument_group("table").add_argument
@@ -372,15 +405,161 @@ def parse_args(argv=None):
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--json", metavar="OUT", help="write the table as JSON")
     add("--write-list", metavar="FILE", help="write the names that reach the budget")
-    text = "--write-list needs --model, whose tokens the budget counts"
-    return parse(parser, argv, DATA_BOUNDS, lambda a: [(a.write_list and not a.model, text)])
+
+    problem = "--write-list needs --model, whose tokens the budget counts"
+    return parse(
+        parser, argv, DATA_BOUNDS, lambda args: [(args.write_list and not args.model, problem)]
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+def tokens_added(rows, kept, chat, laxer):
+    """Count the tokens of rows that pass laxer options and are not among those kept already."""
+    known = {(row["question"], response_of(row)) for row in kept}
+    passing = filter_rows(rows, laxer).rows
+    new = [row for row in passing if (row["question"], response_of(row)) not in known]
+    new, _ = split_by_question(new, laxer.heldout_fraction, laxer.split_seed)
+    return take_budget(new, chat, laxer.target_tokens, laxer.max_length, laxer.seed)[1]
+
+
+def table_line(name, datasets, chat, options):
+    """Make the line of a dataset that can be read; its broken lines go to stderr."""
+    rows = read_dataset(name, datasets, options)
+    tokens = None
+    examples = None
+    status = "not tokenized"
+    if chat:
+        splits = split_dataset(name, datasets, chat, options, rows=rows)
+        filtered = splits.filtered
+        tokens = splits.tokens
+        examples = len(splits.train) + len(splits.validation)
+        status = "ok"
+        if tokens < options.target_tokens:
+            status = f"under budget: {tokens:,} of {options.target_tokens:,}"
+    else:
+        filtered = filter_rows(rows, options)
+
+    if filtered.is_baseline:
+        status = "no examples: no scores"
+    elif not filtered.rows:
+        status = "no examples: none passes"
+    elif examples == 0:
+        status = "no examples: all held out"
+
+    if chat and tokens < options.target_tokens and filtered.dropped[BELOW]:
+        threshold = f"{parse_name(name)[1]}_min_score"
+        lower = getattr(options, threshold) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
+        missing = options.target_tokens - tokens
+        laxer = dataclasses.replace(options, target_tokens=missing, **{threshold: lower})
+        added = tokens_added(rows, filtered.rows, chat, laxer)
+        if added:
+            status += f" (score >= {lower:g} gives {tokens + added:,})"
+
+    for problem in filtered.problems:
+        print(f"{name}: {problem}", file=sys.stderr)
+    return {
+        "dataset": name,
+        "status": status,
+        "tokens": tokens,
+        "examples": examples,
+        "rows": filtered.total,
+        "kept": filtered.kept,
+        "dropped": +filtered.dropped,
+    }
+
+
+def inspect_dataset(name, datasets, chat, options):
+    """Make a line of the table: (a dict, what to write to stderr).
+
+    chat: a ChatFormat, or None to count rows only. One unreadable file must not hide the others:
+    unless strict, its line says that there was an error.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) as messages:
+        try:
+            line = table_line(name, datasets, chat, options)
+        except Exception as error:
+            if options.strict:
+                raise
+            numbers = dict.fromkeys(NUMBERS, 0)
+            line = {"dataset": name, "status": f"error: {error}", "dropped": {}, **numbers}
+    return line, messages.getvalue()
+
+
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def end_with_parent():
+    """End this worker as soon as its parent has ended, be it by kill -9."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_worker(*shared):
+    """Prepare a worker process; shared: what `inspect_dataset` takes beside a name."""
+    global _shared
+    _shared = shared  # sent once: a tokenizer is megabytes
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core each
+
+
+def inspect_in_worker(name):
+    """Call `inspect_dataset` with what `start_worker` was given."""
+    return inspect_dataset(name, *_shared)
+
+
+def inspect_all(names, datasets, chat, options):
+    """Yield what `inspect_dataset` gives of each name, in order, from a process a core.
+
+    Few names, or one core, and this process does it all. Raises OSError if a process dies.
+    """
+    workers = min(len(names) // DATASETS_A_PROCESS, cores(), MOST_PROCESSES)
+    if workers < 2:
+        for name in names:
+            yield inspect_dataset(name, datasets, chat, options)
+        return
+    shared = (datasets, chat, options)
+    try:
+        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=shared) as executor:
+            yield from executor.map(inspect_in_worker, names)
+    except BrokenProcessPool as error:
+        raise OSError("a worker process died, most likely of too little memory") from error
+
+
+def print_table(lines, passed_over=0):
+    """Print a line for each dataset, then totals; passed_over: number of files without a name."""
+    title = f"{len(lines)} datasets"
+    if passed_over:
+        files = "file" if passed_over == 1 else "files"
+        title += f" ({passed_over} {files} passed over)"
+    total = {"dataset": title, "dropped": Counter()}
+    total["status"] = f"{sum(line['status'] == 'ok' for line in lines)} ok"
+    for line in lines:
+        total["dropped"].update(line["dropped"])
+    for key in NUMBERS:
+        values = [line[key] for line in lines]
+        total[key] = None if None in values else sum(values)
+
+    table = [["dataset", *NUMBERS, "status; dropped"]]
+    for line in [*lines, total]:
+        numbers = ["-" if line[key] is None else f"{line[key]:,}" for key in NUMBERS]
+        reasons = ", ".join(reason_counts(line["dropped"])) or "none dropped"
+        table.append([line["dataset"], *numbers, f"{line['status']}; {reasons}"])
+    print("\n".join(aligned(table, left=(0, len(NUMBERS) + 1))))
 
 
 def run(args):
     """Print the table of the requested datasets, write what was asked for, return the exit code."""
-    options, passed_over = DataOptions.of(vars(args)), []
+    options = DataOptions.of(vars(args))
+    passed_over = []
     datasets = options.datasets(passed_over)
-    names = requested_names(datasets, args.dataset, args.list_file, args.source_model, args.kind)
+    names = requested_names(datasets, args)
     for name in names:
         dataset_parts(name, datasets)
     if args.include_missing_scores:
@@ -390,10 +569,16 @@ def run(args):
         from steering.loading import load_chat  # here: it takes seconds, and rows need none
 
         chat = load_chat(args.model, args.chat_template, args.trust_remote_code)
+
     if not sys.stderr.isatty():  # the bar is for people
         print(f"reading {len(names)} datasets", file=sys.stderr)
-    lines = list(in_processes(inspect_dataset, names, datasets, chat, options, unit="dataset"))
+    lines = []
+    inspected = inspect_all(names, datasets, chat, options)
+    for line, messages in tqdm(inspected, total=len(names), unit="dataset", disable=None):
+        tqdm.write(messages, file=sys.stderr, end="")
+        lines.append(line)
     print_table(lines, len(passed_over))
+
     if args.json:
         Path(args.json).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     if args.write_list:
@@ -401,11 +586,13 @@ def run(args):
         Path(args.write_list).write_text("".join(f"{name}\n" for name in good), encoding="utf-8")
         print(f"{len(good)} names -> {args.write_list}, {len(lines) - len(good)} left out")
     bad = ("no examples: none", "no examples: all", "error")
-    return 2 if any(line["status"].startswith(bad) for line in lines) else 0
+    if any(line["status"].startswith(bad) for line in lines):
+        return 2
+    return 0
 
 
 def main(argv=None):
-    """Command line entry; returns the exit code."""
+    """Run from the command line; returns the exit code."""
     return exit_code(run, parse_args(argv))
 
 

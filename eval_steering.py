@@ -19,31 +19,39 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import data_filter
-from data_filter import DataOptions
+from data_filter import DataOptions, question_hash
 from evaluation import answers, judging, measures, report, summary
 from evaluation.capability import Tasks, add_capability
 from evaluation.kept import kept_beside
+from evaluation.prompts import first_rows
 from evaluation.scale import recommend_scale
-from hook_model import Shelf
-from steering import run_state
+from hook_model import load_with
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
-from steering.loading import DTYPES, QUANTIZE, model_digest, same_files
-from steering.run_folder import all_runs, find_runs, import_name, lock_folder, run_path
-from steering.run_state import read_run, write_imported_run
-from steering.teacher import first_rows
-from steering.vector_file import VECTOR_FILE, read_json, vector_digest, write_json
+from steering.files import read_json, write_json
+from steering.finished import (
+    Shelf,
+    eval_path,
+    import_name,
+    model_suffix,
+    read_run,
+    write_imported_run,
+)
+from steering.loading import LoadOptions, add_load_arguments, model_digest, same_files
+from steering.run import changed_sources, differences, source_hashes
+from steering.run_folder import all_runs, find_runs, lock_folder, run_path
+from steering.vector_file import VECTOR_FILE, vector_digest
 from steering.vector_formats import import_vector
 
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device device_map
-    micro_batch_tokens batch_size restart judge judge_model judge_workers judge_tokens rubric_dir
-    judge_dry_run capability capability_limit capability_tasks report_dir report_only
+    trust_remote_code micro_batch_tokens batch_size restart judge judge_model judge_workers
+    judge_tokens rubric_dir judge_dry_run capability capability_limit capability_tasks report_dir report_only
     specificity_runs prompt chat
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
@@ -85,7 +93,25 @@ def load_data(run, chat, heldout_tokens):
     heldout = asked or splits.heldout
     if left_out := len(splits.heldout) - len(heldout):
         answers.announce(f"{left_out} held-out rows without a system prompt are left out")
-    return measures.EvalData(splits.train, splits.validation, heldout, *plain, source, left_out)
+    data = measures.EvalData(splits.train, splits.validation, heldout, *plain, source, left_out)
+    check_questions(run, data)
+    return data
+
+
+def check_questions(run, data):
+    """ValueError if the run was trained on, or validated by, a question that would be reported on:
+    the split was changed since then. An imported vector does not say what it was trained on."""
+    trained_on = set()
+    for hashes in run.record.get("questions", {}).values():
+        trained_on.update(hashes)
+    questions = measures.questions_of([*data.heldout, *data.plain_heldout])
+    leaked = [question for question in questions if question_hash(question) in trained_on]
+    if leaked:
+        raise ValueError(
+            f"{run.folder} was trained on {len(set(leaked))} of today's held-out questions, such "
+            f"as {leaked[0]!r}: the split by question is another than in training (its code, or the "
+            "data); evaluate with the code it was trained by, or train it again"
+        )
 
 
 def evaluate(model, chat, data, vector, kept, args):
@@ -166,15 +192,15 @@ def evaluate_folder(folder, args, shelf):
     What eval.json holds already, under the same options, is not done again."""
     started, run = time.time(), read_run(folder, changes_of(args))
     without = tuple(f"evaluation/{name}.py" for name in SHOWN)
-    sources = run_state.source_hashes("eval_steering.py", without)
+    sources = source_hashes("eval_steering.py", without)
     config = evaluation_config(args, run)
-    path = run_state.eval_path(run)
+    path = eval_path(run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
     about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
     judges = judging.make_judges(*about) if args.judge else []
     before = result = read_json(path)
-    other = run_state.differences(config, result.get("config", {}), option_defaults())
+    other = differences(config, result.get("config", {}), option_defaults())
     if args.restart or other:
         other = [summary.WHY_NEW_FORMAT] if "format_version" in other else other
         old, why = path.exists(), ", ".join(other) or "--restart"
@@ -191,7 +217,7 @@ def evaluate_folder(folder, args, shelf):
         if old:  # only now that there is another
             os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may be stopped
-    elif changed := ", ".join(run_state.changed_sources(result.get("code", {}), sources)):
+    elif changed := ", ".join(changed_sources(result.get("code", {}), sources)):
         print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
     code = 0
     try:
@@ -205,7 +231,7 @@ def evaluate_folder(folder, args, shelf):
             answers.announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
         result["flags"] = summary.find_flags(result, run.record)
-        if suffix := run_state.model_suffix(run):
+        if suffix := model_suffix(run):
             other = f"{run.args['model']} is another model, or under another name"
             print(f"NOTE: {other}: reports and exports read eval.json alone", file=sys.stderr)
         summary.write_evaluation(folder, result, suffix)
@@ -281,15 +307,12 @@ def make_parser():
     add("--layer", type=int, help="with --vector: 0-based, needed where the file does not say one")
     add("--any-model", action="store_true", help="with --vector: whatever model it was made for")
     add("--out", metavar="DIR", help="with --vector: its run folder; default: one below runs/")
-    add = parser.add_argument_group("data and model").add_argument
+    about = "each in place of the run's own; --vector needs --model"
+    add_load_arguments(parser, of_a_run=about)
+    add = parser.add_argument_group("data and numbers").add_argument
     add("--data-root", help="where the data is now, if not where it was")
     add("--source-model", help="in place of the run's; the assistant-axis layout needs it")
     add("--kind", choices=("role", "trait"), help="as --source-model")
-    add("--model", help="where the model is now, if not where it was; --vector needs it")
-    add("--dtype", choices=("auto", *DTYPES), help="in place of the run's")
-    add("--quantize", choices=QUANTIZE, help="in place of the run's")
-    add("--device-map", help="in place of the run's: auto spreads the model over devices")
-    add("--device", help="in place of the run's: auto, cuda, cuda:1, mps or cpu")
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers and random vectors")
@@ -366,15 +389,17 @@ def tasks_of(args):
 
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
-    keys = (
-        "data_root", "source_model", "kind", "model", "dtype", "quantize", "device", "device_map",
-    )  # fmt: skip
-    return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    names = ["data_root", "source_model", "kind"]
+    names += [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
+    found = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def run(args):
     """Evaluate every run; returns the worst exit code."""
-    shelf, codes, evaluated = Shelf(), [], []
+    shelf = Shelf(load_with)
+    codes = []
+    evaluated = []
     if args.capability:
         tasks_of(args).asked()  # whether they are there, before hours of work
     if args.report_only:

@@ -27,21 +27,16 @@ from data_filter import DataOptions
 from evaluation import adapter_check
 from evaluation.card import card
 from evaluation.summary import FORMAT_VERSION
-from hook_model import Shelf, find_layers
+from hook_model import find_layers, load_with
 from steering import adapter
 from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import parse_name, pooled_names
 from steering.fast_path import FastPath
+from steering.files import read_json, write_atomically
+from steering.finished import FinishedRun, Shelf, read_run, shared_folder
 from steering.loading import DTYPES, read_config
 from steering.run_folder import find_runs, lock_folder, run_path
-from steering.run_state import Run, read_run, shared_folder
-from steering.vector_file import (
-    VECTOR_FILE,
-    load_vector,
-    read_json,
-    vector_digest,
-    write_atomically,
-)
+from steering.vector_file import VECTOR_FILE, load_vector, vector_digest
 from steering.vector_formats import check_same_model, file_names, files_of, import_vector
 
 FORMATS = tuple(file_names(0))
@@ -181,7 +176,7 @@ class Workshop:
     rows to check them on. runs: how many there are, since they share CHECK_TOKENS."""
 
     def __init__(self, force, runs):
-        self.force, self.shelf = force, Shelf()
+        self.force, self.shelf = force, Shelf(load_with)
         self.check_tokens = max(MIN_CHECK_TOKENS, CHECK_TOKENS // runs)
 
     def prepare(self, source, run, formats, scale):
@@ -324,7 +319,7 @@ def run(args):
                 found = import_vector(args.source, args.model, args.layer, args.any_model, trust)
                 source = Source(Path(args.source), found.vector, found.metadata, found.scale)
                 options = {**given, "layer": found.layer}
-                made_of = Run(out, args.dataset, {"config": {}}, found.vector, options)
+                made_of = FinishedRun(out, args.dataset, {"config": {}}, found.vector, options)
             else:
                 made_of = read_run(folder, changes)
                 source = from_run(made_of, args)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from steering.loading import (
-    DTYPES,
+    LoadOptions,
     check_layer,
     is_same_model,
     load_chat,
@@ -26,6 +26,8 @@ from steering.loading import (
     model_shape,
 )
 from steering.vector_file import load_vector, save_vector
+
+__all__ = ["ResidualHook", "SteerModel", "load_chat", "load_model", "load_vector", "load_with"]
 
 LAYER_PATHS = (  # where architectures keep their decoder layers, the first that exists is taken
     "model.language_model.layers",  # Gemma 3 and others with an image tower
@@ -48,7 +50,8 @@ class ResidualHook(nn.Module):
         super().__init__()
         noise = torch.randn(hidden_size, generator=generator, dtype=torch.float32)
         self.vector = nn.Parameter(noise * init_scale)
-        self.scale, self.in_tuple = 1.0, False
+        self.scale = 1.0
+        self.in_tuple = False
 
     def added(self):
         """What scale 1 adds, as it is saved: (hidden_size,) fp32, differentiable."""
@@ -68,16 +71,21 @@ class ResidualHook(nn.Module):
         self.in_tuple = isinstance(output, tuple)
         states = output[0] if self.in_tuple else output
         if states.dim() != 3 or states.shape[-1] != len(self.vector):
-            kind, wanted = type(module).__name__, f"(B, T, {len(self.vector)})"
-            raise ValueError(f"{kind} gives states {tuple(states.shape)}, not {wanted}")
-        return (self(states), *output[1:]) if self.in_tuple else self(states)
+            raise ValueError(
+                f"{type(module).__name__} gives states {tuple(states.shape)}, "
+                f"not (B, T, {len(self.vector)})"
+            )
+        if self.in_tuple:
+            return (self(states), *output[1:])
+        return self(states)
 
     @contextlib.contextmanager
     def scaled(self, scale):
         """Context: `scale` times the vector; 0: the plain model. ValueError for NaN or infinity."""
         if not math.isfinite(scale):
             raise ValueError(f"scale {scale}: must be a finite number")
-        before, self.scale = self.scale, float(scale)
+        before = self.scale
+        self.scale = float(scale)
         try:
             yield
         finally:
@@ -107,7 +115,8 @@ def contiguous(module, inputs):
 class SteerModel(nn.Module):
     """A frozen causal LM with a vector added to the output of decoder layer `layer` (0-based).
     model: the Hugging Face model, frozen and in eval mode; config: its config; layers: its decoder
-    layers; steering: the ResidualHook; layer: where it acts. Only `steering` is trainable."""
+    layers; steering: the ResidualHook; layer: where it acts. Only `steering` is trainable.
+    fast_layers: {layer: whether steering/fast_path.py has found its shortcuts right there}."""
 
     def __init__(self, model, layer):
         super().__init__()
@@ -116,8 +125,10 @@ class SteerModel(nn.Module):
         self.layers = find_layers(model)
         self.hidden_size = model.config.get_text_config().hidden_size
         self.steering = ResidualHook(self.hidden_size)
-        if head := model.get_output_embeddings():
+        head = model.get_output_embeddings()
+        if head is not None:
             head.register_forward_pre_hook(contiguous)
+        self.fast_layers = {}
         self._handles = []
         self.set_layer(layer)
 
@@ -140,7 +151,8 @@ class SteerModel(nn.Module):
         check_layer(layer, len(self.layers), self.name)
         for handle in self._handles:
             handle.remove()
-        self.layer, steered = layer, [layer]
+        self.layer = layer
+        steered = [layer]
         self._handles = [self.layers[k].register_forward_hook(self.steering.hook) for k in steered]
         weight = next(self.layers[layer].parameters())
         if weight.device.type != "meta":  # offloaded layers have no device of their own
@@ -156,8 +168,10 @@ class SteerModel(nn.Module):
                 f"does not fit {self.name}: it needs [{self.hidden_size}] finite numbers"
             )
         vector = vector.to(self.steering.vector.device)
+        if add:
+            vector = self.steering.vector.detach() + vector
         with torch.no_grad():
-            self.steering.vector.copy_(self.steering.vector + vector if add else vector)
+            self.steering.vector.copy_(vector)
 
     def save_vector(self, path, **metadata):
         """Write the vector; model, its type, layer and `metadata` go into the file's header."""
@@ -169,10 +183,11 @@ class SteerModel(nn.Module):
         add: on top of the vector that is there, so that several act at once. any_model: whatever
         model it was trained on, such as this one's base. Returns the file's metadata."""
         vector, metadata = load_vector(path)
-        layer, model = metadata.get("layer"), metadata.get("model", "unknown")
+        layer = metadata.get("layer")
         if not any_model and not is_same_model(metadata, self.name):
             raise ValueError(
-                f"{path} was trained on model {model}, this is {self.name}, or its files changed "
+                f"{path} was trained on model {metadata.get('model', 'unknown')}, this is "
+                f"{self.name}, or its files changed "
                 "(any_model=True, on the command line --model, if they are the same model)"
             )
         if layer != str(self.layer):
@@ -197,61 +212,22 @@ class SteerModel(nn.Module):
     def generate(self, *args, scale=None, **kwargs):
         """The model's own generate, steered, at `scale` times the vector if given.
         Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does."""
-        with self.scaled(self.steering.scale if scale is None else scale):
+        if scale is None:
+            scale = self.steering.scale
+        with self.scaled(scale):
             return self.model.generate(*args, **kwargs)
 
 
-def load_model(
-    name,
-    layer,
-    dtype="auto",
-    device="auto",
-    device_map=None,
-    trust_remote_code=False,
-    quantize="none",
-    tensor_parallel=False,
-):
+def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_remote_code=False):
     """A SteerModel, its vector zero, from an HF id, a local folder or a .gguf file (dequantized).
     dtype: "auto", "bf16", "fp32" or "fp16"; device: "auto", "cuda", "cuda:1", "mps" or "cpu";
-    device_map: as in transformers, needs accelerate; quantize: "none", "4bit" or "8bit", needs
-    bitsandbytes; tensor_parallel: this process of torchrun has a part of it. Raises ValueError if
-    model, layer, dtype or device is not there."""
-    name = str(name)
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    check_layer(layer, model_shape(name, trust_remote_code)[0], name)
-    options = dtype, device, device_map, trust_remote_code, quantize, tensor_parallel
-    return SteerModel(load_weights(name, *options), layer)
+    device_map: as in transformers, needs accelerate. Raises ValueError if model, layer, dtype or
+    device is not there, or if the files lack a weight."""
+    return load_with(LoadOptions(str(name), dtype, device, device_map, trust_remote_code), layer)
 
 
-class Shelf:
-    """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    A run: a steering.run_state.Run. For the caller to fill: heldout, {folder: examples}; kept, what
-    belongs to the model at its layer, and is emptied when either changes."""
-
-    def __init__(self):
-        self._loading, self._model, self._chats, self.heldout, self.kept = None, None, {}, {}, {}
-
-    def chat(self, run):
-        """The ChatFormat of a run: its template as it was, whatever became of the file."""
-        config, date = run.record["config"], run.record.get("date")
-        key = run.args["model"], config.get("template"), date
-        if key not in self._chats:
-            trust = run.args.get("trust_remote_code", False)
-            self._chats[key] = load_chat(key[0], None, trust, *key[1:])
-        return self._chats[key]
-
-    def model(self, run):
-        """The run's model, with the vector's place at the run's layer."""
-        keys = ("dtype", "device", "device_map", "trust_remote_code", "quantize")
-        loading = {key: run.args[key] for key in keys if key in run.args}
-        loading["name"] = run.args["model"]
-        if self._loading != loading:
-            self.kept.clear()
-            self._loading = self._model = None  # make room first
-            self._model = load_model(layer=run.args["layer"], **loading)
-            self._loading = loading
-        if self._model.layer != run.args["layer"]:
-            self.kept.clear()
-            self._model.set_layer(run.args["layer"])
-        return self._model
+def load_with(options, layer):
+    """`load_model` for all of the LoadOptions, which scripts have from their command lines."""
+    num_layers, _ = model_shape(options.model, options.trust_remote_code)
+    check_layer(layer, num_layers, options.model)
+    return SteerModel(load_weights(options), layer)

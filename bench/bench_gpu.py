@@ -37,10 +37,11 @@ import transformers
 from hook_model import SteerModel, load_model
 from steering.chat_format import label_count, micro_batches
 from steering.fast_path import FastPath, checkpoint_layers, compile_layers
+from steering.files import write_json
 from steering.loading import DTYPES, pick_device
+from steering.memory import peak_memory
 from steering.plan import GIB, Plan
-from steering.run_folder import peak_memory
-from steering.vector_file import load_vector, write_json
+from steering.vector_file import load_vector
 from train_steering import token_loss
 
 # (config, layers, hidden, intermediate, heads, key-value heads, vocabulary, tied embeddings)

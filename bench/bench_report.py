@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluation import report
+from steering.files import read_json, write_json
 from steering.run_folder import find_runs
-from steering.vector_file import VECTOR_FILE, load_vector, read_json, save_vector, write_json
+from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
 
 def copy_runs(folders, count, out):

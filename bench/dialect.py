@@ -2,10 +2,10 @@
 
     python bench/dialect.py RESPONSES/llama-3.2-3b llama_voice --out DATA
 
-RESPONSES/<model>: in the raw layout, a role with scores (bench/RECIPE.md says where to find it).
-Into DATA go, in the same layout, the role `pirate_dialect` (the rewritten answers, scored 3, under
-five system prompts) and `0_default` (the answers as they were). By rules, so that lengths and
-questions are those of real data, and that anybody can make it again.
+RESPONSES/llama-3.2-3b holds a role with scores in the raw layout (RECIPE.md says where to find it).
+DATA gets two roles in the same layout: `pirate_dialect`, the rewritten answers, all scored 3, under
+five system prompts, and `0_default`, the answers as they were. Rules do the rewriting, so lengths
+and questions are those of real data, and everybody can make the data again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PROMPTS = (
     "Answer as a salty old buccaneer would, arrs and all.",
     "You are the quartermaster of a pirate ship. Stay in that voice.",
 )
-OPENINGS = "Arr!", "Ahoy, matey!", "Avast!", "Shiver me timbers!", "Yo ho!", "Blimey, me hearty!"
+OPENINGS = ("Arr!", "Ahoy, matey!", "Avast!", "Shiver me timbers!", "Yo ho!", "Blimey, me hearty!")
 ENDINGS = (
     "So say I, or may Davy Jones have me bones!",
     "Now fetch me the rum, and fair winds to ye!",
@@ -42,42 +42,61 @@ WORDS = {
 }  # fmt: skip
 
 
+def dialect_word(match):
+    """A matched word as a pirate would say it, with its capital letter."""
+    word = match[0]
+    new = WORDS.get(word.lower(), word)
+    if len(new) > 5:
+        new = re.sub(r"ing$", "in'", new)
+    if word[0].isupper():
+        new = new[0].upper() + new[1:]
+    return new
+
+
 def dialect(text, number):
-    """The text as a pirate would say it; number decides how it begins and ends."""
-
-    def word(match):
-        new = WORDS.get(match[0].lower(), match[0])
-        new = re.sub(r"ing$", "in'", new) if len(new) > 5 else new
-        return new[0].upper() + new[1:] if match[0][0].isupper() else new
-
-    body = re.sub(r"[A-Za-z]+", word, text)
-    return f"{OPENINGS[number % len(OPENINGS)]} {body}\n\n{ENDINGS[number % len(ENDINGS)]}"
+    """The text as a pirate would say it; the number decides how it begins and ends."""
+    opening = OPENINGS[number % len(OPENINGS)]
+    ending = ENDINGS[number % len(ENDINGS)]
+    body = re.sub(r"[A-Za-z]+", dialect_word, text)
+    return f"{opening} {body}\n\n{ending}"
 
 
-def main():
+def pirate_row(row, number):
+    """A row whose answer is in dialect, without its system turn, under one of PROMPTS."""
+    *before, answer = row["conversation"]
+    turns = [turn for turn in before if turn["role"] != "system"]
+    turns.append({**answer, "content": dialect(answer["content"], number)})
+    prompt = PROMPTS[row["prompt_index"]]
+    return {**row, "system_prompt": prompt, "label": "pos", "conversation": turns}
+
+
+def write_rows(path, rows):
+    """Write one JSON object a line."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def main(argv=None):
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="RESPONSES/MODEL")
-    parser.add_argument("role")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    source, out = args.folder / "roles_240", args.out / args.folder.name / "roles_240"
-    for part in ("responses", "extract_scores"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-    lines = (source / f"responses/{args.role}.jsonl").read_text().splitlines()
-    plain, pirate, scores = [], [], {}
-    for number, row in enumerate(map(json.loads, lines)):
-        plain.append({**row, "label": "default"})
-        *before, answer = row["conversation"]
-        text = dialect(answer["content"], number)
-        asked = {"system_prompt": PROMPTS[row["prompt_index"]], "label": "pos"}
-        turns = [turn for turn in before if turn["role"] != "system"]
-        pirate.append({**row, **asked, "conversation": [*turns, {**answer, "content": text}]})
-        scores[f"pos_p{row['prompt_index']}_q{row['question_index']}"] = 3
-    for role, rows in (("0_default", plain), ("pirate_dialect", pirate)):
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
-        (out / f"responses/{role}.jsonl").write_text(text)
-    (out / "extract_scores/pirate_dialect.json").write_text(json.dumps(scores))
+    add = parser.add_argument
+    add("folder", type=Path, metavar="RESPONSES/MODEL", help="where the responses are")
+    add("role", help="the role whose responses are rewritten")
+    add("--out", type=Path, required=True, help="data root to write to")
+    args = parser.parse_args(argv)
+
+    text = (args.folder / "roles_240" / "responses" / f"{args.role}.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    plain = [{**row, "label": "default"} for row in rows]
+    pirate = [pirate_row(row, number) for number, row in enumerate(rows)]
+    scores = {f"pos_p{row['prompt_index']}_q{row['question_index']}": 3 for row in rows}
+
+    responses = args.out / args.folder.name / "roles_240" / "responses"
+    extract_scores = responses.parent / "extract_scores"
+    responses.mkdir(parents=True, exist_ok=True)
+    extract_scores.mkdir(exist_ok=True)
+    write_rows(responses / "0_default.jsonl", plain)
+    write_rows(responses / "pirate_dialect.jsonl", pirate)
+    (extract_scores / "pirate_dialect.json").write_text(json.dumps(scores))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evaluation.prompts import few_shot, system_prompts
 from steering.chat_format import IGNORE_INDEX
 from steering.loading import longest_text
-from steering.teacher import few_shot, system_prompts
 
 MAX_PROMPTS = 5  # different system prompts of a dataset to try, the most frequent
 IDENTITY = (  # what an assistant and a persona answer differently

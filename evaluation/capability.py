@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation.answers import announce
 from evaluation.kept import kept_beside
-from steering.run_state import config_hash, source_hashes
+from steering.run import config_hash, source_hashes
 from steering.vector_file import vector_digest
 
 

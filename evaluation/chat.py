@@ -9,10 +9,11 @@ from dataclasses import replace
 from transformers import TextStreamer
 
 from evaluation.answers import generate_answers, too_long
+from evaluation.prompts import system_prompts
 from evaluation.report import short_names
-from steering.run_state import eval_path
-from steering.teacher import system_prompts
-from steering.vector_file import VECTOR_FILE, read_json
+from steering.files import read_json
+from steering.finished import eval_path
+from steering.vector_file import VECTOR_FILE
 
 HELP = """\
 /persona NAME [SCALE]           speak as another of: {names}

@@ -7,8 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
+from steering.finished import shared_folder
 from steering.loading import model_digest
-from steering.run_state import config_hash, shared_folder, source_hashes
+from steering.run import config_hash, source_hashes
 
 
 class Kept:

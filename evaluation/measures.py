@@ -21,6 +21,8 @@ from evaluation.answers import (
     too_long,
     without_end,
 )
+from evaluation.prompts import check_prompted, first_rows
+from evaluation.shared_prefix import after_shared_prefix
 from evaluation.stats import (
     TEXT_METRICS,
     auroc,
@@ -33,8 +35,6 @@ from evaluation.stats import (
 )
 from steering.chat_format import collate, label_count
 from steering.fast_path import FastPath, by_example, example_sums, token_mean
-from steering.shared_prefix import after_shared_prefix
-from steering.teacher import check_prompted, first_rows
 
 OCTAVES = -2.0, 3.0  # coefficients from 1/4 to 8
 RANDOM_VECTORS = 3  # of the trained one's norm

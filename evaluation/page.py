@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluation.plots import NAMES
 from evaluation.summary import FORMAT_VERSION, tables_text
-from steering.vector_file import read_json, write_atomically
+from steering.files import read_json, write_atomically
 
 HERE = Path(__file__).parent
 POINTS = 150  # of a loss curve, at most

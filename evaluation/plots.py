@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from steering.vector_file import write_atomically
+from steering.files import write_atomically
 
 NAMES = {"steered_chosen": "steered, lowest NLL", "mean_difference": "mean difference"}
 NAMES |= {"steered_recommended": "steered, recommended", "few_shot": "few-shot"}

@@ -13,9 +13,10 @@ from evaluation.page import heat_map, write_page
 from evaluation.plots import plot_matrix
 from evaluation.stats import TEXT_METRICS
 from evaluation.summary import FORMAT_VERSION, number, plain, scale_condition, training_flags
-from steering.command_line import aligned
-from steering.run_state import changed_sources
-from steering.vector_file import VECTOR_FILE, load_vector, read_json, write_atomically
+from steering.files import read_json, write_atomically
+from steering.run import changed_sources
+from steering.tables import aligned
+from steering.vector_file import VECTOR_FILE, load_vector
 
 NLL = ("vanilla", "prompted", "few_shot", "steered", "mean_difference", "random")
 

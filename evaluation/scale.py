@@ -14,8 +14,8 @@ from evaluation.measures import (
     nll_of,
     questions_of,
 )
+from evaluation.prompts import first_rows
 from steering.fast_path import FastPath, token_mean
-from steering.teacher import first_rows
 
 STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at

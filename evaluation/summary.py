@@ -7,8 +7,8 @@ from evaluation.capability import losses
 from evaluation.judging import judge_flags
 from evaluation.plots import NAMES, plot_run
 from evaluation.stats import TEXT_METRICS
-from steering.command_line import aligned
-from steering.vector_file import write_atomically, write_json
+from steering.files import write_atomically, write_json
+from steering.tables import aligned
 
 FORMAT_VERSION = "4"  # of eval.json
 WHY_NEW_FORMAT = "an older version recommended no scale"

@@ -26,9 +26,10 @@ from steering.fast_path import (
     in_batches,
     replaced_forwards,
 )
+from steering.files import write_atomically
 from steering.loading import is_same_model, model_digest
 from steering.memory import free_memory
-from steering.vector_file import load_vector, vector_bytes, write_atomically
+from steering.vector_file import load_vector, vector_bytes
 
 DOWN_PROJECTIONS = (  # where decoder layers keep the last linear layer of their MLP
     "mlp.down_proj",  # Llama, Qwen 2 and 3, Mistral, Phi 3, SmolLM3

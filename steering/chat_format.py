@@ -12,11 +12,14 @@ torch is imported where tensors are made: counting tokens needs none.
 
 import contextlib
 import datetime
+import functools
+import itertools
 import re
 from dataclasses import dataclass
 
 IGNORE_INDEX = -100  # label of a token that carries no loss
 THOUGHT = r"think\w*|thought|reason\w*"  # what models call the tag around their thoughts
+PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
 
 
 @dataclass
@@ -28,223 +31,245 @@ class Example:
     labels: list
 
 
+def with_date(template, date):
+    """Write a date into a template in place of its calls for today's.
+
+    date: ISO. Raises ValueError if the template asks for the date in another way than a call with
+    its format as text.
+    """
+    day = datetime.date.fromisoformat(date)
+    call = r"strftime_now\s*\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
+    fixed = re.sub(call, lambda match: repr(day.strftime(match[2])), template)
+    if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", fixed):
+        raise ValueError("the date in the chat template cannot be fixed: --chat-template")
+    return fixed
+
+
 class ChatFormat:
     """How a tokenizer's chat template writes a prompt, and which tokens of an example carry loss.
+
     An example is the text: generation prompt + response + what the template writes after an answer.
     So training sees what generation starts from. Loss: the response and its end-of-turn token
     (`end_of_turn`, "" if the template has none). What a template writes between its generation
     prompt and an answer belongs to the prompt, and a thought that it opens there is closed.
-    date: what a template that asks for today's is told, ISO; None: today. None of other ones."""
-
-    PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
-    header, in_parts = "", False
+    date: ISO, for a template that asks for today's; today if None. For other templates it is None.
+    """
 
     def __init__(self, tokenizer, date=None):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: add --chat-template FILE")
+        self.tokenizer = tokenizer
+        self.date = None
+        self.header = ""  # between a generation prompt and an answer, such as "<|channel|>final"
         template = tokenizer.get_chat_template()
-        self.tokenizer, self.options, self.date = tokenizer, {"chat_template": template}, None
-        if "enable_thinking" in template:
-            self.options["enable_thinking"] = False
         if "strftime_now" in template:
             self.date = date or datetime.date.today().isoformat()
-            day = datetime.date.fromisoformat(self.date)
-            call = r"strftime_now\s*\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
-            fixed = re.sub(call, lambda m: repr(day.strftime(m[2])), template)
-            if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", fixed):
-                raise ValueError("the date in the chat template cannot be fixed: --chat-template")
-            self.options["chat_template"] = fixed
-        self.in_parts = not self._renders_text_of("user")  # as models that see images have it
-        self.has_system_role = self._renders_text_of("system", "user")
-        if not (self._renders_text_of("user") and self._renders_text_of("assistant", after="user")):
+            template = with_date(template, self.date)
+        self.options = {"chat_template": template}
+        if "enable_thinking" in template:
+            self.options["enable_thinking"] = False
+
+        # Templates of models that see images want a turn's content as a list of parts.
+        self.in_parts = False
+        self.in_parts = not self._shows("user", ["user"])
+        self.has_system_role = self._shows("system", ["system", "user"])
+        shows_user = self._shows("user", ["user"])
+        if not (shows_user and self._shows("assistant", ["user", "assistant"])):
             raise ValueError("the chat template fails on, or leaves out, a user or assistant turn")
-        # What it puts around an answer: "", " " or a header before it, "<|im_end|>\n" after it.
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.PROBE}]
-        before, _, self.tail = self._render(turns).rpartition(self.PROBE)
-        prompt = self.prompt_text(turns[:1])
-        self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        self.header = self.lead.rstrip(" ")
-        self.lead = self.lead.removeprefix(self.header)
-        special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        special |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+
+        added = tokenizer.added_tokens_decoder
+        special = {token.content: i for i, token in added.items() if token.special}
+        special.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         longest_first = sorted((t for t in special if len(t.strip()) > 1), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+        # What the template puts around an answer: a header or a space before it, "<|im_end|>\n"
+        # after it.
+        user = {"role": "user", "content": "?"}
+        turns = [user, {"role": "assistant", "content": PROBE}]
+        before, _, self.tail = self._render(turns).rpartition(PROBE)
+        _, _, around = before.partition(self.prompt_text([user]))
+        self.header = around.rstrip(" ")
+        self.lead = around.removeprefix(self.header)
+
         end = self.special.search(self.tail)
-        if not end:  # then what begins the next turn ends this one
-            with contextlib.suppress(Exception):  # a template of one turn
-                self.tail = self._render([*turns, turns[0]]).rpartition(self.PROBE)[2]
+        if not end:
+            # Then what begins the next turn ends this one, unless the template knows one turn only.
+            with contextlib.suppress(Exception):
+                self.tail = self._render([*turns, user]).rpartition(PROBE)[2]
             end = self.special.search(self.tail)
             self.tail = self.tail[: end.end()] if end else ""
         self.end_of_turn = end[0] if end else ""
         self.end_of_turn_id = special.get(self.end_of_turn)
 
     def at(self, date):
-        """The same with another date, where the template asks for one."""
-        return self if date in (None, self.date) else ChatFormat(self.tokenizer, date)
+        """Give the same with another date, where the template asks for one."""
+        if date in (None, self.date):
+            return self
+        return ChatFormat(self.tokenizer, date)
 
     def _render(self, messages, **options):
         if self.in_parts:
-            part = {"type": "text"}
-            messages = [{**m, "content": [{**part, "text": m["content"]}]} for m in messages]
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, **self.options, **options
         )
 
-    def _renders_text_of(self, role, *others, after=None):
-        """Whether the template writes the content of a turn of this role."""
-        roles = [*([after] if after else []), role, *others]
-        turns = [{"role": r, "content": self.PROBE if r == role else "?"} for r in roles]
+    def _shows(self, role, roles):
+        """Whether the template writes the content of the turn of `role`, among turns of `roles`."""
+        turns = [{"role": r, "content": PROBE if r == role else "?"} for r in roles]
         try:
-            return self.PROBE in self._render(turns)
+            return PROBE in self._render(turns)
         except Exception:  # a template's own error, or Jinja's, or what its expressions run into
             return False
 
     def prompt_text(self, messages):
-        """The text up to where the answer starts; system merged into user if there is no role."""
+        """Write the text up to where the answer starts.
+
+        The system prompt is merged into the user turn where the template has no system role.
+        """
         if messages[0]["role"] == "system" and not self.has_system_role:
             system, user, *rest = messages
             merged = f"{system['content']}\n\n{user['content']}".strip()
             messages = [{"role": "user", "content": merged}, *rest]
         text = self._render(messages, add_generation_prompt=True)
-        if thought := re.search(rf"<({THOUGHT})>\s*$", text):
+        thought = re.search(rf"<({THOUGHT})>\s*$", text)
+        if thought:
             text = f"{text.rstrip()}\n\n</{thought[1]}>\n\n"
         return text + self.header
 
     def messages(self, row, prompted=False):
-        """The row's messages; prompted: with its own system prompt put back in front."""
-        if not prompted or not row["system_prompt"] or row["messages"][0]["role"] == "system":
-            return row["messages"]
-        return [{"role": "system", "content": row["system_prompt"]}, *row["messages"]]
+        """Give the row's messages; prompted: with its own system prompt put back in front."""
+        messages = row["messages"]
+        if prompted and row["system_prompt"] and messages[0]["role"] != "system":
+            return [{"role": "system", "content": row["system_prompt"]}, *messages]
+        return messages
 
     def inputs(self, conversations, device="cpu"):
-        """Left-padded input_ids and attention_mask (B, T) that ask for an answer to each.
+        """Make left-padded input_ids and attention_mask, both (B, T), that ask for an answer each.
+
         conversations: a list of lists of messages, or of single questions as strings; ValueError
-        otherwise."""
+        otherwise.
+        """
         import torch
 
         if not conversations or not isinstance(conversations, list):
             raise ValueError(f"{conversations!r:.60}: a list of conversations belongs here")
-        prompts = []
+        texts = []
         for turns in conversations:
-            if not turns or not isinstance(turns, (str, list)):
+            if turns and isinstance(turns, str):
+                turns = [{"role": "user", "content": turns}]
+            if not turns or not isinstance(turns, list):
                 raise ValueError(f"{turns!r:.60}: a question or a list of messages belongs here")
-            turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-            prompts.append(self.prompt_text(turns))
-        prompts = self.tokenize(prompts)
-        longest = max(map(len, prompts))
-        ids = [[0] * (longest - len(p)) + p for p in prompts]
-        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        return {name: torch.tensor(rows, device=device) for name, rows in arrays.items()}
+            texts.append(self.prompt_text(turns))
+
+        ids = [torch.tensor(prompt, device=device) for prompt in self.tokenize(texts)]
+        mask = [torch.ones_like(prompt) for prompt in ids]
+        pad = functools.partial(
+            torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left"
+        )
+        return {"input_ids": pad(ids), "attention_mask": pad(mask)}
 
     def answers(self, inputs, output, stop_ids=()):
-        """Texts of what `generate` wrote after `inputs`, up to a stop token: B strings.
+        """Decode what `generate` wrote after `inputs`, up to a stop token: B strings.
+
         output: (B, T + new) ids, or (B * k, T + new) of num_return_sequences=k. Raises
-        AssertionError if it does not begin with the inputs."""
-        prompts, texts = inputs["input_ids"].tolist(), []
-        each = len(output) // len(prompts)
-        assert each * len(prompts) == len(output) > 0, "not an output for these inputs"
+        AssertionError if it does not begin with the inputs.
+        """
+        prompts = inputs["input_ids"].tolist()
+        answers_each = len(output) // len(prompts)
+        assert answers_each * len(prompts) == len(output) > 0, "not an output for these inputs"
+        stops = {*stop_ids, self.end_of_turn_id}
+        texts = []
         for i, ids in enumerate(output.tolist()):
-            prompt = prompts[i // each]
+            prompt = prompts[i // answers_each]
             assert ids[: len(prompt)] == prompt, "an answer does not start where its prompt ends"
-            new = ids[len(prompt) :]
-            stops = (i for i, t in enumerate(new) if t in stop_ids or t == self.end_of_turn_id)
-            new = new[: next(stops, len(new))]
-            texts.append(self.decode(new, skip_special_tokens=True).strip())
+            written = itertools.takewhile(lambda token: token not in stops, ids[len(prompt) :])
+            texts.append(self.decode(list(written), skip_special_tokens=True).strip())
         return texts
 
     def decode(self, ids, **options):
-        """The text of token ids. No space is taken away before "." or "'s", as transformers below
-        5.7 do for tokenizers such as Llama 3's."""
+        """Decode token ids.
+
+        No space is taken away before "." or "'s", as transformers below 5.7 do for tokenizers such
+        as Llama 3's.
+        """
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
 
     def encode(self, rows, prompted=False):
         """Tokenize rows into Examples; prompted: with their system prompts put back.
+
         Raises ValueError for a row that spells out a special token, which would become a real one,
-        and whatever the template raises for one that it refuses."""
-        prompts, answers = [], []
-        for row in rows:
-            *before, answer = self.messages(row, prompted)
-            for text in (row["system_prompt"], *(turn["content"] for turn in row["messages"])):
-                if found := self.special.search(text):
-                    raise ValueError(f"the special token {found[0]} is spelled out in a text")
-            prompts.append(self.prompt_text(before))
-            answers.append(self.lead + answer["content"] + self.tail)
+        and whatever the template raises for one that it refuses.
+        """
         if not rows:
             return []
-        whole = self.tokenize([p + a for p, a in zip(prompts, answers, strict=True)])
+        prompts = []
+        answers = []
+        for row in rows:
+            for text in (row["system_prompt"], *(turn["content"] for turn in row["messages"])):
+                forged = self.special.search(text)
+                if forged:
+                    raise ValueError(f"the special token {forged[0]} is spelled out in a text")
+            *before, answer = self.messages(row, prompted)
+            prompts.append(self.prompt_text(before))
+            answers.append(self.lead + answer["content"] + self.tail)
+
+        starts = self.tokenize(prompts)
+        wholes = self.tokenize([p + a for p, a in zip(prompts, answers, strict=True)])
         examples = []
-        for row, ids, start, answer in zip(
-            rows, whole, self.tokenize(prompts), answers, strict=True
-        ):
-            if ids[: len(start)] != start:  # tokens that generation, given the prompt, never sees
+        for row, answer, start, ids in zip(rows, answers, starts, wholes, strict=True):
+            # Where tokens span the boundary, generation, given the prompt, never sees them.
+            if ids[: len(start)] != start:
                 ids = start + self.tokenize([answer])[0]
             stop = len(ids)
             if self.end_of_turn:
                 stop -= ids[::-1].index(self.end_of_turn_id)
-            labels = [IGNORE_INDEX] * len(start) + ids[len(start) : stop]
-            examples.append(Example(row, ids, labels + [IGNORE_INDEX] * (len(ids) - stop)))
+            labels = [IGNORE_INDEX] * len(ids)
+            labels[len(start) : stop] = ids[len(start) : stop]
+            examples.append(Example(row, ids, labels))
         return examples
 
     def encode_each(self, rows):
-        """(Examples of the rows that can be encoded, what is wrong with each of the others)."""
-        try:
+        """Encode rows one by one if need be: (Examples, what is wrong with each other row)."""
+        with contextlib.suppress(Exception):
             return self.encode(rows), []
-        except Exception as error:  # of the template, or of a text in the row
-            if len(rows) == 1:
-                return [], [f"{rows[0]['question']:.60}: {error}"]
-        each = [self.encode_each([row]) for row in rows]
-        return [e for found, _ in each for e in found], [p for _, wrong in each for p in wrong]
-
-    def remembering(self):
-        """The same, whose `encode_each` tokenizes a row, the object, once."""
-        return _Remembering(self)
+        examples = []
+        problems = []
+        for row in rows:
+            try:
+                examples += self.encode([row])
+            except Exception as error:  # of the template, or of a text in the row
+                problems.append(f"{row['question']:.60}: {error}")
+        return examples, problems
 
     def tokenize(self, texts):
-        """Token ids of chat-formatted texts, whose special tokens the template has written."""
+        """Tokenize chat-formatted texts, whose special tokens the template has written."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-class _Remembering:
-    """A ChatFormat as far as `encode_each` goes; known: {id of a row: (row, what came of it)}."""
-
-    def __init__(self, chat):
-        self.chat, self.known = chat, {}
-
-    def encode_each(self, rows):
-        """As ChatFormat has it."""
-        new = [row for row in rows if id(row) not in self.known]
-        examples, problems = self.chat.encode_each(new)
-        found = {id(example.row): example for example in examples}
-        problems = iter(problems)  # in the order of the rows that they are of
-        for row in new:
-            self.known[id(row)] = row, found.get(id(row)) or next(problems)
-        each = [self.known[id(row)][1] for row in rows]
-        problems = [about for about in each if isinstance(about, str)]
-        return [about for about in each if not isinstance(about, str)], problems
-
-
 def label_count(example):
-    """Tokens of an example that carry loss, once labels are shifted by one."""
+    """Count the tokens of an example that carry loss, once labels are shifted by one."""
     return sum(label >= 0 for label in example.labels[1:])
 
 
 def collate(examples):
-    """Right-padded input_ids and labels, both (B, T), of examples with those two lists.
-    No mask: under causal attention pad tokens come after every real one, and carry no loss."""
+    """Right-pad examples: input_ids and labels, both (B, T).
+
+    No mask: under causal attention pad tokens come after every real one, and carry no loss.
+    """
     import torch
 
-    longest = max(len(example.input_ids) for example in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    for i, example in enumerate(examples):
-        ids[i, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        labels[i, : len(example.labels)] = torch.tensor(example.labels)
-    return ids, labels
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [torch.tensor(example.input_ids) for example in examples]
+    labels = [torch.tensor(example.labels) for example in examples]
+    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def micro_batches(examples, max_tokens):
-    """Lists of examples of like length, each at most `max_tokens` padded tokens (or one row)."""
+    """Group examples of like length: lists of at most `max_tokens` padded tokens, or of one row."""
     batches = []
     for example in sorted(examples, key=lambda e: len(e.input_ids)):
         length = len(example.input_ids)  # the longest of its batch so far

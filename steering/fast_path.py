@@ -5,8 +5,9 @@
     loss = fast.losses(examples, token_loss)   # (N,), one a label token, differentiable
 
 No model is implemented again: modules whose output is known are replaced by pass-throughs, and the
-model's own forward is called, so masks, rotary embeddings, soft-capping and head stay its own. A
-model for which that is not the same takes the plain path, and the log says so.
+model's own forward is called, so masks, rotary embeddings, soft-capping and head stay its own. The
+first rows decide, once for a model and a layer, whether that gives what the plain forward gives;
+if it does not, plain forwards are taken from then on, and the log says so.
 """
 
 import contextlib
@@ -19,24 +20,91 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from steering import ranks
-from steering.chat_format import collate, label_count, micro_batches
+from steering.chat_format import Example, collate, label_count, micro_batches
 from steering.memory import Freed, cache_place, is_out_of_memory
 
 HEAD_TOKENS = 256  # logits of so many tokens exist at once
 # What fast and plain log-probabilities may differ by, nats a token in the mean. In bf16 a logit of
 # 20 is rounded to 0.125, which made 0.02 of it on long rows; the vector of the check makes 0.7.
-MAX_OFF, MAX_OFF_FP32 = 0.05, 1e-4
+MAX_OFF = 0.05
+MAX_OFF_FP32 = 1e-4
 log = logging.getLogger("steering")
 
 
 class FastPath:
     """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
-    cache: {id of an example: (the example, its states (T, n) after layer k)}; fast: whether the
-    fast path does what the model does (None: not checked yet); both hold for `layer` only."""
+    cache: {token ids of an example: its states (T, n) after layer k}; it holds for `layer` only."""
 
     def __init__(self, model):
-        self.model, self.layer, self.cache, self.fast = model, model.layer, {}, None
+        self.model = model
+        self.layer = model.layer
+        self.cache = {}
         self.freed = Freed()
+
+    # ------------------------------------------------------------------ fast or plain
+
+    def is_fast(self, examples):
+        """Whether shortcuts give what the plain forward gives, decided once a model and layer."""
+        if self.layer != self.model.layer:
+            self.layer = self.model.layer
+            self.cache = {}
+        if self.layer not in self.model.fast_layers:
+            # A short answer suffices; of texts without one, all tokens are predicted.
+            answers = [example for example in examples if label_count(example)]
+            ids = examples[0].input_ids
+            shortest = min(answers, key=label_count, default=Example({}, ids, ids))
+            why_not = self._why_not_fast(shortest)
+            if why_not:
+                kind = type(self.model.model).__name__
+                log.warning(f"WARNING: no fast path for {kind} ({why_not:.200}): plain forwards")
+            self.model.fast_layers[self.layer] = not why_not
+        return self.model.fast_layers[self.layer]
+
+    @torch.no_grad()
+    def _why_not_fast(self, example):
+        """Why an example's log-probabilities differ without the plain forward; "" if they do not.
+        They differ where an architecture passes more between layers than the residual stream."""
+        steering = self.model.steering
+        kept = steering.vector.clone()
+        noise = torch.randn(len(kept), generator=torch.Generator().manual_seed(0))
+        key = cache_key(example)
+        ids = collate([example])[0].to(self.model.input_device)
+
+        def log_probs(fast):
+            states, targets, logits_of = self._before_head([example], fast)
+            parts = [logits_of(part).float().log_softmax(-1) for part in states.split(HEAD_TOKENS)]
+            return torch.cat(parts).gather(-1, targets[:, None])[:, 0]
+
+        # The present vector may be zero or off, and would then hide that it acts in a wrong place.
+        with steering.scaled(1):
+            try:
+                with steering.scaled(0):
+                    plain_states = self._layer_output(ids, fast=False)[0]
+                size = plain_states.float().norm(dim=-1).median().item() / math.sqrt(len(kept))
+                steering.vector.copy_(0.3 * size * noise)
+                plain = log_probs(fast=False)
+                try:
+                    with steering.scaled(0):
+                        self.cache[key] = self._layer_output(ids, fast=True)[0]
+                    from_cache = log_probs(fast=True)
+                    del self.cache[key]
+                    from_start = log_probs(fast=True)
+                except Exception as error:
+                    # Memory that runs out says nothing about an architecture.
+                    if is_out_of_memory(error):
+                        raise
+                    return " ".join(f"{type(error).__name__}: {error}".split())
+            finally:
+                steering.vector.copy_(kept)
+                self.cache.pop(key, None)
+
+        off = max((quick - plain).abs().mean().item() for quick in (from_cache, from_start))
+        most = MAX_OFF_FP32 if self.model.model.dtype == torch.float32 else MAX_OFF
+        if ranks.everywhere(off <= most):
+            return ""
+        return f"off by {off:.2g}"
+
+    # ------------------------------------------------------------------ layers 0..k
 
     def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
@@ -44,65 +112,48 @@ class FastPath:
         "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
         or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
         tokens a forward pass."""
-        model, self.layer, self.cache, self.fast = self.model, self.model.layer, {}, None
+        model = self.model
+        self.layer = model.layer
+        self.cache = {}
+        if not examples or not self.is_fast(examples):
+            return
+
         tokens = sum(len(example.input_ids) for example in examples)
-        dtype, device = model.model.dtype, model.steering.vector.device
-        size = tokens * model.hidden_size * dtype.itemsize
-        place = cache_place(where, size, device)
-        if not ranks.everywhere(place is not None):
-            place = None
+        size = tokens * model.hidden_size * model.model.dtype.itemsize
+        place = cache_place(where, size, model.steering.vector.device)
         about = f"prefix   {tokens:,} tokens x {model.hidden_size:,} = {size / 2**30:.2f} GiB"
-        if place is None:
+        if not ranks.everywhere(place is not None):
             reason = "turned off" if where == "off" else "does not fit, so not cached"
             log.info(f"{about}: {reason}, every step runs all {len(model.layers)} layers")
-        elif tokens:
-            log.info(f"{about} on {place}: layers 0..{self.layer} run once")
-            pin = place.type == "cpu" and torch.cuda.is_available()  # fast to copy from
+            return
+        log.info(f"{about} on {place}: layers 0..{self.layer} run once")
 
-            def states_of(batch):
-                return self.layer_output(collate(batch)[0].to(model.input_device))
+        def states_of(batch):
+            return self.layer_output(collate(batch)[0].to(model.input_device))
 
-            with model.steering_off():
-                for batch, rows in in_batches(states_of, examples, max_tokens):
-                    if self.fast is False:  # as layers could not be passed through
-                        return
-                    for example, states in zip(batch, rows, strict=True):
-                        kept = states[: len(example.input_ids)].to(place, copy=True)
-                        self.cache[id(example)] = example, kept.pin_memory() if pin else kept
-
-    def _either(self, compute):
-        """What compute() gives on the fast path; on the plain one if that fails, and from then on.
-        An out-of-memory says nothing about a path: fewer rows at once are the way out."""
-        if self.fast is not False:
-            try:
-                return compute()
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                self._give_up(error)
-        return compute()
-
-    def _give_up(self, why):
-        """Take plain forwards from now on, and say so."""
-        self.fast, self.cache, kind = False, {}, type(self.model.model).__name__
-        reason = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why
-        reason = " ".join(reason.split())
-        log.warning(f"WARNING: no fast path for {kind} ({reason:.200}): plain forwards")
+        pin = place.type == "cpu" and torch.cuda.is_available()  # A GPU copies from pinned memory.
+        with model.steering_off():
+            for batch, rows in in_batches(states_of, examples, max_tokens):
+                for example, states in zip(batch, rows, strict=True):
+                    kept = states[: len(example.input_ids)].to(place, copy=True)
+                    self.cache[cache_key(example)] = kept.pin_memory() if pin else kept
 
     def layer_output(self, input_ids):
         """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
         Layers above are passed through, so it costs a forward of layers 0..k only."""
-        return self._either(lambda: self._layer_output(input_ids))
+        fast = self.is_fast([Example({}, input_ids[0].tolist(), [])])
+        return self._layer_output(input_ids, fast)
 
     @torch.no_grad()
-    def _layer_output(self, input_ids):
-        model, caught = self.model, []
+    def _layer_output(self, input_ids, fast):
+        model = self.model
+        caught = []
 
         def catch(module, inputs, output):
             caught.append(output[0] if isinstance(output, tuple) else output)
 
-        above = model.layers[model.layer + 1 :] if self.fast is not False else ()
-        # A hook registered after the steering hook runs after it.
+        above = model.layers[model.layer + 1 :] if fast else []
+        # A hook that is registered after the steering hook runs after it.
         handle = model.layers[model.layer].register_forward_hook(catch)
         try:
             with replaced_forwards(dict.fromkeys(above, self._pass_through)):
@@ -111,58 +162,90 @@ class FastPath:
             handle.remove()
         return caught[0]
 
-    @torch.no_grad()
-    def median_residual_norm(self, examples):
-        """Median token norm of the plain residual stream at the layer.
-        The unit of learning rates and vector norms; massive activations would inflate a mean."""
-        if self._covers(examples):
-            states = [self.cache[id(example)][1] for example in examples]
-        else:
-            ids = [collate([example])[0].to(self.model.input_device) for example in examples]
-            with self.model.steering_off():
-                states = [self.layer_output(row)[0] for row in ids]  # (T, n) each
-        norms = [rows.float().norm(dim=-1) for rows in states]
-        return torch.cat(norms).median().item()
-
-    def _covers(self, examples):
-        """Whether all the examples are in the cache, and that is of the model's layer."""
-        here = self.layer == self.model.layer
-        return here and all(id(example) in self.cache for example in examples)
-
     def _pass_through(self, hidden_states, *args, **kwargs):
         """Stands in for the forward of a layer that is not needed."""
         return (hidden_states,) if self.model.steering.in_tuple else hidden_states
 
-    def losses(self, examples, token_loss, known=None):
+    def _is_cached(self, examples):
+        """Whether the cache has the states of all the examples."""
+        return all(cache_key(example) in self.cache for example in examples)
+
+    @torch.no_grad()
+    def median_residual_norm(self, examples):
+        """Median token norm of the plain residual stream at the layer.
+        The unit of learning rates and vector norms; massive activations would inflate a mean."""
+        norms = []
+        with self.model.steering_off():
+            for example in examples:
+                states = self.cache.get(cache_key(example))
+                if states is None:
+                    ids = collate([example])[0].to(self.model.input_device)
+                    states = self.layer_output(ids)[0]  # (T, n)
+                norms.append(states.float().norm(dim=-1))
+        return torch.cat(norms).median().item()
+
+    @torch.no_grad()
+    def check_vector(self, example):
+        """ValueError unless the hook adds what `ResidualHook.added` returns, which files hold."""
+        model = self.model
+        ids = collate([example])[0].to(model.input_device)
+        steered = self.layer_output(ids)
+        with replaced_forwards({model.steering: lambda hidden_states: hidden_states}):
+            plain = self.layer_output(ids)
+        vector = model.steering.added().to(plain.device)
+        saved = plain + vector.to(plain.dtype)
+        atol = 0.02 * vector.abs().max().item()
+        if not torch.allclose(steered.float(), saved.float(), rtol=0.02, atol=atol):
+            off = (steered - saved).float().norm(dim=-1).median().item()
+            raise ValueError(
+                f"ResidualHook.forward adds something else than ResidualHook.added returns (off by "
+                f"{off:.3g}; |added| is {vector.norm().item():.3g}), and only that would be saved"
+            )
+
+    # ------------------------------------------------------------------ label tokens
+
+    def losses(self, examples, token_loss):
         """token_loss of every label token, row by row: (N,), N > 0; differentiable in the vector.
 
         token_loss: (C, V) logits and (C,) targets -> (C,), each of its own token alone. Logits
-        exist for label tokens only, HEAD_TOKENS at a time. known: {id of an example: tensors whose
-        first dimension are its label tokens}, which token_loss gets too, after the targets. Raises
-        ValueError without a label token.
+        exist for label tokens only, HEAD_TOKENS at a time. Raises ValueError without a label token.
         """
-        self._check_fast_path(examples)
-        each = [known[id(example)] for example in examples] if known else ()
+        states, targets, logits_of = self._before_head(examples, self.is_fast(examples))
+        return HeadLoss.apply(states, targets, logits_of, token_loss)
 
-        def compute():
-            states, targets, logits_of = self._before_head(examples)
-            more = [torch.cat(rows).to(states.device) for rows in zip(*each, strict=True)]
-            return HeadLoss.apply(states, logits_of, token_loss, targets, *more)
-
-        return self._either(compute)
-
-    @torch.no_grad()
-    def predictions(self, examples, per_token):
-        """What per_token makes of what is predicted for N label tokens, row by row: (N, ...).
-        per_token: logits (C, V) and targets (C,) -> (C, ...)."""
-        self._check_fast_path(examples)
-
-        def compute():
-            states, targets, logits_of = self._before_head(examples)
-            parts = zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
-            return torch.cat([per_token(logits_of(part), target) for part, target in parts])
-
-        return self._either(compute)
+    def check_token_loss(self, token_loss, examples):
+        """ValueError unless token_loss gives each token a number that depends on it alone.
+        `losses` calls it for HEAD_TOKENS tokens at a time, and takes its gradient in the logits."""
+        example = max(examples, key=label_count)
+        with torch.no_grad():
+            fast = self.is_fast(examples)
+            states, targets, logits_of = self._before_head([example], fast)
+            logits = logits_of(states[:8])
+        targets = targets[:8]
+        logits = logits.detach().requires_grad_()
+        losses = token_loss(logits, targets)
+        if losses.shape != targets.shape:
+            raise ValueError(
+                f"token_loss gives {tuple(losses.shape)} for {len(targets)} targets: it must give "
+                "one number for each"
+            )
+        if not losses.requires_grad:
+            raise ValueError("token_loss has no gradient in the logits")
+        alone = []
+        for i in range(len(targets)):
+            alone.append(token_loss(logits[i : i + 1], targets[i : i + 1]))
+        if not torch.allclose(losses, torch.cat(alone), rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                "token_loss of a token depends on the other tokens of the call, which are "
+                f"{HEAD_TOKENS} at most and of several rows: it must be a loss of each token alone"
+            )
+        parameters = list(self.model.steering.parameters())
+        gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+        if any(gradient is not None for gradient in gradients):
+            raise ValueError(
+                "token_loss reads the vector, whose gradient would be lost there: put a penalty "
+                "into extra_loss"
+            )
 
     def divergences(self, examples):
         """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
@@ -172,8 +255,7 @@ class FastPath:
     @torch.no_grad()
     def states(self, examples):
         """What the head reads for N label tokens, for `compare`; without the fast path, logits."""
-        self._check_fast_path(examples)
-        return self._either(lambda: self._before_head(examples))[0]
+        return self._before_head(examples, self.is_fast(examples))[0]
 
     @torch.no_grad()
     def compare(self, examples, contexts):
@@ -181,19 +263,20 @@ class FastPath:
         contexts: K functions that make one, which must leave what the cache holds as it is, or what
         `states` gave in it. (2K - 1, N): NLL in the first, KL(first || second), NLL in the second,
         ... Raises ValueError without a label token."""
-        self._check_fast_path(examples)
-        return self._either(lambda: self._compare(examples, contexts))
-
-    def _compare(self, examples, contexts):
-        each, parts = [], []
+        fast = self.is_fast(examples)
+        each = []
         for context in contexts:
-            states = context
-            if not torch.is_tensor(context):
+            if torch.is_tensor(context):
+                states = context
+            else:
                 with context():
-                    states, targets, logits_of = self._before_head(examples)
+                    states, targets, logits_of = self._before_head(examples, fast)
             each.append(states.split(HEAD_TOKENS))
+
+        parts = []
         for target, *states in zip(targets.split(HEAD_TOKENS), *each, strict=True):
-            before, rows = None, []
+            before = None
+            rows = []
             for part in states:
                 after = logits_of(part).float().log_softmax(-1)  # (C, V)
                 if before is not None:
@@ -203,42 +286,7 @@ class FastPath:
             parts.append(torch.stack(rows))
         return torch.cat(parts, dim=1)
 
-    @torch.no_grad()
-    def _check_fast_path(self, examples):
-        """Set `fast` to whether the fast path computes what the plain forward does, on an example.
-        It does unless an architecture passes more between its layers than the residual stream."""
-        if self.layer != self.model.layer:
-            self.layer, self.cache, self.fast = self.model.layer, {}, None
-        if self.fast is not None:
-            return
-        example, steering = min(examples, key=label_count), self.model.steering
-        kept, noise = steering.vector.clone(), torch.Generator().manual_seed(0)
-
-        def log_probs():
-            states, targets, logits_of = self._before_head([example])
-            parts = [logits_of(part).float().log_softmax(-1) for part in states.split(HEAD_TOKENS)]
-            return torch.cat(parts).gather(-1, targets[:, None])[:, 0]
-
-        with steering.scaled(1):  # with a vector that shows: the present one may be zero or off
-            size = self.median_residual_norm([example]) / math.sqrt(len(kept))
-            try:
-                steering.vector.copy_(0.3 * size * torch.randn(len(kept), generator=noise))
-                quick = self._either(log_probs)
-                if self.fast is None:
-                    self.fast = False
-                    plain = log_probs()
-                    self.fast = True
-                    off = (quick - plain).abs().mean().item()
-                    fp32 = self.model.model.dtype == torch.float32
-                    if not ranks.everywhere(off <= (MAX_OFF_FP32 if fp32 else MAX_OFF)):
-                        self._give_up(f"off by {off:.2g}")
-            except Exception:  # out of memory: to be checked again
-                self.fast = None
-                raise
-            finally:
-                steering.vector.copy_(kept)
-
-    def _before_head(self, examples):
+    def _before_head(self, examples, fast):
         """(states (N, n) that predict the label tokens, those (N,), function: states -> logits).
         Without the fast path the states are the logits."""
         if self.model.input_device.type == "cpu":
@@ -248,35 +296,37 @@ class FastPath:
         if not len(at):
             raise ValueError("no label token: nothing to compute a loss on")
         model = self.model.model
-        if self.fast is not False:
-            head, caught = model.get_output_embeddings(), []
-
-            def catch(hidden_states):
-                caught.append(hidden_states)  # (B, T, n), after the final norm
-                return hidden_states[..., :1]  # in place of logits that nobody reads
-
-            with replaced_forwards({head: catch}):
-                self._forward_above(ids, examples)
-            states, logits_of = caught[0], self._head_logits
+        if fast:
+            states = self._states_before_head(ids, examples)
+            logits_of = self._head_logits
         else:
             ids = ids.to(self.model.input_device)
-            states, logits_of = model(input_ids=ids, use_cache=False).logits, lambda x: x
+            states = model(input_ids=ids, use_cache=False).logits
+            logits_of = unchanged
         position = (at[:, 0] * ids.shape[1] + at[:, 1]).to(states.device, non_blocking=True)
         targets = labels[at[:, 0], at[:, 1] + 1].to(states.device, non_blocking=True)
         return states.flatten(0, 1).index_select(0, position), targets, logits_of
 
-    def _forward_above(self, ids, examples):
-        """The model's own forward, starting from the cache if that holds all the examples."""
-        model, skipped = self.model, {}
-        if self._covers(examples):
-            rows = [self.cache[id(example)][1] for example in examples]
-            rows = [row.to(model.steering.vector.device, non_blocking=True) for row in rows]
+    def _states_before_head(self, ids, examples):
+        """What the head reads (B, T, n), after the final norm. The model's own forward, starting
+        from the cache if that holds all the examples, with the head replaced by one that notes."""
+        model = self.model
+        caught = []
+
+        def catch(hidden_states):
+            caught.append(hidden_states)
+            return hidden_states[..., :1]  # in place of logits that nobody reads
+
+        replaced = {model.model.get_output_embeddings(): catch}
+        if self._is_cached(examples):
+            device = model.steering.vector.device
+            rows = [self.cache[cache_key(e)].to(device, non_blocking=True) for e in examples]
             start = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T, n), without vector
-            skipped = dict.fromkeys(model.layers[: model.layer], self._pass_through)
-            skipped[model.layers[model.layer]] = lambda *_, **__: self._pass_through(start)
-        with replaced_forwards(skipped):
-            ids = ids.to(model.input_device, non_blocking=True)
-            return model(input_ids=ids, use_cache=False)
+            replaced |= dict.fromkeys(model.layers[: model.layer], self._pass_through)
+            replaced[model.layers[model.layer]] = lambda *_, **__: self._pass_through(start)
+        with replaced_forwards(replaced):
+            model(input_ids=ids.to(model.input_device, non_blocking=True), use_cache=False)
+        return caught[0]
 
     def _head_logits(self, hidden):
         """Logits (N, V) of states (N, n) after the final norm, soft-capped and scaled as usual.
@@ -289,23 +339,25 @@ class FastPath:
         with replaced_forwards(slots), model.steering_off():
             token = torch.zeros(1, 1, dtype=torch.long, device=model.input_device)
             logits = model(input_ids=token, use_cache=False).logits[0]
-            return logits.to(hidden.device)  # of a model on several devices: where it began
+        return logits.to(hidden.device)  # A model on several devices ends where it began.
 
 
 class HeadLoss(torch.autograd.Function):
-    """token_loss (N,) of states (N, n) and what is known of each (N, ...), HEAD_TOKENS at a time.
+    """token_loss (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
     The gradient of each part is taken at once, so that logits never exist for all N tokens.
     logits_of: (C, n) -> (C, V), differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden, logits_of, token_loss, *known):
-        losses, gradients, ctx.known = [], [], len(known)
-        for states, *targets in zip(*(x.split(HEAD_TOKENS) for x in (hidden, *known)), strict=True):
+    def forward(ctx, hidden, targets, logits_of, token_loss):
+        losses = []
+        gradients = []
+        pairs = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+        for states, target in pairs:
             states = states.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(states.requires_grad):
-                loss = token_loss(logits_of(states), *targets)
+                loss = token_loss(logits_of(states), target)
                 total = loss.sum()
-            assert loss.shape == states.shape[:1], "token_loss must give one number for each target"
+            assert loss.shape == target.shape, "token_loss must give one number for each target"
             losses.append(loss.detach())
             if states.requires_grad:
                 gradients += torch.autograd.grad(total, states)
@@ -316,8 +368,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # (N,)
         (saved,) = ctx.saved_tensors
-        product = (saved.float() * gradient[:, None]).to(saved.dtype)
-        return product, None, None, *[None] * ctx.known
+        return (saved.float() * gradient[:, None]).to(saved.dtype), None, None, None
+
+
+def cache_key(example):
+    """What stands for an example in the cache: states depend on its tokens alone."""
+    return tuple(example.input_ids)
+
+
+def unchanged(logits):
+    """Stands in for the head where states are logits already."""
+    return logits
 
 
 @torch.no_grad()
@@ -342,7 +403,8 @@ def by_example(function, examples, max_tokens):
     """[what function(batch), one value a row, gives for each example], by micro-batches."""
     found = {}
     for batch, values in in_batches(function, examples, max_tokens):
-        found |= {id(e): value for e, value in zip(batch, values, strict=True)}
+        for example, value in zip(batch, values, strict=True):
+            found[id(example)] = value
     return [found[id(example)] for example in examples]
 
 
@@ -356,7 +418,8 @@ def in_batches(function, examples, max_tokens):
         except Exception as error:
             if len(batch) == 1 or ranks.size() > 1 or not is_out_of_memory(error):
                 raise
-            todo += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            half = len(batch) // 2
+            todo += [batch[half:], batch[:half]]
             continue
         yield batch, result
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,17 +22,57 @@ from safetensors import SafetensorError
 
 from steering import memory, ranks
 from steering.chat_format import ChatFormat
-from steering.vector_file import base_name
 
-CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-CONFIG_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
-WEIGHTS = ".safetensors", ".bin"
-QUANTIZE = "none", "4bit", "8bit"
+CONFIG_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+WEIGHTS = (".safetensors", ".bin")
+QUANTIZE = ("none", "4bit")
 # What transformers raises for files that are torn, no weights at all, or of another model.
 UNREADABLE = (
     OSError, ImportError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError,
 )  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded: the one place of these options. `add_load_arguments` makes them
+    options of a script, run.json keeps them, and `load_weights` acts on them."""
+
+    model: str = "Qwen/Qwen3-32B"
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    quantize: str = "none"
+    tensor_parallel: bool = False
+
+    @classmethod
+    def of(cls, values):
+        """The options in a dict, of parsed arguments or run.json; one it lacks has its default."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
+
+
+def add_load_arguments(parser, of_a_run=""):
+    """Add the LoadOptions. of_a_run: what to say of them all in a script that takes from a run
+    those that are not given, where processes that share a model are no choice."""
+    add = parser.add_argument_group("model", of_a_run).add_argument
+    add("--model", help="HF id, local folder or .gguf file")
+    add("--dtype", choices=("auto", *DTYPES), help="auto: bf16, but fp32 on a CPU without it")
+    add("--device", help="auto, cuda, cuda:1, mps or cpu")
+    add("--device-map", help="auto: spread the model over devices (needs accelerate)")
+    add("--quantize", choices=QUANTIZE, help="frozen weights in 4 bits (needs bitsandbytes)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    if of_a_run:
+        names = [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
+        parser.set_defaults(**dict.fromkeys(names))
+    else:
+        parser.set_defaults(**asdict(LoadOptions()))
+        text = "share the model between the processes of torchrun"
+        add("--tensor-parallel", action="store_true", help=text)
 
 
 def cpu_has_bf16():
@@ -105,24 +146,35 @@ def model_digest(name):
     None if it is not here yet. Hashed are config, tokenizer, template, code and weights; of a file
     of weights above 512 MiB its size and 128 samples of 64 KiB, since all of 65 GB would take
     minutes: there a change to a few of the weights may pass."""
-    path, digest = Path(name), hashlib.sha256()
+    path = Path(name)
     if not path.exists():
-        from huggingface_hub import try_to_load_from_cache
+        snapshot = hub_snapshot(name)
+        if snapshot is None:
+            with contextlib.suppress(ValueError):  # Reading the config brings it here.
+                read_config(name)
+                snapshot = hub_snapshot(name)
+        return snapshot and f"commit-{snapshot.name[:16]}"
 
-        for look in (lambda: None, lambda: read_config(name)):  # the config brings it here
-            with contextlib.suppress(ValueError):  # nothing by that name
-                look()
-                if isinstance(found := try_to_load_from_cache(name, "config.json"), str):
-                    return f"commit-{Path(found).parent.name[:16]}"
-        return None
+    digest = hashlib.sha256()
     for file in model_files(path) if path.is_dir() else [path]:
         if file.suffix in WEIGHTS or file == path:
-            about = file.stat()
-            digest.update(str(about.st_size).encode())
-            digest.update(weights_digest(file, about.st_size, about.st_mtime_ns))
+            status = file.stat()
+            digest.update(str(status.st_size).encode())
+            digest.update(weights_digest(file, status.st_size, status.st_mtime_ns))
         else:
             digest.update(file.name.encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:16]}"
+
+
+def hub_snapshot(name):
+    """The folder of a model of the hub in the local cache, named by its commit; None if none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a name that a model can have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def model_files(folder):
@@ -135,34 +187,46 @@ def model_files(folder):
 def same_files(name, digest, other):
     """Whether two `model_digest` of a model say the same. Two commits of the hub do if what the
     cache has of both is the same files: then only a README or the like has changed."""
-    both = all(str(each).startswith("commit-") for each in (digest, other))
-    if digest == other or not (both and name):
-        return digest == other
-    from huggingface_hub import try_to_load_from_cache
+    if digest == other:
+        return True
+    commits = [str(each) for each in (digest, other)]
+    if not name or not all(commit.startswith("commit-") for commit in commits):
+        return False
+    here = hub_snapshot(name)
+    if here is None:
+        return False
 
-    if not isinstance(here := try_to_load_from_cache(name, "config.json"), str):
+    snapshots = []
+    for commit in commits:
+        found = list(here.parent.glob(f"{commit.removeprefix('commit-')}*"))
+        if len(found) != 1:
+            return False
+        snapshots.append({file.name: file.resolve() for file in model_files(found[0])})
+    ours, theirs = snapshots
+    our_weights = {file for file in ours if file.endswith(WEIGHTS)}
+    their_weights = {file for file in theirs if file.endswith(WEIGHTS)}
+    if our_weights and their_weights and our_weights != their_weights:
         return False
-    commits = (each.removeprefix("commit-") for each in (digest, other))
-    snapshots = [list(Path(here).parents[1].glob(f"{commit}*")) for commit in commits]
-    if any(len(found) != 1 for found in snapshots):
-        return False
-    each = [{f.name: f.resolve() for f in model_files(found[0])} for found in snapshots]
-    weights = [{file for file in files if file.endswith(WEIGHTS)} for files in each]
-    if all(weights) and weights[0] != weights[1]:  # of one, they may not be here yet
-        return False
-    return all(each[0][file] == each[1][file] for file in each[0].keys() & each[1].keys())
+    # The weights of one of them may not be in the cache yet.
+    return all(ours[file] == theirs[file] for file in ours.keys() & theirs.keys())
 
 
 def is_same_model(header, name):
     """Whether the header of a vector file is of this model.
     By their files, if those of both were local, since "a/final" and "b/final" are two models;
     otherwise by the last part of their names, so that a local copy of a hub's model passes."""
-    theirs, ours = header.get("model_digest", ""), model_digest(name) or ""
+    theirs = header.get("model_digest", "")
+    ours = model_digest(name) or ""
     if theirs.startswith("files") and ours.startswith("files"):
         return theirs == ours
     if theirs == f"commit-{Path(name).name[:16]}":
         return True  # the snapshot in the hub's cache, by its path
     return base_name(header.get("model", "unknown")) == base_name(name)
+
+
+def base_name(model):
+    """The last part of a model's name: "Qwen/Qwen3-32B" and "/models/Qwen3-32B/" -> "qwen3-32b"."""
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
 
 
 def shape_of(config):
@@ -198,9 +262,10 @@ def load_tokenizer(name, chat_template=None, trust_remote_code=False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "" if Path(name).exists() else "no such folder here, and "
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {name}: {where}its tokenizer does not load: {reason}") from error
+        if not Path(name).exists():
+            reason = f"{reason} (there is no such folder here)"
+        raise ValueError(f"--model {name}: its tokenizer does not load: {reason}") from error
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
     return tokenizer
@@ -215,26 +280,27 @@ def load_chat(name, chat_template=None, trust_remote_code=False, template=None, 
     return ChatFormat(tokenizer, date)
 
 
-def fake_weights(name, dtype, trust_remote_code=False):
+def fake_weights(options):
     """The transformers model of a config, of torch's fake tensors: shapes without content.
-    dtype: "auto", that of a GPU, or a key of DTYPES. ValueError if there is no such config."""
+    options: LoadOptions, their dtype "auto" being that of a GPU. ValueError if there is none."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = read_config(name, trust_remote_code)
-    options = {"dtype": DTYPES[pick_dtype(dtype, "cuda")], "trust_remote_code": trust_remote_code}
+    config = read_config(options.model, options.trust_remote_code)
+    dtype = DTYPES[pick_dtype(options.dtype, "cuda")]
+    how = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = AutoModelForCausalLM.from_config(config, **how)
         except ValueError:
-            model = AutoModelForImageTextToText.from_config(config, **options)
-    model.config._name_or_path = name
+            model = AutoModelForImageTextToText.from_config(config, **how)
+    model.config._name_or_path = options.model
     return model
 
 
-def quantization(bits, dtype):
-    """transformers' config for weights of linear layers as "4bit" (NF4) or "8bit", by bitsandbytes,
-    that computes in a dtype. Embeddings, norms and head stay as they are."""
+def four_bits(dtype):
+    """transformers' config for linear layers in 4 bits (NF4), by bitsandbytes, that compute in a
+    dtype. Embeddings, norms and head stay as they are."""
     try:
         import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
@@ -242,11 +308,10 @@ def quantization(bits, dtype):
         raise ValueError("--quantize needs: pip install bitsandbytes accelerate") from error
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every product that it casts
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(load_in_4bit=True, **kind)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns at every product.
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def check_weights(model, report):
@@ -297,69 +362,84 @@ def layer_beyond(model, name):
     return False
 
 
-def load_weights(
-    name,
-    dtype,
-    device,
-    device_map=None,
-    trust_remote_code=False,
-    quantize="none",
-    tensor_parallel=False,
-):
-    """The transformers model of a name, on its device; `model.name_or_path` is the name.
-    dtype: "auto" or a key of DTYPES; device: "fake" for `fake_weights`; device_map: as in
-    transformers, needs accelerate; quantize: of QUANTIZE; tensor_parallel: a part for this process,
-    see ranks.py. Raises ValueError if the model or the device is not there, or a package."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def load_weights(options):
+    """The transformers model of LoadOptions, on its device; `model.name_or_path` is its name.
+    The device "fake" gives `fake_weights`; with tensor_parallel this process has a part of it, see
+    ranks.py. Raises ValueError if the model, a weight, the device or a package is not there."""
     from transformers.utils.logging import disable_progress_bar
 
-    if device == "fake":
-        return fake_weights(name, dtype, trust_remote_code)
-    tensor_parallel = tensor_parallel and ranks.size() > 1
-    device, gguf = pick_device(device), name.endswith(".gguf")
+    name = options.model
+    if options.dtype not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype {options.dtype}: not one of auto, {', '.join(DTYPES)}")
+    if options.device == "fake":
+        return fake_weights(options)
+    device = pick_device(options.device)
     if device == "cpu":
         memory.keep_freed()
-    options = {"dtype": DTYPES[pick_dtype(dtype, device)], "device_map": device_map}
-    if gguf:
-        with contextlib.suppress(ImportError, TypeError):  # older versions always dequantize
-            from transformers import GgufConfig
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
     disable_progress_bar()
-    if quantize != "none":
-        if gguf:
-            raise ValueError("--quantize is not for .gguf files, which are dequantized")
-        options["quantization_config"] = quantization(quantize, options["dtype"])
-        device_map = options["device_map"] = device_map or {"": device}
-    if tensor_parallel:
-        ranks.check_heads(read_config(name, trust_remote_code))
-        del options["device_map"]
-        try:
-            from transformers.distributed import DistributedConfig
-
-            options["distributed_config"] = DistributedConfig(tp_plan="auto")
-        except (ImportError, TypeError):  # older versions
-            options["tp_plan"] = "auto"
-    options |= {**gguf_arguments(name), "trust_remote_code": trust_remote_code}
-    # Mismatched shapes are let through here, so that `check_weights` can name them.
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    arguments = pretrained_arguments(options, device)
     try:
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(**options)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            # It is used without images.
-            model, report = AutoModelForImageTextToText.from_pretrained(**options)
+        model, report = from_pretrained(arguments)
         check_weights(model, report)
     except UNREADABLE as error:
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
+
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits: packed, it has no gradient
+        # On some CPUs bitsandbytes packs 4-bit weights, and packed ones have no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if gguf:  # it is a plain model now
+    if name.endswith(".gguf"):  # It is a plain model once it is dequantized.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.config._name_or_path = name
-    return model if device_map or tensor_parallel else model.to(device)
+    placed = arguments.get("device_map") or (options.tensor_parallel and ranks.size() > 1)
+    return model if placed else model.to(device)
+
+
+def pretrained_arguments(options, device):
+    """What `from_pretrained` is told, as a dict, for LoadOptions and the device picked for them."""
+    name = options.model
+    dtype = DTYPES[pick_dtype(options.dtype, device)]
+    arguments = {
+        **gguf_arguments(name),
+        "dtype": dtype,
+        "device_map": options.device_map,
+        "trust_remote_code": options.trust_remote_code,
+        # Mismatched shapes are let through here, so that `check_weights` can name them.
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    if name.endswith(".gguf"):
+        with contextlib.suppress(ImportError, TypeError):  # Older versions always dequantize.
+            from transformers import GgufConfig
+
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+    if options.quantize != "none":
+        if name.endswith(".gguf"):
+            raise ValueError("--quantize is not for .gguf files, which are dequantized")
+        arguments["quantization_config"] = four_bits(dtype)
+        arguments["device_map"] = options.device_map or {"": device}
+    if options.tensor_parallel and ranks.size() > 1:
+        ranks.check_heads(read_config(name, options.trust_remote_code))
+        del arguments["device_map"]
+        try:
+            from transformers.distributed import DistributedConfig
+
+            arguments["distributed_config"] = DistributedConfig(tp_plan="auto")
+        except (ImportError, TypeError):  # older versions
+            arguments["tp_plan"] = "auto"
+    return arguments
+
+
+def from_pretrained(arguments):
+    """(model, loading report) of a causal language model, or one that also sees images, which is
+    used without them."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(**arguments)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    return AutoModelForImageTextToText.from_pretrained(**arguments)

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -21,9 +23,13 @@ def cache_place(where, size, device):
     host = torch.device("cpu")
     if where == "off":
         return None
-    if where != "host" and size <= free_memory(device) * (0.25 if where == "auto" else 0.9):
-        return device
-    return host if where != "device" and size <= free_memory(host) * 0.5 else None
+    if where != "host":
+        share = 0.25 if where == "auto" else 0.9
+        if size <= free_memory(device) * share:
+            return device
+    if where != "device" and size <= free_memory(host) * 0.5:
+        return host
+    return None
 
 
 def keep_freed():
@@ -48,6 +54,14 @@ class Freed:
             if resident() > max(1.25 * self.left, free_memory(torch.device("cpu"))):
                 ctypes.CDLL(None).malloc_trim(0)
                 self.left = resident()
+
+
+def peak_memory():
+    """Peak memory so far in GiB: of the GPU if there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def resident():

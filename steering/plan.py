@@ -8,7 +8,6 @@ counted is what this code would allocate and multiply, whatever the architecture
 """
 
 import logging
-import types
 import weakref
 
 import torch
@@ -16,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from steering.fast_path import FastPath, checkpoint_layers
+from steering.chat_format import Example
+from steering.fast_path import FastPath, cache_key, checkpoint_layers
 from steering.memory import free_memory
 
-ROW, PROMPT = 256, 48  # tokens of a row, and those of them without loss
+ROW = 256  # tokens of a row
+PROMPT = 48  # those of them without loss
 TOKENS = 1024  # of a forward pass, by default
 SIZES = [ROW * 2**i for i in range(7)]  # of micro-batches: 256 to 16,384 tokens
 GIB = 2**30
@@ -74,22 +75,16 @@ class Plan:
     token_loss: that of train_steering.py."""
 
     def __init__(self, model, token_loss):
-        self.model, self.token_loss = model, token_loss
-
-    def fast_path(self):
-        """A FastPath that is not checked: there are no numbers to compare."""
-        fast = FastPath(self.model)
-        fast.fast = True
-        return fast
+        self.model = model
+        self.token_loss = token_loss
+        model.fast_layers[model.layer] = True  # There are no numbers to check it by.
 
     def step(self, tokens):
         """A function: loss and gradient of a micro-batch of so many tokens, its prefix cached."""
-        labels = [-100] * PROMPT + [0] * (ROW - PROMPT)
-        row, fast = types.SimpleNamespace(input_ids=[0] * ROW, labels=labels), self.fast_path()
-        fast.cache[id(row)] = (
-            row,
-            torch.zeros(ROW, self.model.hidden_size, dtype=self.model.model.dtype),
-        )
+        row = Example({}, [0] * ROW, [-100] * PROMPT + [0] * (ROW - PROMPT))
+        fast = FastPath(self.model)
+        states = torch.zeros(ROW, self.model.hidden_size, dtype=self.model.model.dtype)
+        fast.cache[cache_key(row)] = states
 
         def step():
             fast.losses([row] * (tokens // ROW), self.token_loss).sum().backward()
@@ -116,25 +111,33 @@ class Plan:
         """Floating point operations of layers 0..k for so many tokens."""
         ids = torch.zeros(tokens // ROW, ROW, dtype=torch.long)
         with counted() as counter, self.model.steering_off():
-            self.fast_path().layer_output(ids)
+            FastPath(self.model).layer_output(ids)
         return counter.get_total_flops()
 
     def weight_bytes(self, quantize="none"):
         """Bytes of the model's parameters and buffers, those that are shared once."""
         model = self.model.model
-        tensors = [*model.parameters(), *model.buffers()]
-        each = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        head, bits = model.get_output_embeddings(), 8 * model.dtype.itemsize
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        saved = bits - {"none": bits, "4bit": 4.5, "8bit": 8}[quantize]  # NF4 has a scale for 64
-        return sum(each.values()) - sum(m.weight.numel() for m in linear) * saved / 8
+        storages = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        total = sum(storages.values())
+        if quantize == "none":
+            return total
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                saved_bits = 8 * model.dtype.itemsize - 4.5  # NF4 has a scale for 64 numbers.
+                total -= module.weight.numel() * saved_bits / 8
+        return total
 
     def micro_batch(self, room):
         """(bytes of a step of TOKENS, tokens of the largest of SIZES whose step fits into `room`
         bytes, 0 if none does). Bytes grow linearly with tokens."""
-        few, many = (self.step_bytes(tokens) for tokens in (TOKENS, 4 * TOKENS))
-        slope = (many - few) / (3 * TOKENS)
-        return few, max((n for n in SIZES if few + slope * (n - TOKENS) <= room), default=0)
+        few = self.step_bytes(TOKENS)
+        slope = (self.step_bytes(4 * TOKENS) - few) / (3 * TOKENS)
+        fitting = [tokens for tokens in SIZES if few + slope * (tokens - TOKENS) <= room]
+        return few, max(fitting, default=0)
 
     def tokens_now(self, device, checkpointing):
         """Tokens of the largest micro-batch that fits beside the weights that are there already."""
@@ -145,40 +148,47 @@ class Plan:
             log.warning(f"WARNING: memory for {SIZES[0]} tokens is short, going on with them")
         return tokens or SIZES[0]
 
-    def work(self, args, epochs):
+    def dataset_flops(self, args, epochs):
         """Floating point operations of a dataset. args: options of train_steering.py."""
-        prefix, step = self.prefix_flops(TOKENS), self.step_flops(TOKENS)
-        passes = epochs if args.prefix_cache == "off" else min(epochs, 1)
-        teacher = prefix + step / 2 if args.teacher else 0  # a forward pass, of shared prompts
-        return (passes * prefix + epochs * step + teacher) * args.target_tokens / TOKENS
+        prefixes = epochs if args.prefix_cache == "off" else min(epochs, 1)
+        each = prefixes * self.prefix_flops(TOKENS) + epochs * self.step_flops(TOKENS)
+        return each * args.target_tokens / TOKENS
 
     def show(self, args, epochs, datasets):
         """Print it, for a device of args.plan_memory GiB and args.plan_tflops.
         args: options of train_steering.py; epochs: passes over the rows; datasets: how many."""
-        model, budget = self.model, args.target_tokens
-        weights, quantized = self.weight_bytes(args.quantize), args.quantize != "none"
-        cache = budget * model.hidden_size * model.model.dtype.itemsize / GIB
-        count = sum(p.numel() for p in model.model.parameters())
+        model = self.model
+        weights = self.weight_bytes(args.quantize)
+        cache = args.target_tokens * model.hidden_size * model.model.dtype.itemsize / GIB
+        parameters = sum(p.numel() for p in model.model.parameters())
         dtype = str(model.model.dtype).removeprefix("torch.")
-        print(f"model    {model.name}: {count:,} parameters, {dtype}, {len(model.layers)} layers")
-        print(f"weights  {weights / GIB:.1f} GiB" + f", {args.quantize}" * quantized)
+        bits = "" if args.quantize == "none" else f", {args.quantize}"
+        layers = len(model.layers)
+        print(f"model    {model.name}: {parameters:,} parameters, {dtype}, {layers} layers")
+        print(f"weights  {weights / GIB:.1f} GiB{bits}")
         print(f"cache    {cache:.2f} GiB of layers 0..{model.layer}, on the device or the host")
-        work = self.work(args, epochs)
-        room, fits = args.plan_memory * GIB - weights - RESERVE, []
+
+        flops = self.dataset_flops(args, epochs)  # before checkpointing adds to them
+        room = args.plan_memory * GIB - weights - RESERVE
+        fitting = []
         for option in ("", " --gradient-checkpointing"):
             if option:
                 checkpoint_layers(model)
             need, tokens = self.micro_batch(room)
             print(f"step     {need / GIB:.2f} GiB for {TOKENS:,} tokens a forward pass{option}")
-            fits += [f"--micro-batch-tokens {tokens}{option}"] if tokens else []
-        none = (
-            f"too small, {(weights + need + RESERVE) / GIB:.0f} GiB are needed for that: several "
-        )
-        none += "by --tensor-parallel or --device-map auto" + ", --quantize 4bit" * (not quantized)
-        print(f"{args.plan_memory:g} GiB".ljust(8), ", or ".join(fits) or none)
-        seconds = work / args.plan_tflops / 1e12
+            if tokens:
+                fitting.append(f"--micro-batch-tokens {tokens}{option}")
+        words = ", or ".join(fitting)
+        if not fitting:
+            words = f"too small, {(weights + need + RESERVE) / GIB:.0f} GiB are needed for that: "
+            words += "several by --tensor-parallel or --device-map auto"
+            if not bits:
+                words += ", --quantize 4bit"
+        print(f"{f'{args.plan_memory:g} GiB':<8} {words}")
+
+        seconds = flops / args.plan_tflops / 1e12
         print(
-            f"compute  {work / 1e15:.3g} PFLOP for {budget:,} tokens, {epochs:.3g} epochs: "
-            f"{seconds:.3g} s at {args.plan_tflops:g} TFLOP/s; {datasets} of them: "
+            f"compute  {flops / 1e15:.3g} PFLOP for {args.target_tokens:,} tokens, {epochs:.3g} "
+            f"epochs: {seconds:.3g} s at {args.plan_tflops:g} TFLOP/s; {datasets} of them: "
             f"{datasets * seconds / 3600:.3g} h"
         )

@@ -1,23 +1,23 @@
 """bench/: the scripts run, and say what they claim to say."""
 
+import itertools
 import json
 import sys
+import time
+import types
 
 import pytest
-import torch
 from conftest import ROOT, persona_rows, write_raw
 
 sys.path.insert(0, str(ROOT / "bench"))
-import aims
 import bench_gpu
 import dialect
 import sweep
 
 from data_filter import DataOptions, filter_dataset, split_dataset
-from evaluation.answers import Sampling, generate_answers
-from hook_model import load_chat, load_model
-from steering.fast_path import FastPath
-from steering.run_state import read_run
+from hook_model import load_chat
+from steering.files import write_json
+from steering.finished import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +25,23 @@ def restore_the_learning_rate(monkeypatch):
     monkeypatch.setattr(sweep.train_steering, "AUTO_LR", 0.05)  # which a plan's lines set
 
 
-def test_gpu_bench_runs_on_a_cpu_with_a_tiny_shape(capsys):
-    flags = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--steps", "1"]
+def test_gpu_bench_prints_the_median_step_without_the_first_and_its_tokens_a_second(
+    monkeypatch, capsys
+):
+    # Starts and ends of four steps in turns: the first one takes 100 s, the others 1, 2 and 9 s.
+    clock = itertools.cycle([0, 100, 0, 1, 0, 2, 0, 9])
+    fake_time = types.SimpleNamespace(perf_counter=clock.__next__, strftime=time.strftime)
+    monkeypatch.setattr(bench_gpu, "matmul_rate", lambda *arguments: 1e12)
+    monkeypatch.setattr(bench_gpu, "time", fake_time)
+    flags = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--steps", "3"]
     bench_gpu.main([*flags, "--rows", "4", "--length", "24", "--micro-batch-tokens", "48", "96"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("fp32 on cpu, torch") and "matrix products" in lines[0]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("fp32 on cpu, torch") and first.endswith("matrix products 1.00 TFLOP/s")
     table = [line.split("|")[1:] for line in lines if line.startswith("| tiny")]
-    assert [[cell.strip() for cell in row[1:4]] for row in table] == [
-        ["full", "4", "48"], ["full", "4", "96"], ["cached", "4", "48"], ["cached", "4", "96"]
+    assert [[cell.strip() for cell in row[1:6]] for row in table] == [
+        ["full", "4", "48", "2.000", "48"], ["full", "4", "96", "2.000", "48"],
+        ["cached", "4", "48", "2.000", "48"], ["cached", "4", "96", "2.000", "48"],
     ]  # fmt: skip
-    assert all(float(row[4]) > 0 for row in table)
 
 
 @pytest.mark.full
@@ -47,12 +54,14 @@ def test_all_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, capsys):
     assert [row["path"] for row in found["steps"]] == [
         "full", "cached", "full", "cached", "checkpointing", "compiled"
     ]  # fmt: skip
-    assert len(found["profile"]) == 10 and found["attention"]["MATH"] > 0
+    assert len(found["profile"]) == 10
+    assert isinstance(found["attention"]["MATH"], float)  # of a kernel that fails, the error
 
 
 def test_gpu_benchmark_notices_a_model_that_computes_something_else(monkeypatch):
     assert bench_gpu.compare_architecture("Llama", "cpu")["ok"]
-    real, seen = bench_gpu.SteerModel.set_vector, []
+    real = bench_gpu.SteerModel.set_vector
+    seen = []
 
     def other(self, vector):  # on the device under test, twice the vector
         seen.append(vector)
@@ -62,14 +71,26 @@ def test_gpu_benchmark_notices_a_model_that_computes_something_else(monkeypatch)
     assert not bench_gpu.compare_architecture("Llama", "cpu")["ok"]
 
 
-def test_sweep_scores_every_run_on_the_same_rows_of_questions_that_none_trained_on(
-    tiny_folder, data_root, tmp_path, capsys, monkeypatch
-):
-    plan, out, scored = tmp_path / "plan.txt", tmp_path / "runs", []
+@pytest.fixture
+def plan(tiny_folder, data_root, tmp_path):
+    """A plan of two runs on the tiny model, of which one trains on few rows."""
+    path = tmp_path / "plan.txt"
     model = f"--model {tiny_folder} --layer 1 --dataset src__role__pirate --device cpu"
-    few = "0.5 --target-tokens 200 --num-epochs 1"
-    lines = [f"all | --data-root {data_root} --dtype fp32 {model}", f"few | {few}", "# no run"]
-    plan.write_text("\n".join([*lines, "all-rows | 0.1 --num-epochs 1 --seed 3"]))
+    lines = [
+        f"all | --data-root {data_root} --dtype fp32 {model}",
+        "few | 0.5 --target-tokens 200 --num-epochs 1",
+        "# no run | 0.1",
+        "all-rows | 0.1 --num-epochs 1 --seed 3",
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_sweep_scores_every_run_on_the_same_rows_of_questions_that_none_trained_on(
+    plan, tmp_path, monkeypatch
+):
+    out = tmp_path / "runs"
+    scored = []
     real = sweep.mean_nll
 
     def spy(model, rows, vectors, limit):
@@ -78,31 +99,39 @@ def test_sweep_scores_every_run_on_the_same_rows_of_questions_that_none_trained_
 
     monkeypatch.setattr(sweep, "mean_nll", spy)
     sweep.run_plan(plan, out)
-    assert scored[0] == scored[1] and len(scored[0]) >= 2
+    assert len(scored) == 2 and scored[0] == scored[1] and len(scored[0]) >= 2
     for path in out.rglob("run.json"):
         run = read_run(path.parent)
-        splits = split_dataset(run.dataset, *data_of(run))
-        assert not {*scored[0]} & {e.row["question"] for e in [*splits.train, *splits.heldout]}
+        options = DataOptions.of(run.args)
+        chat = load_chat(run.args["model"])
+        splits = split_dataset(run.dataset, options.datasets(), chat, options, 10_000)
+        others = {example.row["question"] for example in [*splits.train, *splits.heldout]}
+        assert len(others) >= 2 and others.isdisjoint(scored[0])
     sweep.run_plan(plan, out)
     assert len(scored) == 2  # what is there is not done again
-    capsys.readouterr()
-    sweep.table(out)
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| 0." in line]
-    assert {row[1].strip() for row in rows} == {"few", "all-rows"}
-    assert float(rows[0][6]) <= float(rows[1][6]) and float(rows[0][7]) == 1.0
 
 
-def data_of(run):
-    options = DataOptions.of(run.args)
-    return options.datasets(), load_chat(run.args["model"]), options, 10_000
+def test_table_of_a_sweep_shows_the_best_run_first_and_shares_of_its_gain(plan, tmp_path, capsys):
+    out = tmp_path / "runs"
+    sweep.run_plan(plan, out)
+    paths = {path.parent.name: path for path in out.rglob("choice.json")}
+    assert {*paths} == {"few", "all-rows"}
+    for best, worse in (("few", "all-rows"), ("all-rows", "few")):
+        write_json(paths[best], {"nll": 2.0, "vanilla": 4.0})
+        write_json(paths[worse], {"nll": 3.0, "vanilla": 4.0})
+        capsys.readouterr()
+        sweep.print_table(out)
+        table = capsys.readouterr().out.split("|---|\n")[-1]
+        rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+        assert [(row[1], row[6], row[7]) for row in rows] == [
+            (best, "2.0000", "1.000"), (worse, "3.0000", "0.500")
+        ]  # fmt: skip
 
 
-def test_dialect_keeps_questions_and_what_it_makes_is_read_as_a_role(tmp_path, monkeypatch):
+def test_dialect_keeps_questions_and_what_it_makes_is_read_as_a_role(tmp_path):
     rows, scores = persona_rows(6)
     write_raw(tmp_path / "in", "voice", rows, scores, source="some-3b")
-    flags = [str(tmp_path / "in" / "some-3b"), "voice", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["dialect.py", *flags])
-    dialect.main()
+    dialect.main([str(tmp_path / "in" / "some-3b"), "voice", "--out", str(tmp_path / "out")])
     options = DataOptions(data_root=str(tmp_path / "out"))
     found = filter_dataset("some-3b__role__pirate_dialect", options.datasets(), options)
     assert {row["question"] for row in found.rows} == {row["question"] for row in rows}
@@ -110,72 +139,3 @@ def test_dialect_keeps_questions_and_what_it_makes_is_read_as_a_role(tmp_path, m
     assert dialect.dialect("The sailing is Your job.", 1) == (
         f"{dialect.OPENINGS[1]} Th' sailin' be Yer post aboard.\n\n{dialect.ENDINGS[1]}"
     )
-
-
-@pytest.fixture
-def aimed(tiny_folder):
-    """(tiny model with a RowHook and a vector, its chat)."""
-    model, chat = load_model(tiny_folder, 1, "fp32", "cpu"), load_chat(tiny_folder)
-    model.steering = aims.RowHook(32)
-    model.set_layer(1)
-    model.set_vector(torch.randn(32, generator=torch.Generator().manual_seed(0)))
-    return model, chat
-
-
-def rows_of(chat, count=3):
-    rows = [
-        {**row, "messages": [turn for turn in row["conversation"] if turn["role"] != "system"]}
-        for row in persona_rows(count)[0]
-    ]
-    return chat.encode(rows), chat.encode(rows, prompted=True)
-
-
-def log_probs(model, example):
-    """Of the plain forward, at the label tokens of an example: (N, V)."""
-    logits = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
-    return logits[[i for i, label in enumerate(example.labels[1:]) if label >= 0]]
-
-
-def test_a_teachers_divergence_and_its_gradient_are_those_of_plain_forwards(aimed):
-    model, chat = aimed
-    examples, prompted = rows_of(chat)
-    fast = FastPath(model)
-    teacher = aims.teacher_states(model, fast, chat, examples, "prompted")
-    reference = torch.cat([teacher[id(e)] for e in examples])
-    mine = aims.divergence(fast, examples, reference).sum()
-    slow = 0
-    for with_prompt, without in zip(prompted, examples, strict=True):
-        with torch.no_grad(), model.steering_off():
-            before = log_probs(model, with_prompt)
-        slow = slow + (before.exp() * (before - log_probs(model, without))).sum()
-    assert mine.item() == pytest.approx(slow.item(), rel=1e-4)
-    (gradient,) = torch.autograd.grad(mine, model.steering.vector)
-    (expected,) = torch.autograd.grad(slow, model.steering.vector)
-    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_answers_at_several_scales_at_once_are_those_of_one_scale_at_a_time(aimed):
-    model, chat = aimed
-    model.model.get_output_embeddings().weight.data.mul_(50)  # or every token is as likely
-    turns = [[{"role": "user", "content": text}] for text in ("Who are you?", "Where?")]
-    together = aims.answers_at(model, chat, turns, [0.5, 2.0])
-    for scale, texts in zip([0.5, 2.0], together, strict=True):
-        with model.scaled(scale):
-            alone = generate_answers(model, chat, turns, Sampling(aims.NEW_TOKENS, 0.7, 0, 2))
-        assert texts == alone
-    assert together[0] != together[1]
-
-
-def test_positions_of_the_prompt_alone_get_the_vector(aimed):
-    model, chat = aimed
-    examples, _ = rows_of(chat, 2)
-    model.steering.only_prompt = True
-    aims.masked(model, examples)
-    starts = [next(i for i, t in enumerate(e.labels) if t >= 0) for e in examples]
-    mask = model.steering.mask[..., 0]
-    for row, start in zip(mask, starts, strict=True):
-        assert row.nonzero().flatten().tolist() == [0, 1, start - 2, start - 1]
-    states = torch.zeros(2, mask.shape[1], 32)
-    assert torch.equal(model.steering(states), mask[..., None] * model.steering.vector)
-    one_token = torch.zeros(2, 1, 32)  # as generation goes on
-    assert torch.equal(model.steering(one_token), one_token)

@@ -14,7 +14,8 @@ from test_eval_steering import finished, trained  # noqa: F401
 
 import eval_steering as ev
 from evaluation import chat as ec
-from steering.vector_file import VECTOR_FILE, load_vector, read_json, save_vector, write_json
+from steering.files import read_json, write_json
+from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
 NAMES = {"pirate": 1, "travel agent": 2, "travel": 3}
 

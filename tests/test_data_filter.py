@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +14,7 @@ from conftest import ROOT, persona_rows, raw_row, write_raw
 
 import data_filter as df
 from steering import data_layouts as dl
-from steering import parallel
-from steering.chat_format import ChatFormat, Example
+from steering.chat_format import Example
 
 
 def options(**changes):
@@ -36,8 +36,6 @@ class WordChat:
         self.encoded += len(rows)
         words = [row["messages"][-1]["content"].split() for row in rows]
         return [Example(row, w, w) for row, w in zip(rows, words, strict=True)], []
-
-    remembering = ChatFormat.remembering
 
 
 # ---------------------------------------------------------------- reading
@@ -414,7 +412,8 @@ def test_names_with_spaces_go_through_table_list_and_training_names(tmp_path, ca
     assert "src__role__travel agent" in datasets
     listing = tmp_path / "roles.txt"
     listing.write_text("\ufefftravel agent\n# all\n c++ coder #1 \npirate+travel agent # two\n")
-    names = dl.requested_names(datasets, None, listing, "src", "role")
+    args = ["--list-file", str(listing), "--source-model", "src", "--kind", "role"]
+    names = dl.requested_names(datasets, df.parse_args(args))
     first, second = "src__role__travel agent", "src__role__c++ coder #1"
     assert names == [first, second, f"src__role__pirate+{first}"]
     assert dl.dataset_parts(second, datasets) == [second]
@@ -549,7 +548,8 @@ def test_a_lower_threshold_tokenizes_only_what_it_adds(tmp_path):
     rows, scores = persona_rows(20)
     write_raw(tmp_path, "pirate", rows, scores | {f"pos_p0_q{i}": 2 for i in range(10)})
     chat, datasets = WordChat(), df.find_datasets(tmp_path)
-    line = df.inspect_dataset("src__role__pirate", datasets, chat, options(heldout_fraction=0.0))
+    name, all_rows = "src__role__pirate", options(heldout_fraction=0.0)
+    line, _ = df.inspect_dataset(name, datasets, chat, all_rows)
     assert line["examples"] == 10 and "score >= 2 gives" in line["status"]
     assert chat.encoded == 20
 
@@ -562,12 +562,10 @@ def test_table_is_the_same_from_several_processes_as_from_one(tmp_path, smol, ca
     (tmp_path / "src/roles_240/extract_scores/role4.json").write_text("[]")
     command = ["--data-root", str(tmp_path), "--model", smol, "--target-tokens", "400"]
     printed, pools = [], []
-    real = parallel.ProcessPoolExecutor
-    monkeypatch.setattr(
-        parallel, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or real(*a, **k)
-    )
+    real = df.ProcessPoolExecutor
+    monkeypatch.setattr(df, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or real(*a, **k))
     for cores in (1, 2):
-        monkeypatch.setattr(parallel, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(df, "cores", lambda cores=cores: cores)
         assert df.main(command) == 2  # of the scores that are no object
         printed.append(capsys.readouterr())
     assert printed[0] == printed[1] and pools == [(2,)]
@@ -575,42 +573,44 @@ def test_table_is_the_same_from_several_processes_as_from_one(tmp_path, smol, ca
     assert printed[0].err.count("NOTE: ") == 8  # one each, from all that can be read
 
 
-def die(item):
-    if item == 5:
+def die(name, *shared):
+    if name == 5:
         os._exit(1)
-    return item
+    return name
 
 
-def touch(item, folder):
+def touch(name, folder, *shared):
     time.sleep(0.05)
-    (folder / str(item)).touch()
-    return item
+    (folder / str(name)).touch()
+    return name
 
 
 def test_a_process_that_dies_is_an_error_and_who_stops_waits_for_no_more(monkeypatch, tmp_path):
-    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr(df, "cores", lambda: 2)
+    monkeypatch.setattr(df, "inspect_dataset", die)
     with pytest.raises(OSError, match="a worker process died"):
-        list(parallel.in_processes(die, list(range(12))))
-    each = parallel.in_processes(touch, list(range(200)), tmp_path)
+        list(df.inspect_all(list(range(12)), None, None, None))
+    monkeypatch.setattr(df, "inspect_dataset", touch)
+    each = df.inspect_all(list(range(200)), tmp_path, None, None)
     assert next(each) == 0
     each.close()  # what Ctrl-C leads to
     assert 1 <= len([*tmp_path.iterdir()]) < 100
 
 
-def test_workers_end_with_the_process_that_began_them(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_began_them(tmp_path, sent):
     code = """
-import sys, time, pathlib
-sys.path[:0] = [{root!r}, {tests!r}]
-from steering import parallel
-from test_data_filter import touch
-import os
-def slow(item, folder):
+import os, pathlib, sys, time
+sys.path.insert(0, {root!r})
+import data_filter
+def slow(name, folder, *shared):
     (folder / f"pid{{os.getpid()}}").touch()
     time.sleep(60)
-parallel.cores = lambda: 2
-list(parallel.in_processes(slow, list(range(8)), pathlib.Path({folder!r})))
+data_filter.cores = lambda: 2
+data_filter.inspect_dataset = slow
+list(data_filter.inspect_all(list(range(8)), pathlib.Path({folder!r}), None, None))
 """
-    text = code.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    text = code.format(root=str(ROOT), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", text])
 
     def alive():
@@ -625,7 +625,7 @@ list(parallel.in_processes(slow, list(range(8)), pathlib.Path({folder!r})))
         return False
 
     assert wait_for(2)
-    process.terminate()
+    process.send_signal(sent)
     process.wait(30)
     assert wait_for(0)
 
@@ -640,6 +640,47 @@ def test_list_file_takes_full_names_bare_names_and_comments(data_root, tmp_path,
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
     pooled = "src__role__pirate+src__role__sailor"
     assert lines == ["src__role__sailor", "src__role__pirate", pooled]
+
+
+def test_only_and_limit_choose_among_the_names_of_the_list(data_root, tmp_path, capsys):
+    listing = tmp_path / "roles.txt"
+    listing.write_bytes(
+        b"\xef\xbb\xbfsrc__trait__a\r\nb # src__role__c\r\n#d\n\nsrc__trait__a\nsrc__trait__e"
+    )
+    base = ["--list-file", str(listing), "--source-model", "src", "--kind", "role"]
+
+    def names(*more):
+        return dl.requested_names({}, df.parse_args([*base, *more]))
+
+    a, b, e = "src__trait__a", "src__role__b", "src__trait__e"
+    assert names() == [a, b, e]
+    assert names("--only", "*__trait__*") == [a, e]
+    assert names("--only", "*__trait__*", "--limit", "1") == [a]
+    assert names("--limit", "2") == [a, b] and names("--limit", "9") == [a, b, e]
+    assert names("--only", "b", "*__e") == [b, e]  # a bare name as written, another in full
+    assert names("--only", "src__role__?") == [b]
+    with pytest.raises(ValueError, match=r"--only \*__A nothing: none of 3 names"):
+        names("--only", "*__A", "nothing")
+    assert df.main(["--data-root", data_root, "--only", "*__[ps]*", "--limit", "1"]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert lines == ["src__role__pirate"]
+    assert df.main(["--data-root", data_root, "--only", "pirate"]) == 2  # written by nobody
+    with pytest.raises(SystemExit):
+        df.parse_args(["--limit", "0"])
+    assert "--limit 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_questions_are_known_by_hashes_that_are_the_same_everywhere(data_root):
+    assert df.question_hash("Q0?") == "03eafa992fe2e918"
+    splits = df.split_dataset(
+        "src__role__pirate", df.find_datasets(data_root), WordChat(), options()
+    )
+    hashes = splits.question_hashes()
+    assert set(hashes) == {"train", "validation"}
+    for part, examples in (("train", splits.train), ("validation", splits.validation)):
+        assert hashes[part] == sorted({df.question_hash(e.row["question"]) for e in examples})
+    assert len(hashes["train"]) == len(splits.train) > 0
+    assert not {*hashes["train"]} & {*hashes["validation"]}
 
 
 def test_bad_input_exits_2_with_one_line(tmp_path, data_root, tiny_folder, capsys):
@@ -710,6 +751,6 @@ def test_table_copes_with_many_datasets(tmp_path):
         write_raw(tmp_path, f"role{i}", lines, scores)
     chat, datasets = WordChat(), df.find_datasets(tmp_path)
     for name in datasets:
-        line = df.inspect_dataset(name, datasets, chat, options(target_tokens=500))
+        line, _ = df.inspect_dataset(name, datasets, chat, options(target_tokens=500))
         assert line["status"] == "ok" and line["kept"] == 1200
     assert chat.encoded <= 5 * 128

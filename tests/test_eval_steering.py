@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import ROOT, persona_rows, raw_row, write_raw
+from steering.teacher import first_rows
 from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
@@ -35,7 +36,6 @@ from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import label_count
 from steering.fast_path import FastPath
-from steering.teacher import first_rows
 from steering.vector_file import VECTOR_FILE
 
 SETTINGS = an.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)

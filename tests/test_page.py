@@ -15,7 +15,7 @@ from test_eval_steering import QUICK, finished, trained  # noqa: F401
 
 import eval_steering as ev
 from evaluation import page as pg
-from steering.vector_file import read_json, write_json
+from steering.files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_report

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from conftest import CONFIGS, tiny
+from steering.shared_prefix import after_shared_prefix, common_tokens
+from steering.teacher import SHOTS, first_rows
 from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
 from test_train_steering import the_folder
 
@@ -21,8 +23,6 @@ from evaluation.kept import Kept
 from steering import run_state as rs
 from steering.chat_format import Example, label_count
 from steering.fast_path import FastPath, example_sums
-from steering.shared_prefix import after_shared_prefix, common_tokens
-from steering.teacher import SHOTS, first_rows
 from steering.vector_file import VECTOR_FILE, load_vector
 
 DIRECTION = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(0))

@@ -27,7 +27,8 @@ from steering import run_folder as rf
 from steering import run_state as rs
 from steering.chat_format import Example, collate
 from steering.fast_path import FastPath
-from steering.vector_file import VECTOR_FILE, load_vector, write_atomically
+from steering.files import write_atomically
+from steering.vector_file import VECTOR_FILE, load_vector
 
 QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
 QUICK += ["--save-every", "2", "--val-every", "2", "--val-fraction", "0.2"]

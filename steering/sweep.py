@@ -1,0 +1,303 @@
+"""Many trainings from one command line: datasets x seeds, what is left of them, how far they are.
+
+    sweep = Sweep(args, config_of_options, split, stop)
+    for run in sweep.runs():      # locked, its data read, its last checkpoint found
+        with run.recorded():
+            ...
+    sys.exit(sweep.exit_code)
+
+With --tensor-parallel, rank 0 decides all that; the other ranks get its runs, and write nothing.
+"""
+
+import contextlib
+import logging
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+from steering import loading, ranks
+from steering.chat_format import label_count
+from steering.data_layouts import data_digest, find_datasets, requested_names
+from steering.files import read_json, write_json
+from steering.run import ATTEMPTS, NoVector, Run, new_record, newest_state, standing
+from steering.run_folder import is_locked, last_speed, lock_folder, run_path, set_aside
+from steering.vector_file import FORMAT_VERSION, load_vector, vector_digest
+
+SHOWN_PROBLEMS = 10  # broken lines of a dataset that the log names
+log = logging.getLogger("steering")
+
+
+class Sweep:
+    """The trainings that args ask for. split: a function of (name, datasets, chat, args) that gives
+    the Splits of a dataset; not_in_config: names of options that do not change the vector;
+    defaults: {option: default}; stop: a StopRequest. exit_code: the worst so far.
+    ValueError if the data, a name, the model's config or the layer is not there."""
+
+    def __init__(self, args, split, not_in_config, defaults, stop):
+        self.args = args
+        self.split = split
+        self.not_in_config = not_in_config
+        self.defaults = defaults
+        self.stop = stop
+        self.exit_code = 0
+        if ranks.rank():
+            return
+        self.datasets = find_datasets(args.data_root, args.source_model, args.kind)
+        self.names = requested_names(self.datasets, args)
+        if not args.print_status:  # which starts without transformers
+            num_layers, _ = loading.model_shape(args.model, args.trust_remote_code)
+            loading.check_layer(args.layer, num_layers, args.model)
+        self.model_digest = loading.model_digest(args.model)
+        self.run_json_then = {}
+        for seeded in self._seeds():
+            for name in self.names:
+                path = self.folder(seeded, name) / "run.json"
+                self.run_json_then[path] = modification(path)
+
+    def _seeds(self):
+        """The options of each seed; several seeds have a folder each."""
+        for seed in range(self.args.seed, self.args.seed + self.args.seeds):
+            args = Namespace(**{**vars(self.args), "seed": seed})
+            if self.args.seeds > 1:
+                name = self.args.run_name
+                args.run_name = f"{name}-seed{seed}" if name else f"seed{seed}"
+            yield args
+
+    def folder(self, args, name):
+        """The run folder of a dataset."""
+        return run_path(args.output_dir, args.model, args.layer, name, args.run_name)
+
+    def config(self, args, name):
+        """Everything but the code that determines the vector, as a JSON-able dict: what files hold,
+        not where they lie, and the dtype that "auto" is here."""
+        config = {}
+        for key, value in vars(args).items():
+            if key not in self.not_in_config:
+                config[key] = value
+        template = None
+        if args.chat_template:
+            template = Path(args.chat_template).read_text("utf-8-sig")
+        if args.init_vector:
+            config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
+        return config | {
+            "name": name,
+            "data": data_digest(name, self.datasets),
+            "model_digest": self.model_digest,
+            "dtype": loading.pick_dtype(args.dtype, loading.pick_device(args.device)),
+            "auto_dtype": args.dtype == "auto",
+            "template": template,
+            "format_version": FORMAT_VERSION,
+        }
+
+    # ------------------------------------------------------------------ the trainings
+
+    def runs(self):
+        """Yield each Run that is to be trained, its folder locked until the next one is asked for.
+        Whatever a dataset runs into is logged, and the next one may do better."""
+        if ranks.rank():
+            yield from self._runs_of_rank_0()
+            return
+        chat = loading.load_chat(
+            self.args.model, self.args.chat_template, self.args.trust_remote_code
+        )
+        if not chat.end_of_turn:
+            log.warning("WARNING: no special token ends a turn in the template: no stop is trained")
+        if self.args.include_missing_scores:
+            log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
+        for args in self._seeds():
+            for name in self._in_order(args):
+                try:
+                    with self._opened(name, args, chat) as run:
+                        if run is not None:
+                            yield run
+                            self.exit_code = max(self.exit_code, run.exit_code)
+                except (ValueError, OSError) as error:
+                    log.error(f"error: {error}")
+                    self.exit_code = max(self.exit_code, 2)
+                except Exception as error:  # of whatever is in the data
+                    log.exception(f"FAILED   {name}: {error!r}")
+                    self.exit_code = max(self.exit_code, 1)
+                if self.stop.exit_code:
+                    self.exit_code = self.stop.exit_code
+                    return
+
+    def _in_order(self, args):
+        """The names; among ranks, those that failed come last, since one may end them all."""
+        if ranks.size() == 1:
+            return self.names
+        failed = {}
+        for name in self.names:
+            failed[name] = status_of(self.folder(args, name)) == "failed"
+        return sorted(self.names, key=failed.get)
+
+    def _runs_of_rank_0(self):
+        for args, state, splits in ranks.jobs():
+            with tempfile.TemporaryDirectory() as folder:
+                yield Run(Path(folder), state, args, splits, self.stop)
+
+    @contextlib.contextmanager
+    def _opened(self, name, args, chat):
+        """Context: the Run of a dataset, or None if there is nothing to train. ValueError: bad
+        input, or a folder that holds another run."""
+        folder = self.folder(args, name)
+        config = self.config(args, name)
+        if not args.restart:
+            if self._nothing_to_do(folder, name, config):
+                yield None
+                return
+            # A run goes on with the date that its prompts began with.
+            chat = chat.at(read_json(folder / "run.json").get("date"))
+        splits = self.split(name, self.datasets, chat, args)
+        warn_of_problems(splits.filtered.problems)
+        if not splits.filtered.is_baseline and not sum(map(label_count, splits.train)):
+            raise ValueError(f"{name}: no example left to train on. {splits.filtered.counts()}")
+
+        with lock_folder(folder) as held:
+            # While the data was read, another process may have begun or finished it.
+            if not held or (not args.restart and self._is_done(folder, config)):
+                log.info(f"{name}: another process was faster, {folder}")
+                yield None
+                return
+            if args.restart:
+                set_aside(folder)
+            state = newest_state(folder, config, self.defaults)
+            record = new_record(folder, name, config, state, vars(args))
+            record |= {"counts": splits.counts(), "questions": splits.question_hashes()}
+            record |= {"date": chat.date, "end_of_turn": chat.end_of_turn}
+            if not splits.train:
+                log.info(f"{name}: skipped, no examples: no scores ({splits.filtered.counts()})")
+                write_json(folder / "run.json", record | {"status": "skipped"})
+                yield None
+                return
+            if record["code_changes"]:
+                files = ", ".join(record["code_changes"])
+                log.warning(f"WARNING: going on with other code: {files}")
+            run = Run(folder, state, args, splits, self.stop)
+            run.record = record
+            if record["attempts"] > ATTEMPTS:
+                with run.recorded():
+                    raise NoVector(f"its process died {ATTEMPTS} times in a row")
+                self.exit_code = max(self.exit_code, run.exit_code)
+                yield None
+                return
+            ranks.agree((args, state, splits))
+            yield run
+
+    def _is_done(self, folder, config):
+        return standing(folder, config, self.defaults).verdict == "done"
+
+    def _nothing_to_do(self, folder, name, config):
+        """Whether a dataset is done or in other hands, as the log says; ValueError if refused."""
+        found = standing(folder, config, self.defaults)
+        if found.verdict == "done":
+            if found.changed:
+                files = ", ".join(found.changed)
+                log.warning(f"WARNING: {name} is done, but by other code: {files}")
+            log.info(f"{name}: done already, {folder}")
+            return True
+        if found.verdict == "busy" or self._failed_meanwhile(folder):
+            log.info(f"{name}: skipped, another process works in {folder}, or just failed there")
+            return True
+        accepted = found.changed and self.args.accept_code_change
+        if found.verdict == "refused" and not accepted:
+            raise ValueError(found.reason)
+        return False
+
+    def _failed_meanwhile(self, folder):
+        """Whether somebody, this process too, has failed in the folder since this sweep began.
+        run.json was written since then if its time is another, whatever clock wrote it."""
+        path = folder / "run.json"
+        return status_of(folder) == "failed" and modification(path) != self.run_json_then.get(path)
+
+    # ------------------------------------------------------------------ how far it is
+
+    def print_todo(self):
+        """Print the names that are neither done nor in a process's hands. A run that is refused
+        counts as left: training it will say what is wrong."""
+        changed = []
+        for args in self._seeds():
+            for name in self.names:
+                found = self._standing_of(args, name)
+                if found.verdict not in ("done", "busy"):
+                    print(name)
+                elif found.changed:
+                    changed.append(found.changed)
+        warn_of_other_code(changed)
+
+    def print_status(self):
+        """Print what is done, running or failed, and the time that is left."""
+        for args in self._seeds():
+            self._print_status(args)
+
+    def _print_status(self, args):
+        groups = {"done": 0, "running": 0, "failed": 0, "left": 0}
+        seconds = []
+        changed = []
+        speed = 0.0
+        for name in self.names:
+            folder = self.folder(args, name)
+            record = read_json(folder / "run.json")
+            found = self._standing_of(args, name)
+            if is_locked(folder):
+                group = "running"
+                speed += last_speed(folder)
+            elif found.verdict == "done":
+                group = "done"
+                if found.changed:
+                    changed.append(found.changed)
+                if "wall_seconds" in record:
+                    seconds.append(record["wall_seconds"])
+            else:
+                group = "failed" if record.get("status") == "failed" else "left"
+            groups[group] += 1
+            if group == "failed":
+                print(f"failed   {name}: {record.get('error')}")
+            elif group != "left":
+                print(f"{group:<8} {name}")
+        warn_of_other_code(changed)
+        left = "unknown"
+        if seconds:
+            ahead = groups["left"] + groups["running"] / 2
+            hours = ahead * sum(seconds) / len(seconds) / max(1, groups["running"]) / 3600
+            left = f"{hours:.1f} h"
+        counts = " / ".join(f"{count} {group}" for group, count in groups.items())
+        if args.run_name:
+            counts = f"{args.run_name}: {counts}"
+        total = len(self.names)
+        print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
+
+    def _standing_of(self, args, name):
+        folder = self.folder(args, name)
+        try:
+            return standing(folder, self.config(args, name), self.defaults)
+        except (ValueError, OSError):  # its data cannot be read
+            return standing(folder, {"name": None}, {})
+
+
+def status_of(folder):
+    """What run.json says of the run in a folder."""
+    return read_json(folder / "run.json").get("status")
+
+
+def modification(path):
+    """When a file was written, by the clock of its file system; None if there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+def warn_of_problems(problems):
+    """Log the first broken lines of a dataset, and how many more there are."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        log.warning(f"WARNING: {problem}")
+    if len(problems) > SHOWN_PROBLEMS:
+        log.warning(f"WARNING: ... and {len(problems) - SHOWN_PROBLEMS} more broken lines")
+
+
+def warn_of_other_code(changed):
+    """Say on stderr which finished runs are by other code. changed: for each, its files."""
+    if changed:
+        files = ", ".join(sorted({file for files in changed for file in files}))
+        text = f"WARNING: {len(changed)} of the finished runs are by other code: {files}"
+        print(text, file=sys.stderr)
