@@ -97,13 +97,17 @@ class Filtered:
     """Rows that pass of one dataset, counts of the others by reason, a message for each broken one.
 
     kept: number of rows that pass; tokenizing takes off those that are too long or refused.
-    plain: rows that were asked not to show the persona, and do not (of traits, label "neg").
+    below: (kind, row) of rows below the threshold. seen: texts and keys of rows that pass, which
+    pass once. plain: rows that were asked not to show the persona, and do not (of traits, label
+    "neg").
     """
 
     total: int
     kept: int = 0
     rows: list = field(default_factory=list)
+    below: list = field(default_factory=list)
     plain: list = field(default_factory=list)
+    seen: set = field(default_factory=set)
     dropped: Counter = field(default_factory=Counter)
     problems: list = field(default_factory=list)
     has_scores: bool = False
@@ -161,7 +165,7 @@ def response_of(row):
 
 
 def drop_reason(row, kind, options, seen):
-    """Give the first reason to drop a row, or None to keep it; `seen` collects what was kept."""
+    """Give the first reason to drop a row, or None to keep it, which adds it to `seen`."""
     score = row["extract_score"]
     same_as = {(row["question"], response_of(row)), row["key"]} - {None}
     if not response_of(row):
@@ -178,10 +182,13 @@ def drop_reason(row, kind, options, seen):
     return None
 
 
-def filter_rows(rows, options):
-    """Sort what `read_dataset` gave into a Filtered: rows that pass, and why the others do not."""
+def filter_dataset(name, datasets, options):
+    """Sort the rows of one dataset into a Filtered: those that pass, and why the others do not.
+
+    Raises ValueError as `read_dataset` does.
+    """
+    rows = read_dataset(name, datasets, options)
     result = Filtered(total=len(rows))
-    seen = set()
     for kind, row, problem in rows:
         if problem:
             result.problems.append(problem)
@@ -193,27 +200,24 @@ def filter_rows(rows, options):
         shows_none = row["label"] == "neg" and (score or 0.0) < PLAIN_SCORE
         if kind == "trait" and shows_none and response_of(row):
             result.plain.append(row)
-        reason = drop_reason(row, kind, options, seen)
+
+        reason = drop_reason(row, kind, options, result.seen)
         if reason:
             result.dropped[reason] += 1
         else:
             result.rows.append(row)
+        if reason == BELOW:
+            result.below.append((kind, row))
     result.kept = len(result.rows)
     return result
-
-
-def filter_dataset(name, datasets, options):
-    """Filter the rows of one dataset into a Filtered; ValueError as `read_dataset` has it."""
-    return filter_rows(read_dataset(name, datasets, options), options)
 
 
 def plain_datasets(name, datasets):
     """List the default datasets of a dataset's source model, those of its kind first."""
     source, its_kind, _ = parse_name(dataset_parts(name, datasets)[0])
-    names = []
-    for kind in dict.fromkeys([its_kind, "role", "trait"]):  # each once
-        for default in ("0_default", "1_default", "default"):
-            names.append(f"{source}__{kind}__{default}")
+    kinds = dict.fromkeys([its_kind, "role", "trait"])  # each once
+    defaults = ("0_default", "1_default", "default")
+    names = [f"{source}__{kind}__{default}" for kind in kinds for default in defaults]
     return [name for name in names if name in datasets]
 
 
@@ -328,13 +332,13 @@ class Splits:
         return {"train": sorted(train), "validation": sorted(validation)}
 
 
-def split_dataset(name, datasets, chat, options, heldout_tokens=0, rows=None):
+def split_dataset(name, datasets, chat, options, heldout_tokens=0):
     """Filter one dataset, split it by question and tokenize what the budgets ask for, as Splits.
 
-    chat: a ChatFormat. heldout_tokens: budget of held-out examples, 0 for none. rows: what
-    `read_dataset` gave, which is called, and may raise ValueError, if there are none yet.
+    chat: a ChatFormat. heldout_tokens: budget of held-out examples, 0 for none. Raises ValueError
+    as `read_dataset` does, and, if strict, for a row that the chat template refuses.
     """
-    filtered = filter_rows(rows or read_dataset(name, datasets, options), options)
+    filtered = filter_dataset(name, datasets, options)
     rows, heldout_rows = split_by_question(
         filtered.rows, options.heldout_fraction, options.split_seed
     )
@@ -415,31 +419,23 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- the table
 
 
-def tokens_added(rows, kept, chat, laxer):
-    """Count the tokens of rows that pass laxer options and are not among those kept already."""
-    known = {(row["question"], response_of(row)) for row in kept}
-    passing = filter_rows(rows, laxer).rows
-    new = [row for row in passing if (row["question"], response_of(row)) not in known]
-    new, _ = split_by_question(new, laxer.heldout_fraction, laxer.split_seed)
-    return take_budget(new, chat, laxer.target_tokens, laxer.max_length, laxer.seed)[1]
-
-
 def table_line(name, datasets, chat, options):
     """Make the line of a dataset that can be read; its broken lines go to stderr."""
-    rows = read_dataset(name, datasets, options)
     tokens = None
     examples = None
+    missing = 0  # tokens to the budget
     status = "not tokenized"
     if chat:
-        splits = split_dataset(name, datasets, chat, options, rows=rows)
+        splits = split_dataset(name, datasets, chat, options)
         filtered = splits.filtered
         tokens = splits.tokens
         examples = len(splits.train) + len(splits.validation)
+        missing = options.target_tokens - tokens
         status = "ok"
-        if tokens < options.target_tokens:
+        if missing > 0:
             status = f"under budget: {tokens:,} of {options.target_tokens:,}"
     else:
-        filtered = filter_rows(rows, options)
+        filtered = filter_dataset(name, datasets, options)
 
     if filtered.is_baseline:
         status = "no examples: no scores"
@@ -448,12 +444,15 @@ def table_line(name, datasets, chat, options):
     elif examples == 0:
         status = "no examples: all held out"
 
-    if chat and tokens < options.target_tokens and filtered.dropped[BELOW]:
+    if missing > 0 and filtered.dropped[BELOW]:
         threshold = f"{parse_name(name)[1]}_min_score"
         lower = getattr(options, threshold) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
-        missing = options.target_tokens - tokens
-        laxer = dataclasses.replace(options, target_tokens=missing, **{threshold: lower})
-        added = tokens_added(rows, filtered.rows, chat, laxer)
+        laxer = dataclasses.replace(options, **{threshold: lower})
+        # The rows that pass already are not tokenized again.
+        seen = filtered.seen
+        more = [row for kind, row in filtered.below if not drop_reason(row, kind, laxer, seen)]
+        more, _ = split_by_question(more, options.heldout_fraction, options.split_seed)
+        _, added, _, _ = take_budget(more, chat, missing, options.max_length, options.seed)
         if added:
             status += f" (score >= {lower:g} gives {tokens + added:,})"
 

@@ -51,8 +51,8 @@ from steering.vector_formats import import_vector
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device device_map
     trust_remote_code micro_batch_tokens batch_size restart judge judge_model judge_workers
-    judge_tokens rubric_dir judge_dry_run capability capability_limit capability_tasks report_dir report_only
-    specificity_runs prompt chat
+    judge_tokens rubric_dir judge_dry_run capability capability_limit capability_tasks report_dir
+    report_only specificity_runs prompt chat
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
 SHOWN = "report", "page", "summary", "plots", "judge", "judging", "capability", "chat"
@@ -109,8 +109,8 @@ def check_questions(run, data):
     if leaked:
         raise ValueError(
             f"{run.folder} was trained on {len(set(leaked))} of today's held-out questions, such "
-            f"as {leaked[0]!r}: the split by question is another than in training (its code, or the "
-            "data); evaluate with the code it was trained by, or train it again"
+            f"as {leaked[0]!r}: the split by question has changed since the training (its code or "
+            "the data). Evaluate with the code of the training, or train again"
         )
 
 

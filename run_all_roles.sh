@@ -9,8 +9,8 @@
 #   tmux new -s roles 'bash run_all_roles.sh roles.txt --model Qwen/Qwen3-32B'     # detach: C-b d
 #   sbatch --array=0-15 --gpus=1 run_all_roles.sh roles.txt --model Qwen/Qwen3-32B
 #
-# roles.txt: one full dataset name a line, spaces and all; a line that starts with "#", and what
-# follows " #" in another, is a comment. Write one with:
+# roles.txt: one dataset name a line, spaces and all; a line that starts with "#", and what follows
+# " #" in another, is a comment. It is read once, when the sweep starts. Write one with:
 #   python data_filter.py --data-root DATA --model ID --write-list roles.txt
 # Run it again to go on: what is done is not done again. Workers, tasks of an array, other panes,
 # users and nodes on one file system share a list by the locks of the run folders. A role that fails
@@ -25,8 +25,8 @@
 #   OUTPUT_DIR      root of the run folders                  (runs)
 #   LOG_DIR         a log per worker, and failed.txt         (logs)
 #   GPUS            a worker for each, such as 0,1,2,3       (all visible; one on the CPU if none)
-#   ONLY            patterns of names to take, such as "*__trait__* *pirate*"      (all)
-#   LIMIT           at most this many names, from the top of the list              (all)
+#   ONLY            patterns of names to take, such as "*__trait__* *pirate*"      (all; --only)
+#   LIMIT           at most this many names, from the top of the list              (all; --limit)
 #   DRY_RUN         1: only say what is done and what would be trained
 #   EVAL            options of eval_steering.py, run over OUTPUT_DIR at the end, such as
 #                   "--max-new-tokens 60"                    (no evaluation)
@@ -41,8 +41,8 @@ fi
 command=$1
 shift
 if [[ $command != status ]]; then
-    [[ -r $command ]] || { echo "error: $command: no such list" >&2; exit 2; }
-    list=$(realpath -- "$command")
+    # Read before the folder changes, and once: it may be a pipe, such as <(head -20 roles.txt).
+    names=$(cat -- "$command") || { echo "error: $command: no such list" >&2; exit 2; }
 fi
 here=$(dirname -- "${BASH_SOURCE[0]}")
 [[ -e $here/train_steering.py ]] || here=${SLURM_SUBMIT_DIR:-$here} # Slurm runs a copy
@@ -68,52 +68,34 @@ for option in "$@"; do
             echo "error: $option is for train_steering.py alone; this loop goes on with what is there" >&2
             exit 2
             ;;
+        --data-root*) echo "error: $option: set DATA_ROOT, which this loop reads too" >&2; exit 2 ;;
+        --output-dir*) echo "error: $option: set OUTPUT_DIR, which this loop reads too" >&2; exit 2 ;;
+        --only* | --limit*) echo "error: $option: set ONLY or LIMIT" >&2; exit 2 ;;
     esac
 done
 options=(--data-root "$DATA_ROOT" --output-dir "$OUTPUT_DIR" "$@")
-printf '%s\0' "${options[@]}" --list-file "$list" >"$LOG_DIR/sweep"
+choice=()
+set -f # ONLY's patterns are for names, not files
+# shellcheck disable=SC2206 # patterns, split at spaces
+[[ -z ${ONLY:-} ]] || choice+=(--only $ONLY)
+set +f
+[[ -z ${LIMIT:-} ]] || choice+=(--limit "$LIMIT")
+list=$LOG_DIR/names
+printf '%s\n' "$names" >"$list"
+printf '%s\0' "${options[@]}" "${choice[@]}" --list-file "$list" >"$LOG_DIR/sweep"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-todo() { # names of a file that are neither done nor in another process's hands, into $work/todo
+todo() { # names that are neither done nor in another process's hands, into $work/todo; says how many
     local code=0
-    "$PYTHON" "$TRAIN" "${options[@]}" --list-file "$1" --print-todo </dev/null \
-        2>"$work/errors" | awk '!seen[$0]++' >"$work/todo" || code=$?  # once, of several --seeds
-    cat -- "$work/errors" >&2
+    "$PYTHON" "$TRAIN" "${options[@]}" "${choice[@]}" --list-file "$list" \
+        --write-todo "$work/todo" </dev/null || code=$?
     [[ $code -eq 0 ]] || { echo "error: what is left to do cannot be told (exit code $code)" >&2; exit 2; }
+    left=$(wc -l <"$work/todo")
 }
 
-# ---------------------------------------------------------------- which names
-
-wanted() { # whether ONLY takes the name
-    local pattern
-    for pattern in ${ONLY:-"*"}; do
-        # shellcheck disable=SC2053 # a pattern
-        [[ $1 == $pattern ]] && return 0
-    done
-    return 1
-}
-
-set -f # ONLY's patterns are for names, not files
-declare -A seen=()
-while IFS= read -r line || [[ -n $line ]]; do
-    line=${line%$'\r'} # Windows line ends
-    name=${line#$'\xEF\xBB\xBF'} # a byte order mark
-    read -r name <<<"${name%%[[:space:]]#*}"
-    if [[ -z $name || $name == '#'* ]] || ! wanted "$name"; then continue; fi
-    read -r whole <<<"$line" # which may be a name with a "#"
-    [[ -z ${seen[$whole]:-} ]] || continue
-    [[ -z ${LIMIT:-} || ${#seen[@]} -lt $LIMIT ]] || break
-    seen[$whole]=1
-    printf '%s\n' "$line"
-done <"$list" >"$work/names"
-set +f
-[[ -s $work/names ]] || { echo "error: $list names no dataset to train" >&2; exit 2; }
-total=$(wc -l <"$work/names")
-todo "$work/names" # bad options: no use in starting workers
-left=$(wc -l <"$work/todo")
-echo "$total datasets: $((total - left)) done or in work elsewhere, $left to train"
+todo # bad options: no use in starting workers
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     sed 's/^/would train: /' "$work/todo"
     exit 0
@@ -189,7 +171,7 @@ for _ in 1 2; do # what failed is tried once more
         [[ $code -ne 75 && $code -ne 130 ]] || stopped=${stopped:-$code}
     done
     [[ -z $stopped ]] || break # Slurm gives little time to requeue
-    todo "$work/names"
+    todo
 done
 
 # ---------------------------------------------------------------- what came out
@@ -216,8 +198,6 @@ fi
 if [[ -d $OUTPUT_DIR && ($left -gt 0 || ! -e $OUTPUT_DIR/report.csv) ]]; then
     "$PYTHON" eval_steering.py --run "$OUTPUT_DIR" --report-only </dev/null || true # no run at all, if every role failed
 fi
-left=$(wc -l <"$work/todo")
-echo "$((total - left)) of $total done or in work elsewhere"
 if [[ $left -gt 0 ]]; then
     sed "s/^/$(date '+%F %T') /" "$work/todo" >>"$LOG_DIR/failed.txt"
     sed 's/^/failed: /' "$work/todo" >&2

@@ -38,7 +38,7 @@ ROW_TOKENS = 400  # of a row, about, for --plan
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind only limit strict chat_template device device_map
     compile tensor_parallel gradient_checkpointing prefix_cache micro_batch_tokens save_every
-    restart accept_code_change plan plan_memory plan_tflops print_todo print_status output_dir
+    restart accept_code_change plan plan_memory plan_tflops write_todo print_status output_dir
     run_name trust_remote_code seeds
 """
 log = logging.getLogger("steering")
@@ -375,8 +375,8 @@ def train_all(args, stop):
     """Train every requested dataset under each seed, with one model load; the worst exit code."""
     defaults = vars(make_parser().parse_args([]))
     sweep = Sweep(args, split, NOT_IN_CONFIG.split(), defaults, stop)
-    if args.print_todo:
-        sweep.print_todo()
+    if args.write_todo:
+        sweep.write_todo(args.write_todo)
         return 0
     if args.print_status:
         sweep.print_status()
@@ -435,7 +435,7 @@ def make_parser():
     add("--run-name", help="subfolder for a second setting on the same dataset")
     add("--seeds", type=int, default=1, metavar="N", help="from --seed on, in subfolders seed<k>")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
-    add("--print-todo", action="store_true", help="only print the datasets that are not done yet")
+    add("--write-todo", metavar="FILE", help="only write the names that are not done yet to a file")
     add("--print-status", action="store_true", help="only print how far the datasets are")
     add("--restart", action="store_true", help="begin anew, keeping the old files in old-<n>/")
     add("--accept-code-change", action="store_true", help="go on with a run of other code")

@@ -55,11 +55,10 @@ def run_ours(args, folder):
         raise SystemExit(code)
     (record,) = Path(folder).rglob("run.json")
     rows = [json.loads(line) for line in (record.parent / "metrics.jsonl").open()]
-    startup = json.loads(record.read_text())["startup"]
-    seconds = startup["prefix"] + sum(row["seconds"] for row in rows)
+    prefix = json.loads(record.read_text())["final"]["prefix_seconds"]
+    seconds = prefix + sum(row["seconds"] for row in rows)
     result = {"losses": [row["loss"] for row in rows], "seconds": seconds}
-    result |= {"tokens": sum(row["tokens"] for row in rows), "first_step": rows[0]["time"]}
-    return result | {"startup": startup}
+    return result | {"tokens": sum(row["tokens"] for row in rows), "first_step": rows[0]["time"]}
 
 
 def load_examples(args, folder):
@@ -112,7 +111,7 @@ def run_memory(args, folder):
     train(batches[:1])  # the check of the fast path, once
     one, epoch = peak_of(lambda: train([largest])), peak_of(cached_epoch)
     weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 2**30
-    cache = sum(states.numel() * states.element_size() for _, states in fast.cache.values()) / 2**30
+    cache = sum(states.numel() * states.element_size() for states in fast.cache.values()) / 2**30
     return {"weights": weights, "micro-batch": one, "cache": cache, "cached epoch": epoch}
 
 

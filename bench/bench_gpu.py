@@ -163,7 +163,7 @@ def compare_architecture(kind, device):
             max_new_tokens=12, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         new = tokens[:, prompt.shape[1] :].cpu()
-        found.append((loss.item(), model.steering.vector.grad.cpu(), new, fast.fast))
+        found.append((loss.item(), model.steering.vector.grad.cpu(), new, fast.is_fast(rows)))
     (loss, gradient, tokens, _), (other_loss, other_gradient, other_tokens, fast) = found
     same = min(tokens.shape[1], other_tokens.shape[1])
     result = {
@@ -263,7 +263,7 @@ def measure(shape, args, rate, results):
         rows = make_rows(count, args.length, vocabulary)
         tokens = sum(len(row.input_ids) for row in rows)
         fast.cache_prefix(rows, "off" if path == "full" else "auto", max_tokens)
-        cached = sum(states.nbytes for _, states in fast.cache.values())
+        cached = sum(states.nbytes for states in fast.cache.values())
         seconds, peak = time_steps(fast, rows, max_tokens, args.steps)
         batch = max(len(b) * args.length for b in micro_batches(rows, max_tokens))
         # Bytes of a step grow linearly with its tokens, and the plan counts rows of 256.

@@ -12,7 +12,6 @@ torch is imported where tensors are made: counting tokens needs none.
 
 import contextlib
 import datetime
-import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -167,10 +166,11 @@ class ChatFormat:
 
         ids = [torch.tensor(prompt, device=device) for prompt in self.tokenize(texts)]
         mask = [torch.ones_like(prompt) for prompt in ids]
-        pad = functools.partial(
-            torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left"
-        )
-        return {"input_ids": pad(ids), "attention_mask": pad(mask)}
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_side="left"),
+            "attention_mask": pad(mask, batch_first=True, padding_side="left"),
+        }
 
     def answers(self, inputs, output, stop_ids=()):
         """Decode what `generate` wrote after `inputs`, up to a stop token: B strings.

@@ -161,11 +161,13 @@ def requested_names(datasets, args):
     elif not as_written:
         raise ValueError(f"no dataset is named by --dataset {args.dataset} or {args.list_file}")
 
-    names = []
-    for full, written in as_written.items():
-        patterns = args.only or ["*"]
-        if any(fnmatchcase(full, p) or fnmatchcase(written, p) for p in patterns):
-            names.append(full)
+    names = list(as_written)
+    if args.only:
+        names = [
+            full
+            for full, written in as_written.items()
+            if any(fnmatchcase(full, p) or fnmatchcase(written, p) for p in args.only)
+        ]
     if as_written and not names:
         raise ValueError(f"--only {' '.join(args.only)}: none of {len(as_written)} names matches")
     return names[: args.limit]

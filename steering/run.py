@@ -255,12 +255,12 @@ class Run:
         """Write run.json, from now on a run that is under way; signals wait for a step's end."""
         self._write_record(status="running")
         self._stop.in_loop = True
-        if self.resumed:
-            log.info(f"resume   after step {self.state.step}")
 
     @contextlib.contextmanager
     def logging(self, total_steps):
         """Context of the loop: metrics.jsonl is open, a bar shows how far it is."""
+        if self.resumed:
+            log.info(f"resume   after step {self.state.step} of {total_steps}")
         path = self.folder / "metrics.jsonl"
         trim_metrics(path, self.state.step if self.resumed else -1)
         quiet = True if ranks.rank() else None  # None: where there is no terminal

@@ -212,18 +212,22 @@ class Sweep:
 
     # ------------------------------------------------------------------ how far it is
 
-    def print_todo(self):
-        """Print the names that are neither done nor in a process's hands. A run that is refused
-        counts as left: training it will say what is wrong."""
+    def write_todo(self, path):
+        """Write the names that are neither done nor in a process's hands to a file, one a line, and
+        say how many. A run that is refused counts as left: training it will say what is wrong."""
+        left = {}
         changed = []
         for args in self._seeds():
             for name in self.names:
                 found = self._standing_of(args, name)
                 if found.verdict not in ("done", "busy"):
-                    print(name)
+                    left[name] = True
                 elif found.changed:
                     changed.append(found.changed)
+        Path(path).write_text("".join(f"{name}\n" for name in left), encoding="utf-8")
         warn_of_other_code(changed)
+        total = len(self.names)
+        print(f"{total - len(left)} of {total} done or in work elsewhere, {len(left)} to train")
 
     def print_status(self):
         """Print what is done, running or failed, and the time that is left."""

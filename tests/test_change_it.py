@@ -1,4 +1,4 @@
-"""The six edits of README's "Change it", each applied to a copy of the project and run there."""
+"""README's edits of "Change it", and those that must not be ignored, in copies of the project."""
 
 import json
 import re
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # whose script is "train_steering!" is stopped, as by SIGTERM, in its third step.
 DRIVER = """
 import importlib, json, sys
-from steering import run_folder
+import train_steering
 
 class Stop:
     steps, in_loop = 0, False
@@ -31,16 +31,16 @@ class Stop:
         self.steps += 1
         return 75 if self.steps >= 3 else None
 
-real, codes = run_folder.StopRequest, []
+real, codes = train_steering.StopRequest, []
 for name, *arguments in json.loads(sys.argv[1]):
-    run_folder.StopRequest = Stop if name.endswith("!") else real
+    train_steering.StopRequest = Stop if name.endswith("!") else real
     codes.append(importlib.import_module(name.rstrip("!")).main(arguments))
 print("codes", codes)
 """
 
 
 def edits():
-    """{start of its title: (title, lines)} of the six edits in README."""
+    """{start of its title: (title, lines)} of the edits in README."""
     block = README.split("## Change it")[1].split("```diff\n")[1].split("```")[0]
     parts = re.findall(r"^# (.*)\n((?:[-+ ].*\n)+)", block, re.MULTILINE)
     return {title.split(":")[0]: (title, lines.splitlines()) for title, lines in parts}
@@ -66,19 +66,25 @@ class Project:
     def edit(self, name):
         """Apply one of README's edits: "-" and " " lines must be there, "+" lines are put in."""
         title, lines = edits()[name]
-        path = self.folder / re.search(r"[\w/]+\.py", title)[0]
-        text = path.read_text()
-        before, after, added = None, None, []
-        for line in [*lines, None]:
-            if line is not None and line[0] == "+":
-                added.append(line[1:])
+        self.apply(re.search(r"[\w/]+\.py", title)[0], lines)
+
+    def apply(self, file, lines):
+        """Apply the lines of a diff to a file."""
+        path = self.folder / file
+        text = path.read_text().splitlines()
+        place = None
+        for line in lines:
+            if line[0] == "+":
+                text.insert(place, line[1:])
+                place += 1
                 continue
-            if before is not None:
-                assert text.count(before + "\n") == 1, f"{path.name}: {before!r}"
-                text = text.replace(before + "\n", "".join(f"{a}\n" for a in [*after, *added]))
-            if line is not None:
-                before, after, added = line[1:], [line[1:]] if line[0] == " " else [], []
-        path.write_text(text)
+            assert text.count(line[1:]) == 1, f"{path.name}: {line[1:]!r}"
+            place = text.index(line[1:])
+            if line[0] == "-":
+                del text[place]
+            else:
+                place += 1
+        path.write_text("\n".join(text) + "\n")
 
     def run(self, *commands):
         """Run main functions in one process: (exit codes, what was printed)."""
@@ -136,8 +142,8 @@ def unedited(tmp_path_factory, tiny_folder):
     return project
 
 
-def test_there_are_six_and_each_names_file_and_place():
-    assert len(edits()) == 6
+def test_there_are_seven_and_each_names_file_and_place():
+    assert len(edits()) == 7
     for title, lines in edits().values():
         assert re.search(r": \w+(\.\w+)? in [\w/]+\.py", title), title
         assert len(lines) <= 5
@@ -170,7 +176,7 @@ def test_another_optimizer_goes_through_a_kill_and_a_resume(project, unedited):
     )
     assert torch.equal(whole, stopped) and not torch.allclose(whole, adam)
     state = torch.load(project.found("stopped") / "checkpoint-00006.pt", weights_only=True)
-    assert "momentum_buffer" in state["optimizer"]["state"][0]
+    assert "momentum_buffer" in state["state"]["optimizer"]["state"][0]
 
 
 def test_learned_scale_is_trained_saved_and_steered_with(project):
@@ -183,7 +189,7 @@ def test_learned_scale_is_trained_saved_and_steered_with(project):
     )
     assert codes == [0, 0 + 75, 0, 0] and "33 trained" in said
     state = torch.load(project.found("runs") / "checkpoint-00006.pt", weights_only=True)
-    gain, vector = state["best"]["gain"], state["best"]["vector"]
+    gain, vector = state["state"]["best"]["gain"], state["state"]["best"]["vector"]
     assert abs(gain - 1) > 0.01
     saved = load_vector(project.found("runs") / VECTOR_FILE)[0]
     assert torch.equal(saved, gain * vector)
@@ -255,3 +261,128 @@ def test_another_data_layout_is_read_like_the_others(project):
     assert codes == [0, 0, 0] and re.search(r"src__role__pirate .* 40 +40 ", said)
     vectors = [load_vector(project.found(name) / VECTOR_FILE)[0] for name in ("runs", "same")]
     assert torch.equal(*vectors)
+
+
+# ---------------------------------------------------------------- edits that nothing may ignore
+
+
+def test_a_penalty_has_a_gradient_and_shortens_the_vector(project, unedited):
+    project.edit("a penalty")
+    codes, _ = project.run(project.train("runs"))
+    assert codes == [0]
+    ours, theirs = (p.metrics("runs", "vector_norm")[-1] for p in (project, unedited))
+    assert ours < 0.95 * theirs
+    first, other = (p.metrics("runs", "loss")[0] for p in (project, unedited))
+    start = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 0.5
+    assert first - other == pytest.approx(0.01 * start.square().sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ("nll / nll.sum()", "depends on the other tokens"),
+        ("nll.mean()", "must give one number for each"),
+        ("nll + 0 * nll.mean() + nll.max()", "depends on the other tokens"),
+    ],
+)
+def test_a_loss_that_is_not_of_each_token_alone_is_refused(project, loss, said):
+    lines = [
+        '-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")',
+        '+    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")',
+        f"+    return {loss}",
+    ]
+    project.apply("train_steering.py", lines)
+    codes, printed = project.run(project.train("runs"))
+    assert codes == [1] and said in printed
+    assert not list(project.folder.rglob(VECTOR_FILE))
+
+
+def test_a_penalty_inside_of_the_loss_is_refused_since_its_gradient_would_be_lost(project):
+    lines = [
+        '-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")',
+        '+    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")',
+        "+    return nll + VECTORS[0].square().sum()",
+    ]
+    project.apply("train_steering.py", lines)
+    project.apply(
+        "train_steering.py",
+        ["     steering = model.steering", "+    VECTORS.append(steering.vector)"],
+    )
+    project.apply(
+        "train_steering.py", [" ROW_TOKENS = 400  # of a row, about, for --plan", "+VECTORS = []"]
+    )
+    codes, printed = project.run(project.train("runs"))
+    assert codes == [1] and "put a penalty into extra_loss" in printed
+
+
+def test_a_hook_that_adds_something_else_than_is_saved_is_refused(project):
+    lines = [
+        "         self.in_tuple = False",
+        "+        self.a = nn.Parameter(torch.randn(hidden_size, 2, generator=generator) * 0.1)",
+        "+        self.b = nn.Parameter(torch.randn(2, hidden_size, generator=generator) * 0.1)",
+    ]
+    project.apply("hook_model.py", lines)
+    lines = [
+        "-        return hidden_states + vector.to(hidden_states.device, hidden_states.dtype)",
+        "+        return hidden_states + hidden_states @ self.a @ self.b",
+    ]
+    project.apply("hook_model.py", lines)
+    codes, printed = project.run(project.train("runs", "--init-scale", "0"))
+    assert codes == [1] and "adds something else than ResidualHook.added" in printed
+    assert not list(project.folder.rglob(VECTOR_FILE))
+
+
+def test_a_split_that_was_edited_after_training_is_not_evaluated(project):
+    codes, _ = project.run(project.train("runs"))
+    assert codes == [0]
+    project.apply("data_filter.py", [" def hash_unit(*parts):", "+    parts = (1, *parts)"])
+    codes, printed = project.run(project.evaluate("runs"))
+    assert codes == [2] and "today's held-out questions" in printed
+    assert not list(project.folder.rglob("eval.json"))
+
+
+def test_a_rate_given_to_the_optimizer_is_the_one_that_is_used(project):
+    lines = [
+        "-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)",
+        "+    return torch.optim.AdamW(parameters, lr=0.002, weight_decay=0.0)",
+    ]
+    project.apply("train_steering.py", lines)
+    codes, printed = project.run(project.train("runs", "--warmup-ratio", "0"))
+    assert codes == [0] and "lr       0.002 = " in printed
+    assert project.metrics("runs", "lr")[0] == 0.002
+
+
+def test_a_new_loading_option_reaches_training_and_evaluation(project):
+    project.apply(
+        "steering/loading.py",
+        ['     quantize: str = "none"', '+    attention: str = "sdpa"'],
+    )
+    project.apply(
+        "steering/loading.py",
+        [
+            '     add("--device", help="auto, cuda, cuda:1, mps or cpu")',
+            '+    add("--attention", help="attention kernel")',
+        ],
+    )
+    project.apply(
+        "steering/loading.py",
+        [
+            '         "device_map": options.device_map,',
+            '+        "attn_implementation": options.attention,',
+        ],
+    )
+    project.apply(
+        "hook_model.py",
+        [
+            "         self.model = model.requires_grad_(False).eval()",
+            '+        print("attention", model.config._attn_implementation)',
+        ],
+    )
+    codes, printed = project.run(
+        project.train("runs", "--attention", "eager"),
+        project.evaluate("runs"),
+        [*project.evaluate("runs"), "--attention", "sdpa", "--restart"],
+    )
+    assert codes == [0, 0, 0]
+    used = [line.split()[1] for line in printed.splitlines() if line.startswith("attention ")]
+    assert used == ["eager", "eager", "sdpa"]

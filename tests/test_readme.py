@@ -1,4 +1,4 @@
-"""README.md and those of the folders: commands parse, snippets run, examples are read, files exist."""
+"""README.md, here and in folders: commands parse, snippets run, examples are read, files exist."""
 
 import json
 import re

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +24,13 @@ from safetensors import safe_open
 import hook_model as hm
 import train_steering as ts
 from evaluation import report
+from steering import loading
+from steering import run as rn
 from steering import run_folder as rf
-from steering import run_state as rs
 from steering.chat_format import Example, collate
 from steering.fast_path import FastPath
 from steering.files import write_atomically
+from steering.sweep import Sweep
 from steering.vector_file import VECTOR_FILE, load_vector
 
 QUICK = ["--layer", "1", "--lr", "0.05", "--dtype", "fp32", "--device", "cpu", "--max-steps", "6"]
@@ -80,9 +83,18 @@ def fit(tmp_path, train_set, *flags, val_set=(), stop=NeverStop, architecture="l
     model = hm.SteerModel(model or tiny(architecture), 1)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    state = rs.start_state(folder, {"name": "x"}, {})
-    final = ts.train(model, train_set, list(val_set), folder, state, args, rf.Laps(), stop)
+    run = a_run(folder, args, train_set, val_set, stop)
+    final = ts.train(model, train_set, list(val_set), args, run)
     return model, final, folder
+
+
+def a_run(folder, args, train_set, val_set=(), stop=NeverStop):
+    """What a sweep hands to the loop, for examples that are there already."""
+    config = {"name": "x"}
+    splits = SimpleNamespace(train=train_set, validation=list(val_set))
+    run = rn.Run(folder, rn.newest_state(folder, config, {}), args, splits, stop)
+    run.record = {"config": config, "dataset": "x"}
+    return run
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -97,7 +109,8 @@ def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
         flags += ["--micro-batch-tokens", tokens]  # one batch of 6, 6 of one, 3 of like length
         (tmp_path / name).mkdir()
         model, _, folder = fit(tmp_path / name, rows, *flags, architecture=architecture)
-        saved = torch.load(folder / "checkpoint-00001.pt", weights_only=True)["optimizer"]
+        content = torch.load(folder / "checkpoint-00001.pt", weights_only=True)
+        saved = content["state"]["optimizer"]
         # Adam's first moment is (1 - beta1) x gradient.
         vectors.append(saved["state"][0]["exp_avg"] / 0.1)
         losses.append(json.loads((folder / "metrics.jsonl").read_text())["loss"])
@@ -174,9 +187,11 @@ def test_best_vector_of_all_validations_is_kept_and_patience_stops(tmp_path, mon
     scripted, seen = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0]), []
 
     def losses(per_token, val_set, max_tokens):
-        seen.append(per_token.func.__self__.model.steering.vector.detach().clone())
+        seen.append(steered[0].steering.vector.detach().clone())
         return [next(scripted)]
 
+    real, steered = hm.SteerModel, []
+    monkeypatch.setattr(hm, "SteerModel", lambda *a: steered.append(real(*a)) or steered[-1])
     monkeypatch.setattr(ts.fast_path, "example_sums", losses)
     flags = ["--max-steps", "40", "--val-every", "1", "--patience", "3"]
     model, final, _ = fit(tmp_path, examples([8] * 4), *flags, val_set=examples([2 + 8]))
@@ -190,9 +205,9 @@ def test_loss_that_is_not_finite_stops_with_step_and_advice(tmp_path):
     model.lm_head.weight.data.fill_(float("nan"))
     (tmp_path / "run").mkdir()
     args = ts.parse_args(["--dataset", "x", "--lr", "1"])
-    steered, folder = hm.SteerModel(model, 1), tmp_path / "run"
+    steered, rows = hm.SteerModel(model, 1), examples([8])
     with pytest.raises(RuntimeError, match=r"step 1: loss nan.*--lr"):
-        ts.train(steered, examples([8]), [], folder, {}, args, rf.Laps(), NeverStop)
+        ts.train(steered, rows, [], args, a_run(tmp_path / "run", args, rows))
 
 
 def test_vector_no_better_than_its_start_is_a_failed_run(
@@ -245,9 +260,6 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     names = {path.name for path in folder.iterdir()}
     kept = {f"checkpoint-0000{step}.pt" for step in (2, 4, 6)}
     assert names == kept | {"steering_vector.safetensors", "run.json", "metrics.jsonl", "train.log"}
-    startup = json.loads((folder / "run.json").read_text())["startup"]
-    assert set(startup) == {"import", "tokenize", "load", "prefix"} and min(startup.values()) >= 0
-    assert "tokenize" in (folder / "train.log").read_text().split("ready    after")[1]
     assert (folder / VECTOR_FILE).stat().st_size < 100_000
     assert all((folder / name).stat().st_size < 1_000_000 for name in kept)
     with safe_open(folder / VECTOR_FILE, framework="pt") as file:
@@ -260,8 +272,14 @@ def test_run_leaves_behind_what_the_readme_lists(data_root, tiny_folder, tmp_pat
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "done" and record["args"]["lr"] == 0.05
     assert record["counts"]["kept"] == 20 and record["final"]["steps"] == 6
-    assert record["config_hash"] == rs.config_hash(record["config"])
+    assert record["config_hash"] == rn.config_hash(record["config"])
     assert record["torch"] == torch.__version__ and "git_commit" in record
+    asked = {part: len(hashes) for part, hashes in record["questions"].items()}
+    assert (
+        asked["train"] + asked["validation"]
+        == record["counts"]["train"] + (record["counts"]["validation"])
+    )  # a question a row
+    assert record["final"]["prefix_seconds"] > 0 and record["wall_seconds"] > 0
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
     # The log is what the console showed, one line a step.
     log, shown = (folder / "train.log").read_text(), capsys.readouterr().out
@@ -314,7 +332,7 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     assert ts.main(base) == 0
     first = read_vector(tmp_path)
     stamp = (the_folder(tmp_path) / VECTOR_FILE).stat().st_mtime_ns
-    assert ts.main([*base, "--keep-checkpoints", "1"]) == 0  # does not change the vector
+    assert ts.main([*base, "--save-every", "3"]) == 0  # does not change the vector
     assert "done already" in capsys.readouterr().out
     assert (the_folder(tmp_path) / VECTOR_FILE).stat().st_mtime_ns == stamp
     assert ts.main([*base, "--lr", "0.1"]) == 2
@@ -383,7 +401,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
         model, final, part = fit(place, rows, *flags, val_set=val_set)
         assert torch.equal(model.steering.vector, reference.steering.vector)
         assert steps_in(part) == list(range(1, 10))
-        assert {**final, "seconds": 0} == {**wanted, "seconds": 0}
+        times = {"seconds": 0, "prefix_seconds": 0}
+        assert {**final, **times} == {**wanted, **times}
 
 
 def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path, caplog):
@@ -391,8 +410,8 @@ def test_torn_and_foreign_checkpoints_are_passed_over(tmp_path, caplog):
     reference, _, folder = fit(tmp_path, rows, *flags)
     newest = folder / "checkpoint-00006.pt"
     newest.write_bytes(newest.read_bytes()[:300])
-    state = torch.load(folder / "checkpoint-00004.pt", weights_only=True)
-    rf.save_checkpoint(folder, state | {"config": {"name": "y"}, "step": 5}, 9)
+    content = torch.load(folder / "checkpoint-00004.pt", weights_only=True)
+    torch.save(content | {"config": {"name": "y"}}, folder / "checkpoint-00005.pt")
     with caplog.at_level("WARNING", logger="steering"):
         model, _, _ = fit(tmp_path, rows, *flags)
     assert torch.equal(model.steering.vector, reference.steering.vector)
@@ -446,7 +465,7 @@ def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
     said = capsys.readouterr().out
     assert "No space left on device" in said and "Traceback" not in said
     assert "Traceback" in (the_folder(tmp_path) / "train.log").read_text()
-    assert not (the_folder(tmp_path) / ".partial").exists()
+    assert not list(the_folder(tmp_path).glob(".partial*"))
     left = list(the_folder(tmp_path).glob("checkpoint-*"))
     assert left and not (the_folder(tmp_path) / VECTOR_FILE).exists()
     monkeypatch.setattr(os, "fsync", real)
@@ -460,8 +479,8 @@ def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
 def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
     data_root, tiny_folder, tmp_path, monkeypatch, capsys
 ):
-    loads, real = [], ts.load_model
-    monkeypatch.setattr(ts, "load_model", lambda *a, **k: loads.append(a) or real(*a, **k))
+    loads, real = [], ts.load_with
+    monkeypatch.setattr(ts, "load_with", lambda *a: loads.append(a) or real(*a))
     listing = tmp_path / "roles.txt"
     names = ["0_default", "hopeless", "pirate", "sailor"]
     listing.write_text("".join(f"src__role__{name}\n" for name in names))
@@ -493,7 +512,7 @@ def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
 def test_bad_input_exits_2_before_a_model_loads(
     data_root, tiny_folder, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(ts, "load_model", None)
+    monkeypatch.setattr(ts, "load_with", None)
     (tmp_path / "file").write_text("in the way")
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for m in messages %}{{ m.content }}")
@@ -609,7 +628,7 @@ def test_run_resumed_on_another_day_keeps_its_date(data_root, tiny_folder, tmp_p
 
     monkeypatch.setattr("steering.chat_format.datetime.date", Day)
     with monkeypatch.context() as patch:
-        patch.setattr(rf, "StopRequest", lambda: StopAfter(3))
+        patch.setattr(ts, "StopRequest", lambda: StopAfter(3))
         assert ts.main(arguments) == 75
     Day.today_is = "2026-02-01"
     real = FastPath.cache_prefix
@@ -619,7 +638,7 @@ def test_run_resumed_on_another_day_keeps_its_date(data_root, tiny_folder, tmp_p
     assert ts.main(arguments) == 0
     record = json.loads((the_folder(tmp_path / "runs") / "run.json").read_text())
     assert record["date"] == "2026-01-31" and record["end_of_turn"] == "<|im_end|>"
-    chat = ts.loading.load_chat(tiny_folder, str(template))
+    chat = hm.load_chat(tiny_folder, str(template))
     assert "01 Feb" in chat.tokenizer.decode(chat.encode([kept[0].row])[0].input_ids)
     assert "31 Jan" in chat.tokenizer.decode(kept[0].input_ids)
 
@@ -665,15 +684,41 @@ def test_run_in_which_processes_die_is_given_up_unless_it_gets_further(
         changes = {"status": "running", "attempts": attempts, "from_step": step}
         (folder / "run.json").write_text(json.dumps(record | changes))
 
-    died(rs.ATTEMPTS, 6)
+    died(rn.ATTEMPTS, 6)
     assert last.name == "checkpoint-00006.pt" and ts.main(arguments) == 1
     assert "its process died 5 times in a row" in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
-    assert ts.main(arguments) == 0  # failed meanwhile, in this very process: passed over
-    assert "just failed there" in capsys.readouterr().out
-    died(rs.ATTEMPTS, 4)  # further than where they died
+    died(rn.ATTEMPTS, 4)  # further than where they died
     assert ts.main(arguments) == 0 and (folder / VECTOR_FILE).exists()
     assert json.loads((folder / "run.json").read_text())["attempts"] == 1
+
+
+@pytest.mark.parametrize("clock", [0, 2_000_000_000])  # of the file server: far behind, far ahead
+def test_run_that_failed_elsewhere_since_the_sweep_began_is_passed_over(
+    data_root, tiny_folder, tmp_path, caplog, clock
+):
+    args = ts.parse_args(command(data_root, tiny_folder, tmp_path / "runs"))
+    defaults = vars(ts.make_parser().parse_args([]))
+
+    def names(began):
+        return [run.record["dataset"] for run in began.runs()]
+
+    def failed(stamp):
+        folder = next(iter(before.run_json_then)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps({"status": "failed", "dataset": "x"}))
+        os.utime(folder / "run.json", times=(stamp, stamp))
+
+    before = Sweep(args, ts.split, ts.NOT_IN_CONFIG.split(), defaults, NeverStop)
+    failed(clock)
+    with caplog.at_level("INFO", logger="steering"):
+        assert names(before) == []
+    assert "just failed there" in caplog.text
+    # A sweep that begins now tries it again, and another failure is another.
+    after = Sweep(args, ts.split, ts.NOT_IN_CONFIG.split(), defaults, NeverStop)
+    assert names(after) == ["src__role__pirate"]
+    failed(clock + 1)
+    assert names(after) == []
 
 
 def test_looking_at_a_lock_refuses_no_trainer(tmp_path):
@@ -732,11 +777,13 @@ def test_finished_run_stays_done_where_auto_is_another_dtype(
     data_root, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     arguments = command(data_root, tiny_folder, tmp_path / "runs", "--dtype", "auto")
-    monkeypatch.setattr(ts.loading, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(loading, "cpu_has_bf16", lambda: False)
     assert ts.main(arguments) == 0
-    monkeypatch.setattr(ts.loading, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(loading, "cpu_has_bf16", lambda: True)
     capsys.readouterr()
-    assert ts.main([*arguments, "--print-todo"]) == 0 and capsys.readouterr().out == ""
+    todo = tmp_path / "todo"
+    assert ts.main([*arguments, "--write-todo", str(todo)]) == 0 and todo.read_text() == ""
+    assert capsys.readouterr().out == "1 of 1 done or in work elsewhere, 0 to train\n"
     assert ts.main(arguments) == 0 and "done already" in capsys.readouterr().out
     assert ts.main([*arguments, "--dtype", "bf16"]) == 2  # asked for: another setting
 
@@ -744,14 +791,14 @@ def test_finished_run_stays_done_where_auto_is_another_dtype(
 def test_files_beside_a_model_do_not_make_it_another(tiny_folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
-    before = ts.loading.model_digest(str(model))
+    before = loading.model_digest(str(model))
     (model / "tokenizer").mkdir()
     for name in ("README_tokens.md", "model-q4.gguf", "training_args.json"):
         (model / name).write_text("x")
-    assert ts.loading.model_digest(str(model)) == before
+    assert loading.model_digest(str(model)) == before
     (model / "chat_template.jinja").write_text("other")
-    assert ts.loading.model_digest(str(model)) != before
-    assert ts.loading.model_digest("nobody/has-this") is None
+    assert loading.model_digest(str(model)) != before
+    assert loading.model_digest("nobody/has-this") is None
 
 
 def test_commit_of_the_hub_that_changes_no_file_of_the_model_changes_no_run(tmp_path, monkeypatch):
@@ -767,25 +814,23 @@ def test_commit_of_the_hub_that_changes_no_file_of_the_model_changes_no_run(tmp_
     here = str(tmp_path / "snapshots" / commits[1] / "config.json")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: here)
     digests = [f"commit-{commit[:16]}" for commit in commits]
-    assert ts.loading.model_digest("who/model") == digests[1]
+    assert loading.model_digest("who/model") == digests[1]
     configs = [{"model": "who/model", "model_digest": d} for d in [*digests, "commit-d", "files-a"]]
-    other = [ts.run_state.differences(configs[1], config, {}) for config in configs]
+    other = [rn.differences(configs[1], config, {}) for config in configs]
     assert other == [[], [], ["model_digest"], ["model_digest"], ["model_digest"]]
     of_an_evaluation = [{**config, "model": None} for config in configs[:2]]
-    assert ts.run_state.differences(*of_an_evaluation, {}) == ["model_digest"]
+    assert rn.differences(*of_an_evaluation, {}) == ["model_digest"]
 
 
 def test_torn_newer_checkpoints_do_not_outlive_those_of_a_new_start(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
     for step in (480, 490, 500):
-        (tmp_path / f"checkpoint-{step:05d}.pt").write_bytes(b"torn")
-    state = rs.start_state(tmp_path, {"name": "x"}, {})
-    for step in (10, 20):
-        rf.save_checkpoint(tmp_path, {**state, "step": step}, keep=3)
-    assert [path.name for path in rf.checkpoints(tmp_path)] == [
-        "checkpoint-00010.pt",
-        "checkpoint-00020.pt",
-    ]
-    assert rs.start_state(tmp_path, {"name": "x"}, {})["step"] == 20
+        (folder / f"checkpoint-{step:05d}.pt").write_bytes(b"torn")
+    fit(tmp_path, examples([9, 5, 14]), "--max-steps", "6", "--save-every", "2")
+    names = [path.name for path in rf.checkpoints(folder)]
+    assert names == [f"checkpoint-0000{step}.pt" for step in (2, 4, 6)]
+    assert rn.newest_state(folder, {"name": "x"}, {}).step == 6
 
 
 # ---------------------------------------------------------------- the real model
@@ -841,8 +886,9 @@ def test_seeds_are_runs_of_their_own_and_the_report_compares_them(
     capsys.readouterr()
     assert ts.main(arguments) == 0
     assert capsys.readouterr().out.count("done already") == 2
-    assert ts.main([*arguments, "--seeds", "3", "--print-todo"]) == 0
-    assert capsys.readouterr().out == "src__role__pirate\n"
+    todo = tmp_path / "todo"
+    assert ts.main([*arguments, "--seeds", "3", "--write-todo", str(todo)]) == 0
+    assert todo.read_text() == "src__role__pirate\n" and "1 to train" in capsys.readouterr().out
     assert ts.main([*arguments, "--seeds", "3", "--print-status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:30] for line in lines if "status" in line] == [
