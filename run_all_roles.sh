@@ -64,13 +64,14 @@ if [[ $command == status ]]; then
 fi
 for option in "$@"; do
     case $option in
-        --restart* | --print-* | --plan* | --dataset* | --list-file* | --tensor-parallel)
+        --restart* | --print-* | --write-* | --plan* | --dataset* | --list-file* | --tensor-parallel)
             echo "error: $option is for train_steering.py alone; this loop goes on with what is there" >&2
             exit 2
             ;;
         --data-root*) echo "error: $option: set DATA_ROOT, which this loop reads too" >&2; exit 2 ;;
         --output-dir*) echo "error: $option: set OUTPUT_DIR, which this loop reads too" >&2; exit 2 ;;
-        --only* | --limit*) echo "error: $option: set ONLY or LIMIT" >&2; exit 2 ;;
+        --only*) echo "error: $option: set ONLY, which this loop reads too" >&2; exit 2 ;;
+        --limit*) echo "error: $option: set LIMIT, which this loop reads too" >&2; exit 2 ;;
     esac
 done
 options=(--data-root "$DATA_ROOT" --output-dir "$OUTPUT_DIR" "$@")
@@ -80,12 +81,12 @@ set -f # ONLY's patterns are for names, not files
 [[ -z ${ONLY:-} ]] || choice+=(--only $ONLY)
 set +f
 [[ -z ${LIMIT:-} ]] || choice+=(--limit "$LIMIT")
-list=$LOG_DIR/names
-printf '%s\n' "$names" >"$list"
-printf '%s\0' "${options[@]}" "${choice[@]}" --list-file "$list" >"$LOG_DIR/sweep"
-
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+list=$work/names
+printf '%s\n' "$names" >"$list"
+cp -- "$list" "$LOG_DIR/names.$$" && mv -- "$LOG_DIR/names.$$" "$LOG_DIR/names" # whole, for any reader
+printf '%s\0' "${options[@]}" "${choice[@]}" --list-file "$LOG_DIR/names" >"$LOG_DIR/sweep"
 
 todo() { # names that are neither done nor in another process's hands, into $work/todo; says how many
     local code=0

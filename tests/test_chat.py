@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from test_eval_steering import finished, trained  # noqa: F401
 
-import eval_steering as ev
 from evaluation import chat as ec
 from steering.files import read_json, write_json
+from steering.finished import read_run
 from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
 NAMES = {"pirate": 1, "travel agent": 2, "travel": 3}
@@ -159,7 +159,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(two_runs):
 
 
 def test_vectors_of_other_layers_or_models_do_not_go_together(two_runs, capsys):
-    runs = [ev.read_run(path) for path in sorted(two_runs.iterdir())]
+    runs = [read_run(path) for path in sorted(two_runs.iterdir())]
     talk = ec.Talk({"a": (runs[0], None), "b": (runs[1], 2.0)}, None, None, None)
     talk.use([("b", None), ("a", 0.5)])
     assert talk.label() == "b x2 + a x0.5> "

@@ -209,5 +209,7 @@ def test_rerun_over_five_hundred_finished_names_does_nothing(tiny_folder, tmp_pa
     started = time.perf_counter()
     again = run(command, env=variables)
     print(f"{again.stdout.strip()}; {time.perf_counter() - started:.1f} s")
-    assert again.returncode == 0 and "500 done or in work elsewhere, 0 to train" in again.stdout
+    assert (
+        again.returncode == 0 and "500 of 500 done or in work elsewhere, 0 to train" in again.stdout
+    )
     assert log.read_text() == before  # no training was started, so no model loaded

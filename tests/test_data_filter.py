@@ -476,6 +476,24 @@ def test_budget_keeps_the_example_that_crosses_it_and_tokenizes_no_more_than_it_
     assert df.take_budget(rows, chat, 101, 4, 0) == ([], 0, 900, [])
 
 
+def test_rows_too_long_or_refused_are_counted_once_and_not_as_kept(data_root):
+    class Refusing(WordChat):
+        def encode_each(self, rows):
+            good = [row for row in rows if row["question"] != "Question number 7?"]
+            return super().encode_each(good)[0], ["7: refused"] * (len(rows) - len(good))
+
+    datasets, name = df.find_datasets(data_root), "src__role__pirate"
+    whole = options(heldout_fraction=0.0, max_length=12)
+    splits = df.split_dataset(name, datasets, Refusing(), whole)
+    rows = splits.filtered
+    assert rows.dropped == {"too long": 2, "malformed": 1} and rows.problems == ["7: refused"]
+    assert rows.kept == 17 == rows.total - rows.dropped.total()
+    assert len(splits.train) + len(splits.validation) == splits.counts()["kept"] == 17
+    with pytest.raises(ValueError, match=r"pirate: 7: refused \(--strict\)"):
+        strict = options(heldout_fraction=0.0, strict=True)
+        df.split_dataset(name, datasets, Refusing(), strict)
+
+
 def test_order_depends_on_the_seed_alone():
     program = (
         "import sys, random; sys.path.insert(0, sys.argv[1])\n"
@@ -545,8 +563,9 @@ def test_under_budget_tells_the_count_and_what_a_lower_threshold_gives(tmp_path,
 
 
 def test_a_lower_threshold_tokenizes_only_what_it_adds(tmp_path):
-    rows, scores = persona_rows(20)
-    write_raw(tmp_path, "pirate", rows, scores | {f"pos_p0_q{i}": 2 for i in range(10)})
+    rows, scores = persona_rows(22)
+    scores |= {f"pos_p0_q{i}": 2 for i in range(10)} | {"pos_p0_q20": 1, "pos_p0_q21": 1}
+    write_raw(tmp_path, "pirate", rows, scores)
     chat, datasets = WordChat(), df.find_datasets(tmp_path)
     name, all_rows = "src__role__pirate", options(heldout_fraction=0.0)
     line, _ = df.inspect_dataset(name, datasets, chat, all_rows)

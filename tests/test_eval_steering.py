@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers as hf
 from conftest import ROOT, persona_rows, raw_row, write_raw
-from steering.teacher import first_rows
 from test_judge import serve
 from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
 
@@ -31,11 +30,12 @@ from evaluation import judging, summary
 from evaluation import measures as me
 from evaluation import report as eval_report
 from evaluation import stats as es
+from evaluation.prompts import first_rows
 from steering import data_layouts as dl
 from steering import run_folder as rf
-from steering import run_state as rs
 from steering.chat_format import label_count
 from steering.fast_path import FastPath
+from steering.finished import read_run
 from steering.vector_file import VECTOR_FILE
 
 SETTINGS = an.Sampling(max_new_tokens=12, temperature=0.0, seed=0, batch_size=3)
@@ -71,7 +71,7 @@ def finished(trained):
 @pytest.fixture(scope="module")
 def data(finished, smol_chat):
     """The EvalData of that run."""
-    return ev.load_data(rs.read_run(finished), smol_chat, 20_000)
+    return ev.load_data(read_run(finished), smol_chat, 20_000)
 
 
 @pytest.fixture
@@ -178,11 +178,11 @@ def compare_with_reference(tiny_folder, chat, examples, vector):
 
 
 def test_losses_are_of_the_conditions_they_name(data, finished, tiny_folder, smol_chat):
-    compare_with_reference(tiny_folder, smol_chat, data.heldout, rs.read_run(finished).vector)
+    compare_with_reference(tiny_folder, smol_chat, data.heldout, read_run(finished).vector)
 
 
 def test_swapped_baselines_are_caught(data, finished, tiny_folder, smol_chat, monkeypatch):
-    vector = rs.read_run(finished).vector
+    vector = read_run(finished).vector
     with monkeypatch.context() as fault:  # "prompted" is vanilla
         fault.setattr(
             type(smol_chat), "messages", lambda self, row, prompted=False: row["messages"]
@@ -255,7 +255,7 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         setattr(leaky, part, [*getattr(data, part), data.heldout[0]])
         with pytest.raises(AssertionError, match="1 held-out questions leaked"):
             leaky.check()
-    run = rs.read_run(finished)
+    run = read_run(finished)
 
     def by_row(items, fraction, seed, salt="heldout"):  # the original's split
         chosen = [df.hash_unit(salt, seed, i) < fraction for i in range(len(items))]
@@ -424,12 +424,12 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
     assert ev.main(arguments) == 0
     before = json.loads((finished / "eval.json").read_text())
     with monkeypatch.context() as patch:
-        patch.setattr(hm, "load_model", None)  # would fail if called
+        patch.setattr(ev, "load_with", None)  # would fail if called
         assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
     assert ev.main([*arguments, "--seed", "1"]) == 0
     assert json.loads((finished / "eval.old.json").read_text()) == before
     with monkeypatch.context() as patch:  # one that fails takes nothing away
-        patch.setattr(hm, "load_model", lambda **_: (_ for _ in ()).throw(ValueError("no model")))
+        patch.setattr(ev, "load_with", lambda *_: (_ for _ in ()).throw(ValueError("no model")))
         kept = (finished / "eval.json").read_bytes()
         assert ev.main([*arguments, "--seed", "2"]) == 2
         assert (finished / "eval.json").read_bytes() == kept
@@ -600,7 +600,7 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
     assert len(path.read_text().splitlines()) == 2 and "HTTP 400" in said.err
     assert result["judges"][0]["failed"] == len(asked) - 2 > 0
     assert f"{len(asked)} requests to make" in said.out
-    monkeypatch.setattr(hm, "load_model", None)  # the answers are those that were there
+    monkeypatch.setattr(ev, "load_with", None)  # the answers are those that were there
     replies = {"PERSONA:": "Mixed.", "overacts": "1", "coherent": "80"}
 
     def reply(prompt, count):
@@ -663,7 +663,7 @@ def test_prompt_goes_on_past_a_run_that_cannot_be_read_and_drops_none(finished, 
     assert ev.main(["--run", *folders, "--prompt", "Hi?", "--scales", "1"]) == 2
     said = capsys.readouterr()
     assert said.out.count("--- scale 1\n") == 2 and "no readable run.json" in said.err
-    runs = [rs.read_run(folder) for folder in (folders[0], folders[2])]
+    runs = [read_run(folder) for folder in (folders[0], folders[2])]
     assert (
         len(eval_report.short_names([{"dataset": r.dataset, "run": r.folder} for r in runs])) == 2
     )
@@ -690,7 +690,7 @@ def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp
     record["args"]["keep_system_prompt"] = True
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / VECTOR_FILE).write_bytes((finished / VECTOR_FILE).read_bytes())
-    assert rs.read_run(tmp_path).args["keep_system_prompt"] is False
+    assert read_run(tmp_path).args["keep_system_prompt"] is False
 
 
 def test_bad_input_exits_2_with_one_line(finished, tiny_folder, tmp_path, capsys):

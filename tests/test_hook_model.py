@@ -356,7 +356,7 @@ def test_divergence_is_the_kl_of_vanilla_from_steered_at_label_tokens():
     for architecture in ("llama", "gemma2", "granite"):  # the last two cap and scale logits
         model = steered(architecture, value=3.0)
         fast = fp.FastPath(model)
-        for fast.fast in (True, False):
+        for model.fast_layers[1] in (True, False):
             mine = fp.example_sums(fast.divergences, rows, max_tokens=20)
             for row, value in zip(rows, mine, strict=True):
                 ids, labels = cf.collate([row])
@@ -421,17 +421,28 @@ def plain_loss(model, rows):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_cached_prefix_gives_the_same_loss_and_gradient_bit_for_bit(architecture):
+def test_cached_prefix_gives_the_same_states_and_gradient_bit_for_bit(architecture):
     model, rows = steered(architecture), rows_of(14, 9, 12)  # longer than the sliding window of 8
-    fast = fp.FastPath(model)
-    ids, labels = cf.collate(rows)
+    fast, before_head = fp.FastPath(model), []
+    handle = model.model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: before_head.append(inputs[0])
+    )
     plain = plain_loss(model, rows)
+    handle.remove()
+    (states,) = before_head
+    states.retain_grad()
     expected = gradient_of(model, plain)
     fast.cache_prefix(rows, max_tokens=1000)  # one batch: equal padded shapes
-    assert fast._covers(rows)
-    cached = token_loss(fast._forward_above(ids, rows).logits, labels)
-    assert torch.equal(cached, plain)
-    assert torch.equal(gradient_of(model, cached), expected) and expected.norm() > 0
+    assert model.fast_layers == {1: True}
+    assert {*fast.cache} == {tuple(row.input_ids) for row in rows}
+    ids, _ = cf.collate(rows)
+    cached = fast._states_before_head(ids, rows)
+    for row, ours, theirs in zip(rows, cached, states, strict=True):
+        length = len(row.input_ids)  # after which there is padding
+        assert torch.equal(ours[:length], theirs[:length])
+    model.steering.vector.grad = None
+    cached.backward(states.grad)  # what the model's own head and loss make of these states
+    assert torch.equal(model.steering.vector.grad, expected) and expected.norm() > 0
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -444,7 +455,8 @@ def test_fast_loss_and_gradient_equal_the_full_forward(architecture, monkeypatch
     for place in ("off", "auto"):
         fast.cache_prefix(rows, place, max_tokens=14)  # one row a batch: other padded shapes
         losses = losses_of(fast, rows)
-        assert losses.shape == (sum(map(cf.label_count, rows)),) and fast.fast
+        assert losses.shape == (sum(map(cf.label_count, rows)),)
+        assert model.fast_layers == {1: True} and bool(fast.cache) == (place == "auto")
         assert torch.allclose(losses.sum(), plain, rtol=1e-5)
         error = (gradient_of(model, losses.sum()) - expected).norm() / expected.norm()
         assert error < 1e-4
@@ -489,6 +501,7 @@ def test_head_sees_label_tokens_only_and_a_few_at_a_time(monkeypatch):
 def test_cached_layers_do_no_work_and_upper_layers_get_no_dense_mask():
     model, rows, worked, masks = steered("qwen3", layer=2), rows_of(9, 14), [], []
     fast = fp.FastPath(model)
+    assert fast.is_fast(rows)  # the check, which takes plain forwards, is behind us
     for i, layer in enumerate(model.layers):
         layer.mlp.register_forward_hook(lambda *_, i=i: worked.append(i))
     model.layers[3].register_forward_pre_hook(
@@ -501,7 +514,11 @@ def test_cached_layers_do_no_work_and_upper_layers_get_no_dense_mask():
     losses_of(fast, rows).sum().backward()
     assert worked == [3] and set(masks) == {None}
     worked.clear()
-    losses_of(fast, rows_of(5))  # not in the cache
+    same_text = [example(row.input_ids, [-100] * 5 + row.input_ids[5:]) for row in rows]
+    losses_of(fast, same_text)  # another object, other labels: states depend on neither
+    assert worked == [3]
+    worked.clear()
+    losses_of(fast, [*rows, *rows_of(5)])  # of which one is not in the cache
     assert worked == [0, 1, 2, 3]
 
 
@@ -515,7 +532,7 @@ def test_cache_is_dropped_when_the_layer_moves_and_obeys_the_switch():
         assert losses_of(fast, rows).sum().item() == pytest.approx(vanilla, rel=1e-5)
     model.set_layer(2)
     assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
-    assert fast.fast and not fast.cache
+    assert model.fast_layers == {1: True, 2: True} and not fast.cache
 
 
 def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
@@ -551,9 +568,23 @@ def test_an_architecture_that_passes_more_than_the_stream_falls_back(caplog):
     model.layers[0].mlp.register_forward_hook(lambda module, args, out: first.append(out))
     model.layers[3].register_forward_hook(lambda module, args, out: out + 3 * first[-1].mean())
     fast.cache_prefix(rows)
+    assert_plain_forwards(fast, rows, caplog)
+    assert "(off by " in caplog.text
+
+
+def assert_plain_forwards(fast, rows, caplog):
+    """Assert that the check has found it out, once, and that numbers are the plain forward's."""
+    model = fast.model
+    assert model.fast_layers == {model.layer: False} and not fast.cache
     expected = plain_loss(model, rows)
-    assert losses_of(fast, rows).sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    assert not fast.fast and "no fast path for LlamaForCausalLM" in caplog.text
+    gradient = gradient_of(model, expected)
+    loss = losses_of(fast, rows).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(gradient_of(model, loss), gradient, rtol=1e-4, atol=1e-6)
+    states = fast.layer_output(cf.collate(rows)[0])
+    assert torch.equal(states, block_outputs(model, cf.collate(rows)[0])[model.layer])
+    fp.FastPath(model).cache_prefix(rows)
+    assert caplog.text.count(f"no fast path for {type(model.model).__name__}") == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
@@ -565,9 +596,8 @@ def test_layers_below_that_are_steered_too_are_noticed_even_with_a_zero_vector(v
         fast.cache_prefix(rows)
         losses_of(fast, rows)  # the check is done here
         assert torch.equal(model.steering.vector, before) and model.steering.scale == 0
-    assert not fast.fast and "no fast path for LlamaForCausalLM" in caplog.text
     model.set_vector(torch.ones(32), scale=3.0)
-    assert losses_of(fast, rows).sum().item() == pytest.approx(plain_loss(model, rows).item())
+    assert_plain_forwards(fast, rows, caplog)
 
 
 @pytest.mark.parametrize("dtype, off, fast", [
@@ -582,62 +612,295 @@ def test_what_bf16_rounds_of_a_logit_is_no_reason_for_plain_forwards(monkeypatch
         return logits + off * (torch.arange(logits.shape[-1]) % 2).to(logits)
 
     monkeypatch.setattr(fp.FastPath, "_head_logits", rounded)
-    path = fp.FastPath(model)
-    losses_of(path, rows_of(9, 14))
-    assert path.fast == fast
+    losses_of(fp.FastPath(model), rows_of(9, 14))
+    assert model.fast_layers == {1: fast}
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: error code 12")],
 )
-def test_out_of_memory_in_the_check_leaves_vector_and_fast_path_as_they_were(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("method", "fails_at"),
+    [
+        ("_before_head", 1),  # plain
+        ("_before_head", 2),  # from the cache
+        ("_before_head", 3),  # without it
+        ("_layer_output", 1),  # plain
+        ("_layer_output", 2),  # for the cache
+    ],
+)
+def test_out_of_memory_in_the_check_leaves_vector_and_fast_path_as_they_were(
+    monkeypatch, error, method, fails_at
+):
     model, rows = steered("llama", value=0.0), rows_of(9)
-    fast, real = fp.FastPath(model), fp.FastPath._before_head
-    for fails_at in (1, 2):  # the fast one, the plain one
-        calls = []
+    fast, real, calls = fp.FastPath(model), getattr(fp.FastPath, method), []
 
-        def full(self, examples, calls=calls, fails_at=fails_at):
-            calls.append(1)
-            if len(calls) == fails_at:
-                raise error
-            return real(self, examples)
+    def full(self, inputs, fast):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise error
+        return real(self, inputs, fast)
 
+    with model.scaled(0.5):
         with monkeypatch.context() as patch:
-            patch.setattr(fp.FastPath, "_before_head", full)
+            patch.setattr(fp.FastPath, method, full)
             with pytest.raises(type(error)):
                 losses_of(fast, rows)
-        assert not model.steering.vector.any() and fast.fast is None
+        assert len(calls) == fails_at and model.steering.scale == 0.5
+        assert not model.steering.vector.any() and not fast.cache and not model.fast_layers
+        losses_of(fast, rows)  # by when there is memory
+        assert model.fast_layers == {1: True} and not fast.cache and model.steering.scale == 0.5
+        assert not model.steering.vector.any()
+
+
+@pytest.mark.parametrize("shares", ["a pass-through fails", "what is missing fails", "a default"])
+def test_layers_that_cannot_be_passed_through_mean_plain_forwards_and_right_numbers(
+    shares, caplog, monkeypatch
+):
+    model, rows, left = steered("llama"), rows_of(9, 14, 11), {}
+    below, above = model.layers[0].forward, model.layers[3].forward
+
+    def leave(hidden_states, *args, **kwargs):
+        left["values"] = below(hidden_states, *args, **kwargs)
+        return left["values"]
+
+    def take(hidden_states, *args, **kwargs):  # as layers that share keys and values do
+        if shares == "a default":
+            left.setdefault("values", hidden_states)
+        return above(hidden_states, *args, **kwargs) + left["values"]
+
+    def refuse(self, hidden_states, *args, **kwargs):
+        raise KeyError("a layer wants what another one left")
+
+    if shares == "a pass-through fails":
+        monkeypatch.setattr(fp.FastPath, "_pass_through", refuse)
+    else:  # without layer 0 there is nothing to take: only a start from the cache fails
+        monkeypatch.setattr(model.layers[0], "forward", leave)
+        monkeypatch.setattr(model.layers[3], "forward", take)
+        model.model.register_forward_pre_hook(lambda *_: left.clear())
+    fast = fp.FastPath(model)
+    fast.cache_prefix(rows)
+    assert ("off by" if shares == "a default" else "KeyError") in caplog.text
+    assert_plain_forwards(fast, rows, caplog)
+
+
+@pytest.mark.parametrize("wrong", ["cached", "uncached"])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_check_tries_the_start_from_the_cache_and_the_one_without(
+    wrong, fails, monkeypatch, caplog
+):
+    model, rows, real = steered("llama"), rows_of(9, 14), fp.FastPath._states_before_head
+
+    def one_is_wrong(self, ids, examples):
+        states = real(self, ids, examples)
+        if self._is_cached(examples) == (wrong == "cached"):
+            if fails:
+                raise AttributeError("no such state")
+            return states + 0.1 * states.norm(dim=-1, keepdim=True).mean()
+        return states
+
+    monkeypatch.setattr(fp.FastPath, "_states_before_head", one_is_wrong)
+    fast = fp.FastPath(model)
+    assert not fast.is_fast(rows)
+    assert_plain_forwards(fast, rows, caplog)
+
+
+def test_the_check_is_done_once_a_model_and_layer(monkeypatch):
+    model, rows, checked = steered("llama"), rows_of(9, 14), []
+    real = fp.FastPath._why_not_fast
+
+    def check(self, row):
+        checked.append((self.layer, len(row.input_ids)))
+        return real(self, row)
+
+    monkeypatch.setattr(fp.FastPath, "_why_not_fast", check)
+    for _ in range(2):
+        fast = fp.FastPath(model)
+        fast.cache_prefix(rows[::-1])
+        losses_of(fast, rows)
+        fast.layer_output(IDS)
+    assert checked == [(1, 9)]  # of the shortest answer
+    model.set_layer(2)
     losses_of(fast, rows)
-    assert fast.fast
+    model.set_layer(1)
+    losses_of(fast, rows)
+    assert checked == [(1, 9), (2, 9)]
 
 
-@pytest.mark.parametrize("breaks", ["cache", "pass-through", "later"])
-def test_whatever_breaks_on_the_fast_path_means_plain_forwards_and_right_numbers(breaks, caplog):
-    model, rows = steered("llama"), rows_of(9, 14, 11)
-    expected = plain_loss(model, rows)
-    gradient = gradient_of(model, expected)
-    fast, real = fp.FastPath(model), fp.FastPath._pass_through
+def test_what_fails_after_the_check_is_an_error_and_no_silent_change_of_path(monkeypatch, caplog):
+    model, rows = steered("llama"), rows_of(9, 14)
+    fast = fp.FastPath(model)
+    fast.cache_prefix(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(fp.FastPath, "_pass_through", lambda self, hidden_states: None)
+        with pytest.raises(TypeError):  # a layer has more arguments
+            losses_of(fast, rows)
+    assert model.fast_layers == {1: True} and fast.cache and not caplog.text
+    expected = plain_loss(model, rows).item()
+    assert losses_of(fast, rows).sum().item() == pytest.approx(expected, rel=1e-5)
 
-    def broken(self, hidden_states, *args, **kwargs):
-        if breaks == "pass-through" or hidden_states.shape[0] > 1:
-            raise KeyError("a layer wants what another one left")
-        return real(self, hidden_states, *args, **kwargs)
 
+# ---------------------------------------------------------------- edits that would train nonsense
+
+
+def per_token(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def focal(logits, targets):
+    """Another loss of each token alone."""
+    nats = per_token(logits, targets)
+    return (1 - (-nats).exp()) ** 2 * nats
+
+
+def best_half(logits, targets):
+    nats = per_token(logits, targets)
+    return nats * (nats <= nats.median())
+
+
+def scaled_by_all(logits, targets):
+    return per_token(logits / logits.std(), targets)
+
+
+ONE_EACH, ALONE = "one number for each", "depends on the other tokens"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_losses_of_each_token_alone_pass_on_either_path(architecture, fast_path):
+    model, rows = steered(architecture), rows_of(9, 14, 11)
+    model.fast_layers[1] = fast_path
+    fast = fp.FastPath(model)
+    before = model.steering.vector.detach().clone()
+    for cached in (False, True):
+        if cached:
+            fast.cache_prefix(rows)
+        for loss in (loss_of_target, focal):
+            fast.check_token_loss(loss, rows)
+    assert torch.equal(model.steering.vector, before) and model.steering.vector.grad is None
+    model.model.to(torch.bfloat16)
+    fp.FastPath(model).check_token_loss(loss_of_target, rows)
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("loss, message", [
+    (lambda logits, targets: per_token(logits, targets).mean(), rf"gives \(\) .*{ONE_EACH}"),
+    (lambda logits, targets: per_token(logits, targets)[:, None], rf"gives \(8, 1\) .*{ONE_EACH}"),
+    (lambda logits, targets: logits.float().log_softmax(-1), rf"gives \(8, 160\) .*{ONE_EACH}"),
+    (lambda logits, targets: per_token(logits, targets) / len(targets), ALONE),
+    (lambda logits, targets: per_token(logits, targets).softmax(0), ALONE),
+    (best_half, ALONE),
+    (scaled_by_all, ALONE),
+    (lambda logits, targets: per_token(logits, targets).detach(), "no gradient in the logits"),
+    (lambda logits, targets: targets.float(), "no gradient in the logits"),
+])  # fmt: skip
+def test_losses_that_need_more_than_their_token_are_refused(loss, message, fast_path):
+    model = steered("llama")
+    model.fast_layers[1] = fast_path
+    with pytest.raises(ValueError, match=message):
+        fp.FastPath(model).check_token_loss(loss, rows_of(9, 14, 11))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_loss_that_reads_the_vector_is_refused(value):
+    model, rows = steered("llama", value=value), rows_of(9, 14)
+    penalties = (
+        lambda: 0.1 * model.steering.vector.square().sum(),
+        lambda: 0.1 * model.steering.added().abs().mean(),
+    )
+    for penalty in penalties:
+        with pytest.raises(ValueError, match=r"reads the vector.*extra_loss"):
+            fp.FastPath(model).check_token_loss(
+                lambda logits, targets, penalty=penalty: per_token(logits, targets) + penalty(),
+                rows,
+            )
+    fixed = model.steering.vector.detach().square().sum()  # a constant has no gradient to lose
+    fp.FastPath(model).check_token_loss(
+        lambda logits, targets: per_token(logits, targets) + fixed, rows
+    )
+
+
+class LowRank(hm.ResidualHook):
+    """A steering that no vector can stand for: `added` was left as it was."""
+
+    ignores_scale = False
+
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        generator = torch.Generator().manual_seed(5)
+        self.down = torch.nn.Parameter(0.3 * torch.randn(hidden_size, 2, generator=generator))
+        self.up = torch.nn.Parameter(0.3 * torch.randn(2, hidden_size, generator=generator))
+
+    def forward(self, hidden_states):
+        down, up = (part.to(hidden_states.dtype) for part in (self.down, self.up))
+        scale = 1.0 if self.ignores_scale else self.scale
+        return super().forward(hidden_states) + scale * (hidden_states @ down) @ up
+
+
+class LowRankAlways(LowRank):
+    ignores_scale = True
+
+
+class Gain(hm.ResidualHook):
+    """The learned gain of README's edits."""
+
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        self.gain = torch.nn.Parameter(torch.tensor(1.7))
+
+    def added(self):
+        return self.gain * self.vector
+
+
+class GainOfForwardAlone(hm.ResidualHook):
+    """The same in the wrong place: it acts, and would not be saved."""
+
+    def forward(self, hidden_states):
+        return hidden_states + 1.7 * self.scale * self.vector.to(hidden_states.dtype)
+
+
+class AnotherPlace(hm.ResidualHook):
+    """The first tokens only: right where it acts."""
+
+    def forward(self, hidden_states):
+        moved = super().forward(hidden_states)
+        return torch.cat([moved[:, :4], hidden_states[:, 4:]], dim=1)
+
+
+def with_hook(kind, architecture="llama", value=0.7, dtype=torch.float32):
+    """A SteerModel whose steering is of another class, its vector a random one of some size."""
+    whole = tiny(architecture).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        if breaks != "later":
-            patch.setattr(fp.FastPath, "_pass_through", broken)
-        fast.cache_prefix(rows)
-        assert bool(fast.cache) == (breaks == "later")
-        if breaks == "later":
-            losses_of(fast, rows[:1])
-            assert fast.fast
-            patch.setattr(fp.FastPath, "_pass_through", broken)
-        loss = losses_of(fast, rows).sum()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert torch.allclose(gradient_of(model, loss), gradient, rtol=1e-4, atol=1e-6)
-        assert torch.equal(fast.layer_output(IDS), fp.FastPath(model).layer_output(IDS))
-    assert not fast.fast and caplog.text.count("no fast path for LlamaForCausalLM") >= 1
+        patch.setattr(hm, "ResidualHook", kind)
+        model = hm.SteerModel(whole, 1)
+    noise = torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(1))
+    model.set_vector(noise, scale=value)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", [hm.ResidualHook, Gain])
+def test_a_hook_that_adds_what_is_saved_passes(kind, architecture, dtype):
+    for value in (0.7, 0.02, 0.0):  # after a training, after few steps, before one
+        model = with_hook(kind, architecture, value, dtype)
+        before = model.steering.vector.detach().clone()
+        fp.FastPath(model).check_vector(rows_of(14)[0])
+        assert torch.equal(model.steering.vector, before)
+        assert "forward" not in vars(model.steering)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.7, 0.0])
+@pytest.mark.parametrize("kind", [LowRank, LowRankAlways, GainOfForwardAlone, AnotherPlace])
+def test_a_hook_that_adds_something_else_than_what_is_saved_is_refused(kind, value, dtype):
+    model = with_hook(kind, value=value, dtype=dtype)
+    if not value and not issubclass(kind, LowRank):  # nothing is added, and nothing saved
+        fp.FastPath(model).check_vector(rows_of(14)[0])
+        return
+    with pytest.raises(ValueError, match=r"adds something else than ResidualHook.added returns"):
+        fp.FastPath(model).check_vector(rows_of(14)[0])
 
 
 def test_batches_that_do_not_fit_into_memory_are_halved():
@@ -725,7 +988,7 @@ def test_cached_heldout_loss_in_bf16_is_within_a_hundredth(smol):
     fast.cache_prefix(rows, max_tokens=66)
     tokens = sum(map(cf.label_count, rows))
     total = sum(fp.example_sums(me.nll_of(fast), rows, max_tokens=40))
-    assert fast.fast and {s.dtype for _, s in fast.cache.values()} == {torch.bfloat16}
+    assert fast.is_fast(rows) and {s.dtype for s in fast.cache.values()} == {torch.bfloat16}
     assert total / tokens == pytest.approx(plain / tokens, abs=0.01)
 
 
@@ -751,7 +1014,8 @@ def test_model_split_over_memory_and_disk_gives_the_same_gradient(tiny_folder, t
         for cache in ("off", "host"):
             fast.cache_prefix(rows, cache)
             got = gradient_of(model, losses_of(fast, rows).sum())
-            assert fast.fast and torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+            assert model.fast_layers == {layer: True} and bool(fast.cache) == (cache == "host")
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
         options = {"max_new_tokens": 6, "do_sample": False}
         answers = [each.generate(input_ids=IDS, **options) for each in (model, whole)]
         assert torch.equal(*answers)
@@ -762,6 +1026,7 @@ def test_model_split_over_memory_and_disk_gives_the_same_gradient(tiny_folder, t
 
 
 def test_load_model_names_what_is_wrong(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)  # without weights: what is wrong is seen before
     with pytest.raises(ValueError, match="dtype float32: not one of auto, bf16, fp32, fp16"):
         hm.load_model(tmp_path, 0, dtype="float32")
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):

@@ -96,7 +96,7 @@ def test_automatic_micro_batches_fit_into_memory(data_root, tiny_folder, tmp_pat
     argv = command(data_root, tiny_folder, tmp_path, "--micro-batch-tokens")
     assert ts.main([*argv, "auto"]) == 0
     (path,) = the_folder(tmp_path).glob("checkpoint-00006.pt")
-    used = torch.load(path, weights_only=True)["micro_batch_tokens"]
+    used = torch.load(path, weights_only=True)["state"]["micro_batch_tokens"]
     assert used == plan.micro_batch(room / 0.89 * 0.9)[1] and used != 1024
 
     # A run that goes on keeps to it, whatever fits by then.
@@ -105,7 +105,7 @@ def test_automatic_micro_batches_fit_into_memory(data_root, tiny_folder, tmp_pat
         (the_folder(tmp_path) / file).unlink()
     monkeypatch.setattr(pl, "free_memory", lambda device: 1e12)
     assert ts.main([*argv, "auto"]) == 0
-    assert torch.load(path, weights_only=True)["micro_batch_tokens"] == used
+    assert torch.load(path, weights_only=True)["state"]["micro_batch_tokens"] == used
     assert torch.equal(read_vector(tmp_path), vector)
     with pytest.raises(SystemExit):
         ts.parse_args([*argv, "much"])

@@ -1,4 +1,4 @@
-"""--quantize: a frozen model of 4 or 8 bits, under a vector that stays fp32."""
+"""--quantize: a frozen model of 4 bits, under a vector that stays fp32."""
 
 import json
 import sys
@@ -11,8 +11,9 @@ import eval_steering as ev
 import export_vector as ex
 import train_steering as ts
 from data_filter import DataOptions, split_dataset
-from hook_model import load_model
+from hook_model import load_model, load_with
 from steering.fast_path import FastPath
+from steering.loading import LoadOptions
 from steering.plan import Plan
 from steering.vector_file import VECTOR_FILE, load_vector
 
@@ -26,29 +27,28 @@ def gradient_of(model, rows):
     return loss.item(), model.steering.vector.grad, fast
 
 
-# Measured: 0.75 and 0.98, losses 7.5% and 1% higher; a model of 135M parameters loses much.
-@pytest.mark.parametrize("bits, cosine, off", [("4bit", 0.7, 0.1), ("8bit", 0.95, 0.02)])
-def test_gradient_is_nearly_that_of_the_whole_model(smol, smol_chat, bits, cosine, off):
+# Measured: 0.75, and a loss 7.5% higher; a model of 135M parameters loses much.
+def test_gradient_is_nearly_that_of_the_whole_model(smol, smol_chat):
     options = DataOptions("sample_data", target_tokens=600)
     rows = split_dataset("sample__role__pirate", options.datasets(), smol_chat, options).train
     found = {}
-    for quantize in ("none", bits):
-        model = load_model(smol, 12, "fp32", "cpu", quantize=quantize)
+    for quantize in ("none", "4bit"):
+        options = LoadOptions(smol, dtype="fp32", device="cpu", quantize=quantize)
+        model = load_with(options, 12)
         start = torch.Generator().manual_seed(1)
         model.set_vector(2.0 * torch.randn(model.hidden_size, generator=start))
         found[quantize] = gradient_of(model, rows)
         assert model.steering.vector.dtype == torch.float32
     (loss, whole, _), (quantized_loss, quantized, fast) = found.values()
-    assert torch.cosine_similarity(whole, quantized, dim=0) > cosine
-    assert quantized_loss == pytest.approx(loss, rel=off) and quantized_loss != loss
-    assert {p.dtype for p in model.model.parameters()} & {torch.uint8, torch.int8}
-    # What 8 bits give depends on the other rows of a batch: too far off for a cache.
-    assert fast.fast is (bits == "4bit")
-    assert {states.dtype for _, states in fast.cache.values()} <= {torch.float32}
+    assert torch.cosine_similarity(whole, quantized, dim=0) > 0.7
+    assert quantized_loss == pytest.approx(loss, rel=0.1) and quantized_loss != loss
+    assert torch.uint8 in {p.dtype for p in model.model.parameters()}
+    assert model.fast_layers == {12: True}
+    assert {states.dtype for states in fast.cache.values()} == {torch.float32}
     scales = [q.absmax for p in model.model.parameters() if (q := getattr(p, "quant_state", None))]
     taken = sum(tensor.nbytes for tensor in [*model.model.parameters(), *scales])
     plan = Plan(load_model(smol, 12, "fp32", "fake"), ts.token_loss)
-    assert plan.weight_bytes(bits) == pytest.approx(taken, rel=0.02)
+    assert plan.weight_bytes("4bit") == pytest.approx(taken, rel=0.02)
 
 
 def test_run_says_so_and_is_evaluated_on_either_model(data_root, tiny_folder, tmp_path, capsys):
@@ -80,4 +80,11 @@ def test_run_says_so_and_is_evaluated_on_either_model(data_root, tiny_folder, tm
 def test_without_the_package_it_is_named(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        load_model(tiny_folder, 1, quantize="4bit")
+        load_with(LoadOptions(tiny_folder, quantize="4bit"), 1)
+
+
+def test_other_widths_are_no_choice(tiny_folder, capsys):
+    for parse_args in (ts.parse_args, ev.parse_args):
+        with pytest.raises(SystemExit):
+            parse_args(["--dataset", "x", "--quantize", "8bit"])
+        assert "invalid choice: '8bit'" in capsys.readouterr().err

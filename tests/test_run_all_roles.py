@@ -48,7 +48,8 @@ def test_failing_role_is_reported_and_the_others_still_run(data_root, tiny_folde
     assert table[0][-1] == "skipped" and (tmp_path / "runs" / "report.csv").exists()
     listing.write_text("src__role__pirate\nsrc__role__0_default\n")
     again = loop(listing, tmp_path, *flags, DATA_ROOT=data_root)
-    assert again.returncode == 0 and "2 done or in work elsewhere, 0 to train" in again.stdout
+    assert again.returncode == 0
+    assert "2 of 2 done or in work elsewhere, 0 to train" in again.stdout
     variables = {**os.environ, "PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs")}
     status = subprocess.run(
         ["bash", str(SCRIPT), "status"], env=variables, capture_output=True, text=True
@@ -57,16 +58,29 @@ def test_failing_role_is_reported_and_the_others_still_run(data_root, tiny_folde
     assert loop(listing, tmp_path, "--layer", "99", DATA_ROOT=data_root).returncode == 2
 
 
-STUB = """
-import os, pathlib, signal, sys, time
+STUB = f"""
+import argparse, os, pathlib, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from steering.data_layouts import requested_names
+"""
+STUB += """
 state = pathlib.Path(os.environ["STATE"])
-arguments = sys.argv[1:]
-lines = pathlib.Path(arguments[arguments.index("--list-file") + 1]).read_text().splitlines()
-names = [line.strip() for line in lines]
-if "--print-todo" in arguments:
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for name in ("--list-file", "--write-todo", "--data-root", "--output-dir"):
+    parser.add_argument(name)
+parser.add_argument("--only", nargs="+")
+parser.add_argument("--limit", type=int)
+parser.set_defaults(dataset=None, source_model=None, kind=None)
+args = parser.parse_args()
+known = state / "known"  # datasets, where a name is not as plain as in most tests
+datasets = dict.fromkeys(known.read_text().splitlines()) if known.exists() else {}
+names = requested_names(datasets, args)
+if args.write_todo:
     if (state / "broken").exists():
         sys.exit("error: the stub is broken")
-    print("".join(name + "\\n" for name in names if not (state / name).exists()), end="")
+    left = [name for name in names if not (state / name).exists()]
+    pathlib.Path(args.write_todo).write_text("".join(name + "\\n" for name in left))
+    print(f"{len(names) - len(left)} of {len(names)} done or in work elsewhere")
     sys.exit()
 with open(state / "calls", "a") as calls:
     calls.write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset") + "|" + "|".join(names) + "\\n")
@@ -158,13 +172,35 @@ def test_stopped_role_stops_the_loop_and_usage_errors_exit_2(tmp_path):
     assert loop(tmp_path / "none.txt", tmp_path).returncode == 2
     assert stub_loop(tmp_path, ["# nothing"])[0].returncode == 2
     (tmp_path / "list with spaces.txt").write_text("m__role__a")
-    for option in ("--restart", "--dataset=x", "--list-file=x", "--print-todo"):
+    for option in ("--restart", "--dataset=x", "--list-file=x", "--write-todo=x"):
         refused = loop(tmp_path / "list with spaces.txt", tmp_path, option)
         assert refused.returncode == 2 and "is for train_steering.py alone" in refused.stderr
+    for option, variable in (
+        ("--output-dir", "OUTPUT_DIR"),
+        ("--data-root=x", "DATA_ROOT"),
+        ("--only", "ONLY"),
+        ("--limit=3", "LIMIT"),
+    ):  # what the loop, its evaluation and its report must know too
+        refused = loop(tmp_path / "list with spaces.txt", tmp_path, option, "x")
+        assert refused.returncode == 2 and f"set {variable}" in refused.stderr.replace(
+            "ONLY or ", ""
+        )
     abbreviated = loop(tmp_path / "list with spaces.txt", tmp_path, "--rest")
     assert abbreviated.returncode == 2 and "unrecognized arguments: --rest" in abbreviated.stderr
     assert loop("--help", tmp_path).returncode == loop("status", tmp_path / "new").returncode == 2
     assert SCRIPT.stat().st_mode & stat.S_IXUSR
+
+
+def test_the_list_may_be_a_pipe(data_root, tiny_folder, tmp_path):
+    variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "DRY_RUN": "1"}
+    variables |= {"OUTPUT_DIR": str(tmp_path / "runs"), "DATA_ROOT": data_root}
+    command = f"bash {SCRIPT} <(printf 'src__role__pirate\\nsrc__role__sailor\\n' | head -1)"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --model {tiny_folder} --layer 1 --device cpu"],
+        env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("1 to train\nwould train: src__role__pirate\n")
 
 
 def test_a_name_that_comes_twice_counts_once(tmp_path):
@@ -192,7 +228,10 @@ def test_processes_that_die_before_they_do_anything_are_given_up(tmp_path):
 
 
 def test_names_that_differ_after_a_hash_are_two(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "known").write_text("agent #1\nagent #2\n")
     _, done, _ = stub_loop(tmp_path, ["agent #1", "agent #2"])
+    done.pop("known")
     assert done == {"agent #1": 1, "agent #2": 1}
 
 

@@ -8,8 +8,6 @@ import math
 import pytest
 import torch
 from conftest import CONFIGS, tiny
-from steering.shared_prefix import after_shared_prefix, common_tokens
-from steering.teacher import SHOTS, first_rows
 from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
 from test_train_steering import the_folder
 
@@ -20,9 +18,11 @@ from evaluation import answers as an
 from evaluation import measures as me
 from evaluation import scale as sc
 from evaluation.kept import Kept
-from steering import run_state as rs
+from evaluation.prompts import SHOTS, first_rows
+from evaluation.shared_prefix import after_shared_prefix, common_tokens
 from steering.chat_format import Example, label_count
 from steering.fast_path import FastPath, example_sums
+from steering.finished import read_run
 from steering.vector_file import VECTOR_FILE, load_vector
 
 DIRECTION = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(0))
@@ -331,7 +331,7 @@ def test_an_older_evaluation_is_done_anew_with_a_word(finished, capsys):  # noqa
     result = json.loads(path.read_text())
     result["config"]["format_version"] = "3"
     path.write_text(json.dumps(result))
-    assert rs.read_run(finished).dataset
+    assert read_run(finished).dataset
     capsys.readouterr()
     assert ev.main(["--run", str(finished), *QUICK]) == 0
     assert "an older version recommended no scale" in capsys.readouterr().err
