@@ -123,15 +123,14 @@ def train(model, train_set, val_set, args, run):
     fast.check_token_loss(token_loss, train_set)
     prefix_seconds = time.perf_counter() - started
 
-    # Adam moves a number by one rate a step, so a rate means as much as it is long beside a state.
+    # Adam moves each number by about one rate a step, so how far a rate carries the vector depends
+    # on how long the states are that it is added to.
     lr_unit = state.residual_norm / math.sqrt(model.hidden_size)
     optimizer = make_optimizer(parameters, AUTO_LR * lr_unit if args.lr == "auto" else args.lr)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     shuffle = torch.Generator().manual_seed(args.seed)
     if run.resumed:
-        steering.load_state_dict(state.steering)
-        optimizer.load_state_dict(state.optimizer)
-        shuffle.set_state(state.shuffle)
+        restore(state, steering, optimizer, shuffle)
     else:
         state.order = torch.randperm(len(train_set), generator=shuffle)
         state.best = copy_of(steering)
@@ -165,18 +164,14 @@ def train(model, train_set, val_set, args, run):
                     penalty.backward()
                     step_loss += penalty.detach()
             except Exception as error:
-                # Out of memory: the same step again, in smaller pieces, if there are any.
-                single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
-                if single or ranks.size() > 1 or not memory.is_out_of_memory(error):
-                    raise
-                max_tokens //= 2
+                # Memory that ran out is no end: the same step again, in smaller pieces.
+                max_tokens = halved(max_tokens, batch, error)
                 state.micro_batch_tokens = max_tokens
-                log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
                 optimizer.zero_grad()
                 loss = None  # and with it what its graph holds
                 continue
 
-            # Update. Nothing has touched the vector yet if this raises.
+            # Update. If this raises, nothing has touched the vector yet.
             ranks.share_gradients(parameters)
             step_loss = step_loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()  # not clipped
@@ -191,7 +186,7 @@ def train(model, train_set, val_set, args, run):
             optimizer.step()
             optimizer.zero_grad()
 
-            # Account, validate, log.
+            # Account, validate, log. The state moves on only here, after the vector has.
             seconds = time.perf_counter() - started
             state.step += 1
             state.position += len(batch)
@@ -209,7 +204,7 @@ def train(model, train_set, val_set, args, run):
                 row["val_loss"] = validate(fast, val_set, max_tokens, state)
             run.log(row)
 
-            # Checkpoint, and leave if a signal came in during the step.
+            # Checkpoint, and leave if a signal came in during the step: a step is never cut in two.
             stopped = run.stopped
             at_an_end = last or stopped or out_of_patience(args, state)
             if at_an_end or state.step % args.save_every == 0:
@@ -224,6 +219,23 @@ def train(model, train_set, val_set, args, run):
     keep_best(model, val_set, args, state)
     fast.check_vector(train_set[0])
     return final_numbers(steering, state, peak_lrs[0], prefix_seconds)
+
+
+def restore(state, steering, optimizer, shuffle):
+    """Put vector, optimizer and order of rows back to where a checkpoint left them."""
+    steering.load_state_dict(state.steering)
+    optimizer.load_state_dict(state.optimizer)
+    shuffle.set_state(state.shuffle)
+
+
+def halved(max_tokens, batch, error):
+    """Half of the tokens of a pass, if memory ran out and the batch can still be split further;
+    otherwise raises the error."""
+    single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
+    if single or ranks.size() > 1 or not memory.is_out_of_memory(error):
+        raise error
+    log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens // 2}")
+    return max_tokens // 2
 
 
 def copy_of(steering):

@@ -87,7 +87,7 @@ def test_a_reworded_comment_warns_and_what_the_training_does_not_import_counts_n
     before = rs.source_hashes("train_steering.py")
     sources.edit("evaluation/measures.py", "MIN_ROWS = 0.8, 5", "MIN_ROWS = 0.8, 6")
     assert rs.source_hashes("train_steering.py") == before
-    sources.edit("train_steering.py", "            # Account, validate, log.\n", "")
+    sources.edit("train_steering.py", "            # Rows of this step;", "            # The rows;")
     capsys.readouterr()
     assert ts.main(base) == 0
     assert "by other code: train_steering.py" in capsys.readouterr().out
