@@ -20,7 +20,15 @@ from steering import loading, ranks
 from steering.chat_format import label_count
 from steering.data_layouts import data_digest, find_datasets, requested_names
 from steering.files import read_json, write_json
-from steering.run import ATTEMPTS, NoVector, Run, new_record, newest_state, standing
+from steering.run import (
+    ATTEMPTS,
+    NoVector,
+    Run,
+    Standing,
+    new_record,
+    newest_state,
+    standing,
+)
 from steering.run_folder import is_locked, last_speed, lock_folder, run_path, set_aside
 from steering.vector_file import FORMAT_VERSION, load_vector, vector_digest
 
@@ -275,8 +283,8 @@ class Sweep:
         folder = self.folder(args, name)
         try:
             return standing(folder, self.config(args, name), self.defaults)
-        except (ValueError, OSError):  # its data cannot be read
-            return standing(folder, {"name": None}, {})
+        except (ValueError, OSError) as error:  # its data cannot be read
+            return Standing("refused", str(error))
 
 
 def status_of(folder):
