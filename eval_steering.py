@@ -29,7 +29,7 @@ from evaluation.capability import Tasks, add_capability
 from evaluation.kept import kept_beside
 from evaluation.prompts import first_rows
 from evaluation.scale import recommend_scale
-from hook_model import load_with
+from hook_model import load_from_options
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
 from steering.files import read_json, write_json
@@ -397,7 +397,7 @@ def changes_of(args):
 
 def run(args):
     """Evaluate every run; returns the worst exit code."""
-    shelf = Shelf(load_with)
+    shelf = Shelf(load_from_options)
     codes = []
     evaluated = []
     if args.capability:

@@ -27,7 +27,7 @@ from data_filter import DataOptions
 from evaluation import adapter_check
 from evaluation.card import card
 from evaluation.summary import FORMAT_VERSION
-from hook_model import find_layers, load_with
+from hook_model import find_layers, load_from_options
 from steering import adapter
 from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import parse_name, pooled_names
@@ -176,7 +176,7 @@ class Workshop:
     rows to check them on. runs: how many there are, since they share CHECK_TOKENS."""
 
     def __init__(self, force, runs):
-        self.force, self.shelf = force, Shelf(load_with)
+        self.force, self.shelf = force, Shelf(load_from_options)
         self.check_tokens = max(MIN_CHECK_TOKENS, CHECK_TOKENS // runs)
 
     def prepare(self, source, run, formats, scale):

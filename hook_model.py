@@ -27,7 +27,14 @@ from steering.loading import (
 )
 from steering.vector_file import load_vector, save_vector
 
-__all__ = ["ResidualHook", "SteerModel", "load_chat", "load_model", "load_vector", "load_with"]
+__all__ = [
+    "ResidualHook",
+    "SteerModel",
+    "load_chat",
+    "load_from_options",
+    "load_model",
+    "load_vector",
+]
 
 LAYER_PATHS = (  # where architectures keep their decoder layers, the first that exists is taken
     "model.language_model.layers",  # Gemma 3 and others with an image tower
@@ -152,7 +159,9 @@ class SteerModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self.layer = layer
-        steered = [layer]
+        steered = [
+            layer
+        ]  # A vector that acts at several layers has them here: README, "Change it".
         self._handles = [self.layers[k].register_forward_hook(self.steering.hook) for k in steered]
         weight = next(self.layers[layer].parameters())
         if weight.device.type != "meta":  # offloaded layers have no device of their own
@@ -223,10 +232,12 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
     dtype: "auto", "bf16", "fp32" or "fp16"; device: "auto", "cuda", "cuda:1", "mps" or "cpu";
     device_map: as in transformers, needs accelerate. Raises ValueError if model, layer, dtype or
     device is not there, or if the files lack a weight."""
-    return load_with(LoadOptions(str(name), dtype, device, device_map, trust_remote_code), layer)
+    return load_from_options(
+        LoadOptions(str(name), dtype, device, device_map, trust_remote_code), layer
+    )
 
 
-def load_with(options, layer):
+def load_from_options(options, layer):
     """`load_model` for all of the LoadOptions, which scripts have from their command lines."""
     num_layers, _ = model_shape(options.model, options.trust_remote_code)
     check_layer(layer, num_layers, options.model)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import data_filter
-from hook_model import ResidualHook, load_with
+from hook_model import ResidualHook, load_from_options
 from steering import fast_path, memory, ranks
 from steering.chat_format import label_count, micro_batches
 from steering.command_line import count_or_word, exit_code, new_parser, number_or_word, parse
@@ -31,10 +31,11 @@ from steering.run import NoVector
 from steering.sweep import Sweep
 
 AUTO_LR = 0.05  # --lr auto, in units of median residual norm / sqrt(hidden_size)
-AUTO_STEPS = 150  # without --num-epochs: as many passes as make so many steps,
-AUTO_EPOCHS = 4  # so many at most
-ROW_TOKENS = 400  # of a row, about, for --plan
-# Options that do not change the vector: not in the config that decides "done" and "may resume".
+AUTO_STEPS = 150  # without --num-epochs, the passes over the rows that make so many steps
+AUTO_EPOCHS = 4  # are made, but at most so many passes
+ROW_TOKENS = 400  # a row's length that --plan counts steps by
+# Options that are not compared by value to tell whether a run is the same: they do not change the
+# vector, or `Sweep.config` puts what they stand for in their place.
 NOT_IN_CONFIG = """
     data_root dataset list_file source_model kind only limit strict chat_template device device_map
     compile tensor_parallel gradient_checkpointing prefix_cache micro_batch_tokens save_every
@@ -57,7 +58,8 @@ def token_loss(logits, targets):
 
 def extra_loss(model, batch):
     """A penalty, added once a step to the mean of token_loss: a scalar tensor, or None.
-    Autograd takes its gradient. model: the SteerModel; batch: the step's Examples."""
+    Autograd takes its gradient. The loss that is logged includes it; the validation loss, which
+    chooses the vector, does not. model: the SteerModel; batch: the step's Examples."""
     return None
 
 
@@ -136,7 +138,7 @@ def train(model, train_set, val_set, args, run):
         state.best = copy_of(steering)
     log_settings(model, run, schedule, peak_lrs[0])
 
-    with run.logging(schedule.total):
+    with run.open_metrics(schedule.total):
         if val_set and not run.resumed:
             run.log({"step": 0, "val_loss": validate(fast, val_set, max_tokens, state)})
         while state.step < schedule.total and not out_of_patience(args, state):
@@ -165,17 +167,21 @@ def train(model, train_set, val_set, args, run):
                     step_loss += penalty.detach()
             except Exception as error:
                 # Memory that ran out is no end: the same step again, in smaller pieces.
-                max_tokens = halved(max_tokens, batch, error)
+                if not may_be_halved(batch, max_tokens, error):
+                    raise
+                max_tokens //= 2
                 state.micro_batch_tokens = max_tokens
+                log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
                 optimizer.zero_grad()
-                loss = None  # and with it what its graph holds
+                loss = None  # frees the graph of the failed pass, which it is the end of
                 continue
 
-            # Update. If this raises, nothing has touched the vector yet.
+            # Update.
             ranks.share_gradients(parameters)
             step_loss = step_loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()  # not clipped
             if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
+                # Nothing has touched the vector yet, and the last checkpoint holds.
                 raise NoVector(
                     f"step {state.step + 1}: loss {step_loss}, gradient norm {grad_norm}. "
                     "Try a lower --lr, a higher --warmup-ratio, or --dtype fp32"
@@ -186,7 +192,7 @@ def train(model, train_set, val_set, args, run):
             optimizer.step()
             optimizer.zero_grad()
 
-            # Account, validate, log. The state moves on only here, after the vector has.
+            # Account, validate, log.
             seconds = time.perf_counter() - started
             state.step += 1
             state.position += len(batch)
@@ -208,34 +214,32 @@ def train(model, train_set, val_set, args, run):
             stopped = run.stopped
             at_an_end = last or stopped or out_of_patience(args, state)
             if at_an_end or state.step % args.save_every == 0:
-                state.steering = steering.state_dict()
-                state.optimizer = optimizer.state_dict()
-                state.shuffle = shuffle.get_state()
+                state.vector_state = steering.state_dict()
+                state.optimizer_state = optimizer.state_dict()
+                state.shuffle_state = shuffle.get_state()
                 run.checkpoint()
             if stopped:
                 log.info(f"stopped  by a signal after step {state.step}: start again to go on")
                 return None
 
-    keep_best(model, val_set, args, state)
+    if state.step < schedule.total:
+        log.info(f"stopped  early: the last {args.patience} validations were no better")
+    keep_best(model, val_set, state)
     fast.check_vector(train_set[0])
     return final_numbers(steering, state, peak_lrs[0], prefix_seconds)
 
 
 def restore(state, steering, optimizer, shuffle):
     """Put vector, optimizer and order of rows back to where a checkpoint left them."""
-    steering.load_state_dict(state.steering)
-    optimizer.load_state_dict(state.optimizer)
-    shuffle.set_state(state.shuffle)
+    steering.load_state_dict(state.vector_state)
+    optimizer.load_state_dict(state.optimizer_state)
+    shuffle.set_state(state.shuffle_state)
 
 
-def halved(max_tokens, batch, error):
-    """Half of the tokens of a pass, if memory ran out and the batch can still be split further;
-    otherwise raises the error."""
+def may_be_halved(batch, max_tokens, error):
+    """Whether memory ran out, and the batch can still be split into smaller passes."""
     single = all(len(rows) == 1 for rows in micro_batches(batch, max_tokens))
-    if single or ranks.size() > 1 or not memory.is_out_of_memory(error):
-        raise error
-    log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens // 2}")
-    return max_tokens // 2
+    return memory.is_out_of_memory(error) and not single and ranks.size() == 1
 
 
 def copy_of(steering):
@@ -249,7 +253,7 @@ def validate(fast, val_set, max_tokens, state):
     def losses(rows):
         return fast.losses(rows, token_loss)
 
-    loss = ranks.agree(fast_path.token_mean(losses, val_set, max_tokens))
+    loss = ranks.from_rank_0(fast_path.token_mean(losses, val_set, max_tokens))
     if state.best_val is None or loss < state.best_val:
         state.best = copy_of(fast.model.steering)
         state.best_val = loss
@@ -265,10 +269,8 @@ def out_of_patience(args, state):
     return args.patience is not None and state.bad_validations >= args.patience
 
 
-def keep_best(model, val_set, args, state):
+def keep_best(model, val_set, state):
     """Put the vector of the best validation into the model; NoVector if that is the start's."""
-    if out_of_patience(args, state):
-        log.info(f"stopped  early: the last {args.patience} validations were no better")
     if not val_set:
         return
     if state.best_step == 0:
@@ -291,20 +293,25 @@ def final_numbers(steering, state, peak_lr, prefix_seconds):
 
 
 def micro_batch_tokens(args, model, state):
-    """Padded tokens of a forward pass: the option's, but what a run began with when it goes on."""
+    """Padded tokens of a forward pass. A run that goes on keeps what "auto", or memory that ran
+    out, made of them, unless the option is smaller now."""
     if state.micro_batch_tokens is None and args.micro_batch_tokens == "auto":
         device = model.input_device
         plan = plan_for(args, pick_dtype(args.dtype, device.type))
         fitting = plan.tokens_now(device, args.gradient_checkpointing)
         state.micro_batch_tokens = ranks.least(fitting)
         log.info(f"forward  passes of at most {state.micro_batch_tokens:,} tokens")
-    return state.micro_batch_tokens or args.micro_batch_tokens
+    if state.micro_batch_tokens is None:
+        return args.micro_batch_tokens
+    if args.micro_batch_tokens == "auto":
+        return state.micro_batch_tokens
+    return min(args.micro_batch_tokens, state.micro_batch_tokens)
 
 
 def plan_for(args, dtype):
     """The Plan of training a vector on args.model, from its config."""
     options = replace(LoadOptions.of(vars(args)), dtype=dtype, device="fake")
-    return Plan(load_with(options, args.layer), token_loss)
+    return Plan(load_from_options(options, args.layer), token_loss)
 
 
 def log_settings(model, run, schedule, peak_lr):
@@ -334,7 +341,7 @@ def load(args):
     """The model of all trainings; SystemExit if it does not load, since then none is possible."""
     log.info(f"loading  {args.model}")
     try:
-        model = load_with(LoadOptions.of(vars(args)), args.layer)
+        model = load_from_options(LoadOptions.of(vars(args)), args.layer)
     except ValueError as error:
         log.error(f"error: {error}")
         raise SystemExit(2) from error
@@ -369,7 +376,7 @@ def log_run(model, run):
     )
     budget = f"{splits.tokens:,} of --target-tokens {args.target_tokens:,}"
     if splits.tokens < args.target_tokens:
-        log.info(f"WARNING: under budget, on what there is: {budget}")
+        log.warning(f"WARNING: under budget, on what there is: {budget}")
     else:
         log.info(f"budget   {budget}")
     if not splits.validation:
@@ -396,7 +403,8 @@ def train_all(args, stop):
     model = None
     with contextlib.closing(sweep.runs()) as runs:
         for run in runs:
-            with run.recorded():
+            with run.failures_booked():
+                # What fails in here is booked, and the next run begins.
                 model = model or load(args)
                 set_start(model, run.args)
                 run.begin()
@@ -429,11 +437,12 @@ def make_parser():
     text = f"passes over the rows; default: for {AUTO_STEPS} steps, at most {AUTO_EPOCHS} passes"
     add("--num-epochs", type=int, help=text)
     add("--max-steps", type=int, help="optimizer steps, in place of --num-epochs")
+    # Its default is with those of the data options, since the split needs it.
     add("--val-fraction", type=float, help="share of the training questions to validate on")
     add("--val-every", type=int, help="steps between validations; default: half an epoch")
     add("--patience", type=int, help="stop after this many validations without a better one")
     add = parser.add_argument_group("speed and memory").add_argument
-    text = "padded tokens a forward pass; auto: what --plan says"
+    text = "padded tokens in a forward pass; auto: what --plan says"
     add("--micro-batch-tokens", type=count_or_word, default=1024, metavar="N", help=text)
     where = ("auto", "device", "host", "off")
     add("--prefix-cache", default="auto", choices=where, help="place of what layers 0..k give")
@@ -469,7 +478,6 @@ def check_arguments(args):
     lr_fits = 0 < args.lr < math.inf if isinstance(args.lr, float) else args.lr == "auto"
     name = args.run_name
     name_fits = name is None or re.fullmatch(r"(?!old-)\w[\w.+-]*", name)
-    shared = args.tensor_parallel
     numbers = (args.plan_tflops, args.plan_memory)
     return [
         (not lr_fits, f'--lr {args.lr}: must be "auto" or a number above 0'),
@@ -478,16 +486,19 @@ def check_arguments(args):
             "name what to train on: --dataset NAME ... or --list-file FILE",
         ),
         (
-            shared and (args.device_map or args.quantize != "none"),
+            args.tensor_parallel and (args.device_map or args.quantize != "none"),
             "--tensor-parallel goes without --device-map and --quantize",
         ),
-        (args.plan and (shared or args.device_map), "--plan is for one device"),
+        (args.plan and (args.tensor_parallel or args.device_map), "--plan is for one device"),
         (
             not all(0 < number < math.inf for number in numbers),
             "--plan-tflops and --plan-memory must be above 0",
         ),
         (args.patience and not args.val_fraction, "--patience needs --val-fraction above 0"),
-        (args.max_steps == 0, "to evaluate a vector as it is: eval_steering.py --vector FILE"),
+        (
+            args.max_steps == 0,
+            "--max-steps 0 trains nothing; eval_steering.py --vector FILE evaluates a vector",
+        ),
         (not name_fits, f'--run-name "{name}": use letters, digits, "_.+-"; not "old-..."'),
     ]
 
@@ -517,7 +528,7 @@ def main(argv=None):
         start_logging(logging.ERROR)
         return train_all(args, stop)
     code = exit_code(train_all, args, stop)
-    ranks.agree(None)  # The other ranks have nothing more to do.
+    ranks.end_jobs()
     return code
 
 

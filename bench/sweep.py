@@ -28,7 +28,7 @@ import eval_steering
 import train_steering
 from data_filter import DataOptions, split_by_question, split_dataset
 from evaluation.measures import first_tokens, mean_nll, response_means
-from hook_model import load_chat, load_model, load_with
+from hook_model import load_chat, load_from_options, load_model
 from steering.data_layouts import parsed_rows
 from steering.files import read_json, write_json
 from steering.finished import Shelf, read_run
@@ -158,7 +158,7 @@ def read_plan(path):
 
 def run_plan(plan, out):
     """Train and score each line of a plan file. A run that fails says so in its own run.json."""
-    shelf = Shelf(load_with)
+    shelf = Shelf(load_from_options)
     for name, common, options in read_plan(plan):
         print(f"=== {name}: {options}", flush=True)
         units, _, rest = options.partition(" ")

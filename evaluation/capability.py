@@ -135,7 +135,7 @@ def compare_capability(model, chat, vector, scale, system_prompt, tasks, kept):
 
 def add_capability(result, run, tasks, shelf):
     """Add the scores of tasks to an eval.json's dict of a run, unless they are there, at the
-    recommended scale or 1. shelf: a hook_model.Shelf."""
+    recommended scale or 1. shelf: a Shelf."""
     scale, before = result["recommended"]["scale"] or 1.0, result.get("capability", {})
     asked = {**tasks.asked(), "scale": scale}
     if asked != {key: before.get(key) for key in asked}:

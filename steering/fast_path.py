@@ -2,7 +2,7 @@
 
     fast = FastPath(model)                     # a hook_model.SteerModel
     fast.cache_prefix(examples)                # layers 0..k never see the vector: run them once
-    loss = fast.losses(examples, token_loss)   # (N,), one a label token, differentiable
+    loss = fast.losses(examples, token_loss)   # (N,), one per label token, differentiable
 
 No model is implemented again: modules whose output is known are replaced by pass-throughs, and the
 model's own forward is called, so masks, rotary embeddings, soft-capping and head stay its own. The
@@ -44,7 +44,8 @@ class FastPath:
     # ------------------------------------------------------------------ fast or plain
 
     def is_fast(self, examples):
-        """Whether shortcuts give what the plain forward gives, decided once a model and layer."""
+        """Whether shortcuts give what the plain forward gives. The first call for a model and a
+        layer finds it out, by a few forward passes; the model keeps the answer."""
         if self.layer != self.model.layer:
             self.layer = self.model.layer
             self.cache = {}
@@ -260,9 +261,10 @@ class FastPath:
     @torch.no_grad()
     def compare(self, examples, contexts):
         """What the model predicts in one context and in the next, for N label tokens, row by row.
-        contexts: K functions that make one, which must leave what the cache holds as it is, or what
-        `states` gave in it. (2K - 1, N): NLL in the first, KL(first || second), NLL in the second,
-        ... Raises ValueError without a label token."""
+        contexts: K of them, each a function that makes a context (of the vector alone, since layers
+        0..k may come from the cache), or what `states` gave in that context; one is a function.
+        Returns (2K - 1, N): NLL in the first, KL(first || second), NLL in the second, KL(second ||
+        third), ... Raises ValueError without a label token."""
         fast = self.is_fast(examples)
         each = []
         for context in contexts:
@@ -330,7 +332,11 @@ class FastPath:
 
     def _head_logits(self, hidden):
         """Logits (N, V) of states (N, n) after the final norm, soft-capped and scaled as usual.
-        Done by the model's own forward, over one token that no layer touches."""
+
+        A forward pass over a dummy token makes the model call its head, with all layers passed
+        through. The head is given `hidden` in place of the dummy's state, so what the model does to
+        logits after its head is its own.
+        """
         model = self.model
         head = model.model.get_output_embeddings()
         forward = head.forward
@@ -344,8 +350,12 @@ class FastPath:
 
 class HeadLoss(torch.autograd.Function):
     """token_loss (N,) of states (N, n) and targets (N,), HEAD_TOKENS at a time.
-    The gradient of each part is taken at once, so that logits never exist for all N tokens.
-    logits_of: (C, n) -> (C, V), differentiable."""
+
+    The gradient of each part is taken in the forward pass, right after its loss, so that logits
+    never exist for all N tokens. The backward pass only multiplies it by the gradient that comes
+    in, row by row. That is right because the loss of a token depends on its own state alone.
+    logits_of: (C, n) -> (C, V), differentiable.
+    """
 
     @staticmethod
     def forward(ctx, hidden, targets, logits_of, token_loss):

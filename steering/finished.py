@@ -1,7 +1,7 @@
 """Finished runs, as evaluation and export take them: a vector, and how it came about.
 
 run = read_run("runs/Qwen3-32B-45363f/layer22/gemma-2-27b__role__pirate")
-shelf = Shelf(load_with)                  # hook_model's
+shelf = Shelf(load_from_options)                  # hook_model's
 chat, model = shelf.chat(run), shelf.model(run)
 """
 
@@ -111,8 +111,8 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    load: hook_model.load_with. For the caller to fill: heldout, {folder: examples}; kept, what
-    belongs to the model at its layer, and is emptied when either changes."""
+    load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples};
+    kept, what belongs to the model at its layer, and is emptied when either changes."""
 
     def __init__(self, load):
         self.heldout = {}

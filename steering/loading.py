@@ -2,7 +2,7 @@
 
     layers, width = model_shape("Qwen/Qwen3-32B")
     chat = load_chat("Qwen/Qwen3-32B")                       # its chat template, as a ChatFormat
-    model = load_weights("Qwen/Qwen3-32B", "auto", "auto")   # the plain transformers model
+    model = load_weights(LoadOptions("Qwen/Qwen3-32B"))      # the plain transformers model
 
 A name is a Hugging Face id, a local folder or a .gguf file (read dequantized). transformers is
 imported where it is used, since that takes seconds that reading files does not need.

@@ -45,7 +45,8 @@ def log_file(path):
 class StopRequest:
     """Remembers a signal that asks to stop until the step is over; a second Ctrl-C stops at once.
     A second SIGTERM does not: a scheduler may send one, and a shell loop pass it on once more.
-    in_loop: whether steps are under way; elsewhere a signal stops at once."""
+    in_loop: whether a run is under way, which ends after its step; elsewhere a signal stops at
+    once."""
 
     def __init__(self):
         self.exit_code = None

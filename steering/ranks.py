@@ -55,7 +55,7 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def agree(value):
+def from_rank_0(value):
     """Rank 0's value, on every rank."""
     if size() == 1:
         return value
@@ -64,9 +64,22 @@ def agree(value):
     return box[0]
 
 
+def send_job(job):
+    """Rank 0: give the other ranks something to do."""
+    from_rank_0(job)
+
+
+def end_jobs():
+    """Rank 0: tell the other ranks that there is nothing more to do."""
+    from_rank_0(None)
+
+
 def jobs():
-    """Of the other ranks: what rank 0 gives to `agree`, until it is None."""
-    while (job := agree(None)) is not None:
+    """The other ranks: yield what rank 0 sends, until it ends them."""
+    while True:
+        job = from_rank_0(None)
+        if job is None:
+            return
         yield job
 
 
@@ -85,7 +98,9 @@ def least(number):
 
 def share_gradients(parameters):
     """Give all ranks the gradients of rank 0, so that their vectors stay the same bit for bit."""
-    for parameter in parameters if size() > 1 else ():
+    if size() == 1:
+        return
+    for parameter in parameters:
         distributed.broadcast(parameter.grad, src=0)
 
 

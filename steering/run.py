@@ -28,9 +28,11 @@ from steering.process import log_file
 from steering.run_folder import checkpoints, environment, is_locked, trim_metrics
 from steering.vector_file import VECTOR_FILE, load_vector
 
-ROOT = Path(__file__).resolve().parent.parent  # of this project
-ATTEMPTS = 5  # processes that may die in a run, one after the other, at the same step
+ROOT = Path(__file__).resolve().parent.parent  # the folder of this project
+ATTEMPTS = 5  # processes in a row that may die in a run without writing another checkpoint
 KEEP_CHECKPOINTS = 3
+# What these decide (which runs there are, the size of passes) is compared by value, or only rounds.
+NO_PART_OF_A_VECTOR = ("steering/plan.py", "steering/sweep.py")
 log = logging.getLogger("steering")
 
 
@@ -44,8 +46,9 @@ class NoVector(RuntimeError):
 @dataclass
 class Standing:
     """What the folder of a run holds, for the run that is asked for.
-    verdict: "done", "busy", "refused", "goes on" or "new"; reason: why it is refused; changed:
-    files whose code is not that of the run in the folder."""
+    verdict: "done", "busy", "other settings", "other code", "goes on" or "new"; reason: why it is
+    refused, if it is; changed: files whose code is not that of the run, if it is done or refused
+    for that."""
 
     verdict: str
     reason: str = ""
@@ -55,14 +58,17 @@ class Standing:
 def standing(folder, config, defaults):
     """The Standing of a folder. defaults: what an option stands for that the folder's config lacks.
 
-    vector, or skipped | checkpoint | config | code   ->
-    yes                | any        | same   | any    -> done; `changed` names what is other code
-    (locked by another process)                       -> busy
-    yes                | any        | other  | any    -> refused: --run-name, --restart
-    no                 | yes        | other  | any    -> refused: --run-name, --restart
-    no                 | yes        | same   | other  -> refused: --restart, --accept-code-change
-    no                 | yes        | same   | same   -> goes on
-    no                 | no         | any    | any    -> new
+    vector | checkpoint | config | code  ->
+    yes    | any        | same   | any   -> done; `changed` names what is other code
+    no     | no         | same   | any   -> done, if it was skipped for lack of scores
+    (locked by another process)          -> busy
+    no     | no         | any    | any   -> new
+    one of them         | other  | any   -> other settings: --run-name, --restart
+    no     | yes        | same   | other -> other code: --restart, --accept-code-change
+    no     | yes        | same   | same  -> goes on
+
+    Two configs are the same where `differences` finds none; "auto" dtypes of a finished run are the
+    same on any machine. Without a readable run.json, settings count as other ones.
     """
     record = read_json(folder / "run.json")
     old = record.get("config", {})
@@ -81,20 +87,21 @@ def standing(folder, config, defaults):
     if not (has_vector or has_checkpoint):
         return Standing("new")
     if not old:
-        return Standing("refused", f"{folder / 'run.json'}: unreadable; --restart sets it aside")
+        reason = f"{folder / 'run.json'}: unreadable; --restart sets it aside"
+        return Standing("other settings", reason)
     if other:
         shown = []
         for key in other:
             there = str({**defaults, **old}.get(key))
             shown.append(f"{key}: {there:.40} there, {config.get(key)!s:.40} here")
         return Standing(
-            "refused",
+            "other settings",
             f"{folder} holds a run with other settings ({'; '.join(shown)}). Use --run-name NAME "
             "for a second run, or --restart to set the old one aside and start anew",
         )
     if changed:
         return Standing(
-            "refused",
+            "other code",
             f"{folder} holds a run in work by other code ({', '.join(changed)}): --restart sets it "
             "aside and starts anew, --accept-code-change goes on with this code",
             changed,
@@ -103,8 +110,8 @@ def standing(folder, config, defaults):
 
 
 def differences(config, old, defaults):
-    """Keys in which a config differs from an older one; an option that lacks had its default.
-    A key that neither the old config nor the defaults know did not matter when it was written."""
+    """Keys in which a config differs from an older one. An option that the older one lacks had its
+    default. A key that neither it nor the defaults know did not matter when it was written."""
     before = {**defaults, **old}
     other = []
     for key in sorted(config):
@@ -122,9 +129,9 @@ def config_hash(config):
 
 
 @functools.cache
-def source_hashes(script, without=("steering/plan.py", "steering/sweep.py")):
-    """{file: hash of its text} of a script here and all that it imports of this project, directly
-    or not. without: files to leave out, such as those that only show numbers."""
+def source_hashes(script, without=NO_PART_OF_A_VECTOR):
+    """{file: hash of its text} of a script and of all that it imports from this project, directly
+    or not. without: files to leave out, since they change no result."""
     hashes = {}
     files = [ROOT / script]
     while files:
@@ -167,9 +174,9 @@ class TrainState:
     epoch: int = 0
     position: int = 0  # rows of this epoch that were trained on
     order: torch.Tensor | None = None  # of this epoch's rows
-    shuffle: torch.Tensor | None = None  # state of the generator that makes the orders
-    steering: dict | None = None  # ResidualHook.state_dict()
-    optimizer: dict | None = None  # its state_dict(); there is one once a checkpoint was written
+    shuffle_state: torch.Tensor | None = None  # of the generator that makes the orders
+    vector_state: dict | None = None  # ResidualHook.state_dict()
+    optimizer_state: dict | None = None
     best: dict | None = None  # ResidualHook.state_dict() of the best validation
     best_val: float | None = None
     best_step: int = 0
@@ -179,13 +186,19 @@ class TrainState:
     label_tokens: int = 0  # that were trained on
     seconds: float = 0.0  # of the steps
 
+    @property
+    def is_new(self):
+        """Whether it is of no checkpoint: those have an optimizer's state."""
+        return self.optimizer_state is None
+
 
 def newest_state(folder, config, defaults):
-    """The TrainState of the newest readable checkpoint of a config, or a new one."""
+    """The TrainState of the newest readable checkpoint of a config, or a new one.
+    ValueError if a checkpoint is whole, and its state is not one of this code."""
     for path in reversed(checkpoints(folder)):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            state = TrainState(**content["state"])
+            values = content["state"]
             other = differences(config, content["config"], defaults)
             problem = "belongs to other settings" if other else ""
         except (OSError, MemoryError):  # These are the machine's: the file may be whole.
@@ -193,7 +206,12 @@ def newest_state(folder, config, defaults):
         except Exception as error:  # torch raises whatever torn bytes lead to
             problem = type(error).__name__
         if not problem:
-            return state
+            try:
+                return TrainState(**values)
+            except TypeError as error:
+                raise ValueError(
+                    f"{path} holds what this code does not know ({error}): --restart sets it aside"
+                ) from error
         log.warning(f"WARNING: {path.name} {problem}, passed over")
         path.rename(path.with_name(f"passed-over-{path.name}"))  # else it counts as the newest
     return TrainState()
@@ -210,37 +228,45 @@ class Run:
         self.args = args
         self.splits = splits
         self.record = {}
-        self.resumed = state.optimizer is not None
         self.exit_code = 0
         self._stop = stop
+        self._from_step = None if state.is_new else state.step
         self._metrics = None
         self._bar = None
         self._started = time.time()
 
     @property
+    def resumed(self):
+        """Whether the run goes on from a checkpoint."""
+        return self._from_step is not None
+
+    @property
     def stopped(self):
-        """The exit code that a signal asks for, or None. All ranks ask once a step, and agree."""
-        return ranks.agree(self._stop.exit_code)
+        """The exit code that a signal asks for, or None.
+        Every rank must read it exactly once a step, since they agree on it."""
+        return ranks.from_rank_0(self._stop.exit_code)
 
     @contextlib.contextmanager
-    def recorded(self):
-        """Context of a whole training: a failure is logged and booked, and the next one goes on."""
+    def failures_booked(self):
+        """Context of a whole training: a failure is logged, written to run.json and into
+        `exit_code`, and goes no further, since the next dataset may do better."""
         with log_file(self.folder / "train.log"):
             try:
                 yield
             except Exception as error:
-                self.exit_code = 1
+                self.fail(error)
                 expected = isinstance(error, NoVector | ValueError)  # Every rank meets it.
-                if ranks.rank() == 0:
-                    self._book(error)
                 if ranks.size() > 1 and not expected:
-                    raise SystemExit(
-                        1
-                    ) from error  # The others may be anywhere: torchrun ends them.
+                    # The other ranks may be anywhere: torchrun ends them all.
+                    raise SystemExit(1) from error
             finally:
                 self._stop.in_loop = ranks.rank() > 0  # Rank 0 says when all of them stop.
 
-    def _book(self, error):
+    def fail(self, error):
+        """Book a failure: in the log, in run.json and in `exit_code`."""
+        self.exit_code = 1
+        if ranks.rank():
+            return
         name = self.record["dataset"]
         log.exception(f"FAILED   {name}: {error} (traceback in {self.folder / 'train.log'})")
         with contextlib.suppress(OSError, ValueError):  # the disk may be full
@@ -257,12 +283,12 @@ class Run:
         self._stop.in_loop = True
 
     @contextlib.contextmanager
-    def logging(self, total_steps):
+    def open_metrics(self, total_steps):
         """Context of the loop: metrics.jsonl is open, a bar shows how far it is."""
         if self.resumed:
             log.info(f"resume   after step {self.state.step} of {total_steps}")
         path = self.folder / "metrics.jsonl"
-        trim_metrics(path, self.state.step if self.resumed else -1)
+        trim_metrics(path, self._from_step if self.resumed else -1)  # A new run keeps no row.
         quiet = True if ranks.rank() else None  # None: where there is no terminal
         with (
             open(path, "a", encoding="utf-8") as self._metrics,
@@ -322,12 +348,11 @@ def new_record(folder, dataset, config, state, args):
     """run.json of a run that begins or goes on, as a dict. attempts: how many processes in a row,
     this one included, began where this one does: those before died without a word."""
     before = read_json(folder / "run.json")
-    resumed = state.optimizer is not None
     attempts = 1
     if before.get("status") == "running" and before.get("from_step") == state.step:
         attempts = before.get("attempts", 0) + 1
     changes = set()
-    if resumed:
+    if not state.is_new:
         changes = {*before.get("code_changes", []), *changed_sources(before.get("code", {}))}
     return {
         "dataset": dataset,

@@ -1,9 +1,9 @@
 """Many trainings from one command line: datasets x seeds, what is left of them, how far they are.
 
-    sweep = Sweep(args, config_of_options, split, stop)
+    sweep = Sweep(args, split, NOT_IN_CONFIG, defaults, stop)
     for run in sweep.runs():      # locked, its data read, its last checkpoint found
-        with run.recorded():
-            ...
+        with run.failures_booked():
+            ...                   # train it
     sys.exit(sweep.exit_code)
 
 With --tensor-parallel, rank 0 decides all that; the other ranks get its runs, and write nothing.
@@ -104,7 +104,7 @@ class Sweep:
         """Yield each Run that is to be trained, its folder locked until the next one is asked for.
         Whatever a dataset runs into is logged, and the next one may do better."""
         if ranks.rank():
-            yield from self._runs_of_rank_0()
+            yield from self._runs_on_other_ranks()
             return
         chat = loading.load_chat(
             self.args.model, self.args.chat_template, self.args.trust_remote_code
@@ -139,7 +139,7 @@ class Sweep:
             failed[name] = status_of(self.folder(args, name)) == "failed"
         return sorted(self.names, key=failed.get)
 
-    def _runs_of_rank_0(self):
+    def _runs_on_other_ranks(self):
         for args, state, splits in ranks.jobs():
             with tempfile.TemporaryDirectory() as folder:
                 yield Run(Path(folder), state, args, splits, self.stop)
@@ -184,12 +184,11 @@ class Sweep:
             run = Run(folder, state, args, splits, self.stop)
             run.record = record
             if record["attempts"] > ATTEMPTS:
-                with run.recorded():
-                    raise NoVector(f"its process died {ATTEMPTS} times in a row")
+                run.fail(NoVector(f"its process died {ATTEMPTS} times in a row"))
                 self.exit_code = max(self.exit_code, run.exit_code)
                 yield None
                 return
-            ranks.agree((args, state, splits))
+            ranks.send_job((args, state, splits))
             yield run
 
     def _is_done(self, folder, config):
@@ -207,8 +206,9 @@ class Sweep:
         if found.verdict == "busy" or self._failed_meanwhile(folder):
             log.info(f"{name}: skipped, another process works in {folder}, or just failed there")
             return True
-        accepted = found.changed and self.args.accept_code_change
-        if found.verdict == "refused" and not accepted:
+        if found.verdict == "other code" and self.args.accept_code_change:
+            return False
+        if found.reason:
             raise ValueError(found.reason)
         return False
 
@@ -284,7 +284,7 @@ class Sweep:
         try:
             return standing(folder, self.config(args, name), self.defaults)
         except (ValueError, OSError) as error:  # its data cannot be read
-            return Standing("refused", str(error))
+            return Standing("other settings", str(error))
 
 
 def status_of(folder):

@@ -241,8 +241,8 @@ def smooth(monkeypatch):
 def test_a_folder_of_runs_becomes_a_folder_of_adapters_by_one_load(
     runs, smooth, tmp_path, monkeypatch, capsys
 ):
-    loads, load = [], ex.load_with
-    monkeypatch.setattr(ex, "load_with", lambda *a: loads.append(a) or load(*a))
+    loads, load = [], ex.load_from_options
+    monkeypatch.setattr(ex, "load_from_options", lambda *a: loads.append(a) or load(*a))
     out, every = tmp_path / "out", ("lora", "lora-gguf", "peft", "lm-eval", "hotwire")
     flags = [word for name in every for word in ("--format", name)]
     assert export(runs, *flags, "--out", out) == 0

@@ -94,7 +94,6 @@ def test_cached_plain_and_recomputed_are_the_hooked_forward(name):
         got = gradient_of(model, loss)
         close = torch.nn.functional.cosine_similarity(got, gradient, dim=0)
         assert close > 1 - 1e-6 and got.norm() == pytest.approx(gradient.norm().item(), rel=1e-3)
-    assert bool(model.fast_layers[1]) == fast.is_fast(rows)
     TAKEN[name] = "fast" if fast.is_fast(rows) else "plain"
 
 

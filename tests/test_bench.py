@@ -8,12 +8,14 @@ import types
 
 import pytest
 from conftest import ROOT, persona_rows, write_raw
+from test_train_steering import restore_signal_handlers  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu
 import dialect
 import sweep
 
+import bench
 from data_filter import DataOptions, filter_dataset, split_dataset
 from hook_model import load_chat
 from steering.files import write_json
@@ -42,6 +44,34 @@ def test_gpu_bench_prints_the_median_step_without_the_first_and_its_tokens_a_sec
         ["full", "4", "48", "2.000", "48"], ["full", "4", "96", "2.000", "48"],
         ["cached", "4", "48", "2.000", "48"], ["cached", "4", "96", "2.000", "48"],
     ]  # fmt: skip
+
+
+def test_bench_reports_our_steps_and_what_they_and_the_cache_take(
+    data_root, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench, "ROWS_PER_MICRO_BATCH", 1)
+    monkeypatch.setattr(bench, "ACCUMULATION", 1)
+    flags = ["--model", tiny_folder, "--data-root", data_root, "--dtype", "fp32"]
+    flags += ["--dataset", "src__role__pirate", "--layer", "1", "--epochs", "2"]
+    for variant in ("ours", "cache off"):
+        bench.main([*flags, "--variant", variant, "--report", str(tmp_path / f"{variant}.json")])
+        (record,) = (tmp_path / "run").rglob("run.json")
+        final = json.loads(record.read_text())["final"]
+        lines = (record.parent / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        report = json.loads((tmp_path / f"{variant}.json").read_text())
+        assert report["losses"] == [row["loss"] for row in rows] and len(rows) == final["steps"]
+        assert report["seconds"] > sum(row["seconds"] for row in rows)
+        prefix = report["seconds"] - sum(row["seconds"] for row in rows)
+        assert prefix == pytest.approx(final["prefix_seconds"])
+        assert report["tokens"] == sum(row["tokens"] for row in rows)
+        assert report["first_step"] == rows[0]["time"]
+        record.parent.rename(tmp_path / f"kept {variant}")
+    bench.main([*flags, "--variant", "memory", "--report", str(tmp_path / "memory.json")])
+    sizes = json.loads((tmp_path / "memory.json").read_text())
+    cached = report["tokens"] / 2 * 32 * 4 / 2**30  # of each token of an epoch, fp32 states
+    assert sizes["cache"] == pytest.approx(cached)
+    assert 0 < sizes["micro-batch"] < sizes["cached epoch"] + sizes["cache"]
 
 
 @pytest.mark.full

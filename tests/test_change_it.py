@@ -176,7 +176,7 @@ def test_another_optimizer_goes_through_a_kill_and_a_resume(project, unedited):
     )
     assert torch.equal(whole, stopped) and not torch.allclose(whole, adam)
     state = torch.load(project.found("stopped") / "checkpoint-00006.pt", weights_only=True)
-    assert "momentum_buffer" in state["state"]["optimizer"]["state"][0]
+    assert "momentum_buffer" in state["state"]["optimizer_state"]["state"][0]
 
 
 def test_learned_scale_is_trained_saved_and_steered_with(project):

@@ -6,6 +6,7 @@ in, and must then fail.
 
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import re
@@ -277,10 +278,57 @@ def test_leaked_questions_are_caught(data, finished, smol_chat, monkeypatch):
         {f"pos_p{p}_q{i}": 3 for i in range(20) for p in range(5)},
     )
     run.dataset = "src__role__five"
+    run.record["questions"] = {}  # those that are there are of the other dataset
     ev.load_data(run, smol_chat, 20_000).check()
     monkeypatch.setattr(df, "split_by_question", by_row)
     with pytest.raises(AssertionError, match="leaked"):
         ev.load_data(run, smol_chat, 20_000).check()
+
+
+def sha(question):
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_run_that_saw_a_held_out_question_is_refused(finished, data, part, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for path in folder.glob("eval*"):
+        path.unlink()
+    record = json.loads((folder / "run.json").read_text())
+    for name, rows in (("train", data.train), ("validation", data.validation)):
+        assert {*record["questions"][name]} == {sha(q) for q in me.questions_of(rows)}
+    question = data.heldout[3].row["question"]
+    record["questions"][part].append(sha(question))
+    (folder / "run.json").write_text(json.dumps(record))
+    assert ev.main(["--run", str(folder), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert f"was trained on 1 of today's held-out questions, such as {question!r}" in error
+    assert not list(folder.glob("eval*")) and not (folder / "samples.md").exists()
+
+
+def test_a_question_of_the_plain_held_out_rows_alone_is_seen_too(finished, data):
+    run = read_run(finished)
+    plain = [replace(e, row={**e.row, "question": "And this one?"}) for e in data.plain_heldout[:1]]
+    ev.check_questions(run, replace(data, plain_heldout=plain))
+    run.record["questions"]["train"].append(sha("And this one?"))
+    with pytest.raises(ValueError, match=r"1 of today's held-out .*'And this one\?'"):
+        ev.check_questions(run, replace(data, plain_heldout=plain))
+    del run.record["questions"]  # an imported vector does not say what it was trained on
+    ev.check_questions(run, replace(data, plain_heldout=plain))
+
+
+def test_a_split_that_has_changed_since_the_training_is_refused(finished, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    real = df.split_by_question
+
+    def another(items, fraction, seed, salt="heldout"):
+        return real(items, fraction, seed, f"another {salt}")
+
+    monkeypatch.setattr(df, "split_by_question", another)
+    assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 2
+    assert "the split by question has changed since the training" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
 
 
 def test_plain_rows_are_the_default_dataset_the_neg_rows_or_the_models_own(tmp_path, data):
@@ -424,12 +472,16 @@ def test_finished_evaluation_is_kept_unless_something_that_matters_changed(finis
     assert ev.main(arguments) == 0
     before = json.loads((finished / "eval.json").read_text())
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "load_with", None)  # would fail if called
+        patch.setattr(ev, "load_from_options", None)  # would fail if called
         assert ev.main([*arguments, "--micro-batch-tokens", "99"]) == 0
     assert ev.main([*arguments, "--seed", "1"]) == 0
     assert json.loads((finished / "eval.old.json").read_text()) == before
+
+    def fails(*_):
+        raise ValueError("no model")
+
     with monkeypatch.context() as patch:  # one that fails takes nothing away
-        patch.setattr(ev, "load_with", lambda *_: (_ for _ in ()).throw(ValueError("no model")))
+        patch.setattr(ev, "load_from_options", fails)
         kept = (finished / "eval.json").read_bytes()
         assert ev.main([*arguments, "--seed", "2"]) == 2
         assert (finished / "eval.json").read_bytes() == kept
@@ -600,7 +652,7 @@ def test_judged_evaluation_is_continued_and_nothing_judged_twice(finished, monke
     assert len(path.read_text().splitlines()) == 2 and "HTTP 400" in said.err
     assert result["judges"][0]["failed"] == len(asked) - 2 > 0
     assert f"{len(asked)} requests to make" in said.out
-    monkeypatch.setattr(ev, "load_with", None)  # the answers are those that were there
+    monkeypatch.setattr(ev, "load_from_options", None)  # the answers are those that were there
     replies = {"PERSONA:": "Mixed.", "overacts": "1", "coherent": "80"}
 
     def reply(prompt, count):

@@ -615,8 +615,8 @@ def test_vector_from_elsewhere_is_evaluated_as_it_is_and_trained_on(
     assert theirs_too["likelihood"]["steered"] == ours["likelihood"]["steered"]
     assert theirs_too["flags"] == []  # those of ours are of its training
     # From then on it is a run like others: evaluated already, in reports, exported with its origin.
-    monkeypatch.setattr(ev, "load_with", None)
-    monkeypatch.setattr(ex, "load_with", None)
+    monkeypatch.setattr(ev, "load_from_options", None)
+    monkeypatch.setattr(ex, "load_from_options", None)
     assert ev.main(["--vector", theirs, *place, *name, *here, *QUICK]) == 0
     assert ev.main(["--run", str(tmp_path), "--report-only"]) == 0
     assert "imported" in (tmp_path / "report.csv").read_text().splitlines()[1]

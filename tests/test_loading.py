@@ -14,7 +14,7 @@ from test_train_steering import command, restore_signal_handlers  # noqa: F401
 
 import eval_steering as ev
 import train_steering as ts
-from hook_model import load_model, load_with
+from hook_model import load_from_options, load_model
 from steering.loading import LoadOptions, add_load_arguments
 
 MLP = "model.layers.1.mlp"
@@ -74,13 +74,13 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(tmp_path, change
 def test_they_are_refused_in_4_bits_and_on_a_device_map_too(tmp_path, change, config, said, how):
     options = LoadOptions(str(saved(tmp_path, change, **config)), device="cpu", **how)
     with pytest.raises(ValueError, match=f"(?s)does not load: .*{said}"):
-        load_with(options, 1)
+        load_from_options(options, 1)
 
 
 @pytest.mark.parametrize("how", [{"quantize": "4bit"}, {"device_map": {"": "cpu"}}])
 def test_whole_files_load_in_4_bits_and_on_a_device_map(tmp_path, how):
     options = LoadOptions(str(saved(tmp_path)), dtype="fp32", device="cpu", **how)
-    model = load_with(options, 1)
+    model = load_from_options(options, 1)
     logits = load_model(tmp_path, 1, "fp32", "cpu")(input_ids=IDS).logits
     exact = torch.equal(model(input_ids=IDS).logits, logits)
     assert exact == ("device_map" in how)
@@ -88,6 +88,7 @@ def test_whole_files_load_in_4_bits_and_on_a_device_map(tmp_path, how):
     assert torch.equal(model.model.lm_head.weight, load_file(tmp_path / FILE)["lm_head.weight"])
 
 
+@pytest.mark.full
 def test_the_gguf_of_the_package_loads(packaged_gguf):
     model = load_model(str(packaged_gguf), 0, dtype="fp32", device="cpu")
     assert (len(model.layers), model.hidden_size) == (30, 576)
@@ -120,12 +121,7 @@ def test_training_on_them_exits_2_and_leaves_no_run(data_root, tiny_folder, tmp_
     assert written <= {"train.log"}
 
 
-def test_an_evaluation_on_them_exits_2_and_leaves_what_was_there(
-    finished,
-    tiny_folder,
-    tmp_path,
-    capsys,  # noqa: F811
-):
+def test_evaluating_on_them_exits_2_and_writes_nothing(finished, tiny_folder, tmp_path, capsys):  # noqa: F811
     broken = broken_copy(tiny_folder, tmp_path / "tiny-llama")
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for flags in ([], ["--restart"]):

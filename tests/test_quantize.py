@@ -11,7 +11,7 @@ import eval_steering as ev
 import export_vector as ex
 import train_steering as ts
 from data_filter import DataOptions, split_dataset
-from hook_model import load_model, load_with
+from hook_model import load_from_options, load_model
 from steering.fast_path import FastPath
 from steering.loading import LoadOptions
 from steering.plan import Plan
@@ -34,7 +34,7 @@ def test_gradient_is_nearly_that_of_the_whole_model(smol, smol_chat):
     found = {}
     for quantize in ("none", "4bit"):
         options = LoadOptions(smol, dtype="fp32", device="cpu", quantize=quantize)
-        model = load_with(options, 12)
+        model = load_from_options(options, 12)
         start = torch.Generator().manual_seed(1)
         model.set_vector(2.0 * torch.randn(model.hidden_size, generator=start))
         found[quantize] = gradient_of(model, rows)
@@ -80,7 +80,7 @@ def test_run_says_so_and_is_evaluated_on_either_model(data_root, tiny_folder, tm
 def test_without_the_package_it_is_named(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        load_with(LoadOptions(tiny_folder, quantize="4bit"), 1)
+        load_from_options(LoadOptions(tiny_folder, quantize="4bit"), 1)
 
 
 def test_other_widths_are_no_choice(tiny_folder, capsys):

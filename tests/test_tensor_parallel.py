@@ -73,12 +73,12 @@ def test_each_process_has_half_of_the_layers(folder, tmp_path):
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from hook_model import load_with
+from hook_model import load_from_options
 from steering import ranks
 ranks.start("cpu")
 from steering.loading import LoadOptions
 options = LoadOptions({folder!r}, "fp32", "cpu", tensor_parallel=True)
-layers = load_with(options, 1).layers
+layers = load_from_options(options, 1).layers
 local = [p.to_local() if hasattr(p, "to_local") else p for p in layers.parameters()]
 share = sum(p.numel() for p in local) / sum(p.numel() for p in layers.parameters())
 smallest, largest = ranks.least(share), -ranks.least(-share)

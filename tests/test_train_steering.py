@@ -110,7 +110,7 @@ def test_accumulated_gradient_equals_one_big_batch(tmp_path, architecture):
         (tmp_path / name).mkdir()
         model, _, folder = fit(tmp_path / name, rows, *flags, architecture=architecture)
         content = torch.load(folder / "checkpoint-00001.pt", weights_only=True)
-        saved = content["state"]["optimizer"]
+        saved = content["state"]["optimizer_state"]
         # Adam's first moment is (1 - beta1) x gradient.
         vectors.append(saved["state"][0]["exp_avg"] / 0.1)
         losses.append(json.loads((folder / "metrics.jsonl").read_text())["loss"])
@@ -479,8 +479,8 @@ def test_full_disk_is_a_failed_run_that_keeps_its_checkpoints(
 def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
     data_root, tiny_folder, tmp_path, monkeypatch, capsys
 ):
-    loads, real = [], ts.load_with
-    monkeypatch.setattr(ts, "load_with", lambda *a: loads.append(a) or real(*a))
+    loads, real = [], ts.load_from_options
+    monkeypatch.setattr(ts, "load_from_options", lambda *a: loads.append(a) or real(*a))
     listing = tmp_path / "roles.txt"
     names = ["0_default", "hopeless", "pirate", "sailor"]
     listing.write_text("".join(f"src__role__{name}\n" for name in names))
@@ -512,7 +512,7 @@ def test_many_datasets_share_one_model_load_and_the_worst_code_counts(
 def test_bad_input_exits_2_before_a_model_loads(
     data_root, tiny_folder, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(ts, "load_with", None)
+    monkeypatch.setattr(ts, "load_from_options", None)
     (tmp_path / "file").write_text("in the way")
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for m in messages %}{{ m.content }}")
