@@ -83,10 +83,11 @@ class FastPath:
                     plain_states = self._layer_output(ids, fast=False)[0]
                 size = plain_states.float().norm(dim=-1).median().item() / math.sqrt(len(kept))
                 steering.vector.copy_(0.3 * size * noise)
-                plain = log_probs(fast=False)
                 try:
                     with steering.scaled(0):
                         self.cache[key] = self._layer_output(ids, fast=True)[0]
+                        # What layers leave for each other must be of another text, to be missed.
+                        self._layer_output(ids.flip(1), fast=False)
                     from_cache = log_probs(fast=True)
                     del self.cache[key]
                     from_start = log_probs(fast=True)
@@ -95,6 +96,7 @@ class FastPath:
                     if is_out_of_memory(error):
                         raise
                     return " ".join(f"{type(error).__name__}: {error}".split())
+                plain = log_probs(fast=False)
             finally:
                 steering.vector.copy_(kept)
                 self.cache.pop(key, None)
@@ -193,6 +195,10 @@ class FastPath:
         steered = self.layer_output(ids)
         with replaced_forwards({model.steering: lambda hidden_states: hidden_states}):
             plain = self.layer_output(ids)
+        with model.steering_off():
+            off = self.layer_output(ids)
+        if not torch.equal(off, plain):
+            raise ValueError("ResidualHook.forward adds something at scale 0, the plain model")
         vector = model.steering.added().to(plain.device)
         saved = plain + vector.to(plain.dtype)
         atol = 0.02 * vector.abs().max().item()

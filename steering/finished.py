@@ -36,6 +36,8 @@ def read_run(folder, changes=None):
     folder = Path(folder)
     record = read_json(folder / "run.json")
     lacking = {"dataset", "config", "config_hash", "args"} - record.keys()
+    if not isinstance(record.get("args"), dict):
+        lacking.add("args")
     if not lacking:
         lacking = {"model", "layer"} - record["args"].keys()
     if lacking:

@@ -328,7 +328,7 @@ def test_a_hook_that_adds_something_else_than_is_saved_is_refused(project):
     ]
     project.apply("hook_model.py", lines)
     codes, printed = project.run(project.train("runs", "--init-scale", "0"))
-    assert codes == [1] and "adds something else than ResidualHook.added" in printed
+    assert codes == [1] and "ResidualHook.forward adds something" in printed
     assert not list(project.folder.rglob(VECTOR_FILE))
 
 

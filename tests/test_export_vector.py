@@ -536,7 +536,7 @@ def test_unfinished_and_unreadable_runs_are_clear_errors(a_run, tmp_path, capsys
     shutil.copy(a_run / VECTOR_FILE, tmp_path)
     (tmp_path / "run.json").write_text("{}")
     assert export(tmp_path, "--format", "pt", "--out", tmp_path / "out") == 2
-    assert "no readable run.json (no config, config_hash, dataset)" in capsys.readouterr().err
+    assert "no readable run.json (no args, config, config_hash, dataset)" in capsys.readouterr().err
     assert export(tmp_path / "nowhere", "--format", "pt", "--out", tmp_path / "out") == 2
     assert "no finished run below it" in capsys.readouterr().err
     assert convert(a_run, "org/model", tmp_path / "out") == 2

@@ -654,7 +654,9 @@ def test_out_of_memory_in_the_check_leaves_vector_and_fast_path_as_they_were(
         assert not model.steering.vector.any()
 
 
-@pytest.mark.parametrize("shares", ["a pass-through fails", "what is missing fails", "a default"])
+@pytest.mark.parametrize(
+    "shares", ["a pass-through fails", "what is missing fails", "a default", "what was left before"]
+)
 def test_layers_that_cannot_be_passed_through_mean_plain_forwards_and_right_numbers(
     shares, caplog, monkeypatch
 ):
@@ -668,7 +670,8 @@ def test_layers_that_cannot_be_passed_through_mean_plain_forwards_and_right_numb
     def take(hidden_states, *args, **kwargs):  # as layers that share keys and values do
         if shares == "a default":
             left.setdefault("values", hidden_states)
-        return above(hidden_states, *args, **kwargs) + left["values"]
+        shared = left["values"][-1:, :1]  # states of one token, which add up to something
+        return above(hidden_states, *args, **kwargs) + 3 * shared / shared.norm()
 
     def refuse(self, hidden_states, *args, **kwargs):
         raise KeyError("a layer wants what another one left")
@@ -678,10 +681,11 @@ def test_layers_that_cannot_be_passed_through_mean_plain_forwards_and_right_numb
     else:  # without layer 0 there is nothing to take: only a start from the cache fails
         monkeypatch.setattr(model.layers[0], "forward", leave)
         monkeypatch.setattr(model.layers[3], "forward", take)
-        model.model.register_forward_pre_hook(lambda *_: left.clear())
+        if shares != "what was left before":  # of whatever text that was
+            model.model.register_forward_pre_hook(lambda *_: left.clear())
     fast = fp.FastPath(model)
     fast.cache_prefix(rows)
-    assert ("off by" if shares == "a default" else "KeyError") in caplog.text
+    assert ("KeyError" if "fails" in shares else "off by") in caplog.text
     assert_plain_forwards(fast, rows, caplog)
 
 
@@ -860,6 +864,13 @@ class GainOfForwardAlone(hm.ResidualHook):
         return hidden_states + 1.7 * self.scale * self.vector.to(hidden_states.dtype)
 
 
+class NeverOff(hm.ResidualHook):
+    """What is saved, but the plain model has it too."""
+
+    def forward(self, hidden_states):
+        return hidden_states + self.added().to(hidden_states.dtype)
+
+
 class AnotherPlace(hm.ResidualHook):
     """The first tokens only: right where it acts."""
 
@@ -896,11 +907,13 @@ def test_a_hook_that_adds_what_is_saved_passes(kind, architecture, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, ratio", [
     (LowRank, 0.3), (LowRank, 0.0), (LowRankAlways, 0.3), (LowRankAlways, 0.0),
-    (GainOfForwardAlone, 0.3), (AnotherPlace, 0.3),
+    (GainOfForwardAlone, 0.3), (AnotherPlace, 0.3), (NeverOff, 0.3),
 ])  # fmt: skip
 def test_a_hook_that_adds_something_else_than_what_is_saved_is_refused(kind, ratio, dtype):
     model = with_hook(kind, ratio=ratio, dtype=dtype)
-    with pytest.raises(ValueError, match=r"adds something else than ResidualHook.added returns"):
+    at_zero = kind in (LowRankAlways, NeverOff)
+    fault = "at scale 0" if at_zero else "else than ResidualHook.added returns"
+    with pytest.raises(ValueError, match=f"ResidualHook.forward adds something {fault}"):
         fp.FastPath(model).check_vector(rows_of(14)[0])
 
 
