@@ -268,7 +268,8 @@ class Run:
         if ranks.rank():
             return
         name = self.record["dataset"]
-        log.exception(f"FAILED   {name}: {error} (traceback in {self.folder / 'train.log'})")
+        text = f"FAILED   {name}: {error} (traceback in {self.folder / 'train.log'})"
+        log.error(text, exc_info=error)
         with contextlib.suppress(OSError, ValueError):  # the disk may be full
             self._write_record(status="failed", error=str(error))
 
