@@ -30,6 +30,7 @@ from evaluation.kept import kept_beside
 from evaluation.prompts import first_rows
 from evaluation.scale import recommend_scale
 from hook_model import load_from_options
+from interop.formats import import_vector
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
 from steering.files import read_json, write_json
@@ -45,7 +46,6 @@ from steering.loading import LoadOptions, add_load_arguments, model_digest, same
 from steering.run import changed_sources, differences, source_hashes
 from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, vector_digest
-from steering.vector_formats import import_vector
 
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """

@@ -24,11 +24,11 @@ import torch
 
 import data_filter
 from data_filter import DataOptions
-from evaluation import adapter_check
-from evaluation.card import card
 from evaluation.summary import FORMAT_VERSION
 from hook_model import find_layers, load_from_options
-from steering import adapter
+from interop import adapter, adapter_check
+from interop.card import card
+from interop.formats import check_same_model, file_names, files_of, import_vector
 from steering.command_line import exit_code, new_parser, number_or_word, parse
 from steering.data_layouts import parse_name, pooled_names
 from steering.fast_path import FastPath
@@ -37,7 +37,6 @@ from steering.finished import FinishedRun, Shelf, read_run, shared_folder
 from steering.loading import DTYPES, read_config
 from steering.run_folder import find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, load_vector, vector_digest
-from steering.vector_formats import check_same_model, file_names, files_of, import_vector
 
 FORMATS = tuple(file_names(0))
 WITH_ROW = ("lora", "lora-gguf")  # adapters made of a fitted input row

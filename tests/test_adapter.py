@@ -18,9 +18,9 @@ from test_train_steering import restore_signal_handlers, the_folder  # noqa: F40
 import eval_steering as ev
 import export_vector as ex
 import hook_model as hm
-from evaluation import adapter_check
-from steering import adapter as ad
-from steering import vector_formats as vf
+from interop import adapter as ad
+from interop import adapter_check
+from interop import formats as vf
 from steering.fast_path import FastPath
 from steering.vector_file import VECTOR_FILE, load_vector, vector_bytes
 

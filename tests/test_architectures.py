@@ -12,8 +12,8 @@ from conftest import CONFIGS, HEADS, SMALL
 from test_hook_model import gradient_of, plain_loss, rows_of
 
 import hook_model as hm
+from interop.adapter import find_site
 from steering import fast_path as fp
-from steering.adapter import find_site
 from train_steering import token_loss
 
 pytestmark = pytest.mark.full

@@ -51,7 +51,7 @@ class Project:
 
     def __init__(self, folder, tiny_folder):
         self.folder = folder
-        for name in ("steering", "evaluation"):
+        for name in ("steering", "evaluation", "interop"):
             shutil.copytree(ROOT / name, folder / name)
         for path in ROOT.glob("*.py"):
             shutil.copy(path, folder)

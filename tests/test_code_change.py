@@ -27,8 +27,8 @@ class Sources:
 
     def __init__(self, folder):
         self.folder = folder
-        shutil.copytree(ROOT / "steering", folder / "steering")
-        shutil.copytree(ROOT / "evaluation", folder / "evaluation")
+        for name in ("steering", "evaluation", "interop"):
+            shutil.copytree(ROOT / name, folder / name)
         for path in ROOT.glob("*.py"):
             shutil.copy(path, folder)
         rs.source_hashes.cache_clear()

@@ -24,8 +24,8 @@ import eval_steering as ev
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-from evaluation.card import TEMPLATE
-from steering import vector_formats as vf
+from interop import formats as vf
+from interop.card import TEMPLATE
 from steering.run_folder import lock_folder
 from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 

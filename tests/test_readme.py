@@ -17,7 +17,7 @@ import train_steering
 
 PAGES = {  # by the folder that a page lies in
     folder: (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    for folder in (".", "steering", "evaluation")
+    for folder in (".", "steering", "evaluation", "interop")
 }
 README = PAGES["."]
 RECIPE = (ROOT / "bench" / "RECIPE.md").read_text(encoding="utf-8")

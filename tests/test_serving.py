@@ -21,7 +21,7 @@ from test_train_steering import restore_signal_handlers  # noqa: F401
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-from steering import adapter as ad
+from interop import adapter as ad
 from steering.chat_format import Example
 from steering.loading import load_chat
 from steering.vector_file import VECTOR_FILE, load_vector

@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Template
 
 from evaluation import summary
-from evaluation.adapter_check import adapter_words, fit_words
 from evaluation.judge import SCALES
+from interop.adapter_check import adapter_words, fit_words
 from steering.data_layouts import parse_name, pooled_names
 
 TEMPLATE = Path(__file__).with_name("card.md")

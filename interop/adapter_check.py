@@ -1,6 +1,6 @@
 """Does a rank-1 adapter do what its vector does? Measured on text that it was not fitted on.
 
-products = row_products(model, site, row, examples)  # steering/adapter.py has the idea
+products = row_products(model, site, row, examples)  # interop/adapter.py has the idea
 missed = missed_by_row(examples, products)           # where a . z is not 1
 batches = to_compare(fast, examples, products)       # once, and for each vector in turn:
 found = compare_with_adapter(fast, batches)
@@ -13,7 +13,7 @@ import math
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from steering.adapter import as_adapter
+from interop.adapter import as_adapter
 from steering.chat_format import micro_batches
 
 # Most of the vector's effect that an adapter may lose. KL(vector || adapter) as a share of
