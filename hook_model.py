@@ -159,9 +159,8 @@ class SteerModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self.layer = layer
-        steered = [
-            layer
-        ]  # A vector that acts at several layers has them here: README, "Change it".
+        # A list, so that an edit can have the vector act at several layers: README, "Change it".
+        steered = [layer]
         self._handles = [self.layers[k].register_forward_hook(self.steering.hook) for k in steered]
         weight = next(self.layers[layer].parameters())
         if weight.device.type != "meta":  # offloaded layers have no device of their own
