@@ -2,7 +2,7 @@
 
     python bench/bench_serving.py http://localhost:8000 MODEL adapters
 
-Of a vLLM server that finds its adapters in the folder (interop/README.md, "Serve them"), started with
+Of a vLLM server that finds its adapters in the folder (interop/README.md, "Serve them"), and has
 --max-loras 64. Sends --requests at once, with 1, 8 and 64 different personas among them, in turns
 with as many to the plain model, and prints the ratio of each pair.
 """
