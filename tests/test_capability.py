@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from interop.local_task import write_task
+from consumers.local_task import write_task
 from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
 
 import eval_steering as ev

@@ -740,7 +740,8 @@ def test_what_fails_after_the_check_is_an_error_and_no_silent_change_of_path(mon
         patch.setattr(fp.FastPath, "_pass_through", lambda self, hidden_states: None)
         with pytest.raises(TypeError):  # a layer has more arguments
             losses_of(fast, rows)
-    assert model.fast_layers == {1: True} and fast.cache and not caplog.text
+    assert model.fast_layers == {1: True} and fast.cache
+    assert "WARNING" not in caplog.text
     expected = plain_loss(model, rows).item()
     assert losses_of(fast, rows).sum().item() == pytest.approx(expected, rel=1e-5)
 

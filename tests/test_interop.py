@@ -114,7 +114,7 @@ def test_lines_on_the_card_give_the_same_logits_and_text(
     for layer, folder in exported.items():
         code = tmp_path / "snippet.py"
         code.write_text(snippets((folder / "README.md").read_text())[tool])
-        script = ROOT / "tests" / "interop" / "run_snippet.py"
+        script = ROOT / "tests" / "consumers" / "run_snippet.py"
         run_python(tool, script, code, ids[0], tmp_path / "out.npz", cwd=folder)
         theirs = np.load(tmp_path / "out.npz")
         logits, tokens = ours[layer]
@@ -131,7 +131,7 @@ def test_llama_cpp_shifts_logits_as_we_do_at_the_layer_and_at_no_other(
 ):
     correlations, differences = {}, []
     for layer, folder in exported.items():
-        script, out = ROOT / "tests" / "interop" / "run_llama_cpp.py", tmp_path / f"{layer}.npz"
+        script, out = ROOT / "tests" / "consumers" / "run_llama_cpp.py", tmp_path / f"{layer}.npz"
         vector = folder / "steering_vector.gguf"
         run_python("llama-cpp-python", script, packaged_gguf, vector, ids[0], out)
         theirs = np.load(out)

