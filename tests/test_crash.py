@@ -79,21 +79,23 @@ def check_kills(count, tiny_folder, tmp_path):
         tmp_path / "data", tiny_folder, tmp_path / "rough", "--dataset", "src__role__pirate"
     )
     target = tmp_path / "rough" / folder.relative_to(tmp_path / "quiet")
-    pick, kills, mid_write = random.Random(count), 0, 0
+    pick, kills, partial = random.Random(count), 0, set()
     while kills < count:
         moment, writing = pick.randint(0, max(1, STEPS // count)), kills % 2 == 1
         if kill_in_the_middle(rough, target, moment, writing):
             kills += 1
-            mid_write += bool(list(target.glob(".partial*")))
+            partial |= {path.name for path in target.glob(".partial*")}  # a file a kill
         else:  # it finished before it was killed: the next round starts from nothing
             shutil.rmtree(tmp_path / "rough")
     assert run(rough).returncode == 0
     steps = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, STEPS + 1))
     different = vector_files(tmp_path / "quiet") != vector_files(tmp_path / "rough")
-    print(f"{kills} kills survived, {mid_write} of them in the middle of writing a file; ", end="")
+    print(
+        f"{kills} kills survived, {len(partial)} of them in the middle of writing a file; ", end=""
+    )
     print(f"vectors lost 0, vectors different {int(different)}")
-    assert not different
+    assert not different and (partial or count < 20)
     # What a killed writer left behind is swept an hour later.
     for path in target.glob(".partial*"):
         os.utime(path, times=(0, 0))
