@@ -173,7 +173,7 @@ def train(model, train_set, val_set, args, run):
                 state.micro_batch_tokens = max_tokens
                 log.warning(f"WARNING: out of memory, now --micro-batch-tokens {max_tokens}")
                 optimizer.zero_grad()
-                loss = None  # frees the graph of the failed pass, which it is the end of
+                loss = None  # The graph of the failed pass is freed with its last tensor.
                 continue
 
             # Update.
