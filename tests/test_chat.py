@@ -79,7 +79,7 @@ class Terminal:
         self.said = ""
         os.write(self.master, text.encode())
 
-    def until(self, text, seconds=60, longer_than=0):
+    def until(self, text, seconds=400, longer_than=0):
         """Everything said, once this text is in it, and that many characters are."""
         end = time.time() + seconds
         while text not in self.said or len(self.said) <= longer_than:
