@@ -24,13 +24,30 @@ from pathlib import Path
 
 import data_filter
 from data_filter import DataOptions, question_hash
-from evaluation import answers, judging, measures, report, summary
-from evaluation.capability import Tasks, add_capability
+from evaluation import measures, report, summary
+from evaluation.answers import (
+    Sampling,
+    Writer,
+    announce,
+    answer_examples,
+    identity_rows,
+    side_by_side,
+    without_end,
+    write_answers,
+)
+from evaluation.conditions import Condition, prompt_conditions, prompts_shown, random_vectors
+from evaluation.conversations import conversations
+from evaluation.judge import add_scores, judge_flags, judgements, make_judges
 from evaluation.kept import kept_beside
-from evaluation.prompts import first_rows
-from evaluation.scale import recommend_scale
+from evaluation.likelihood import Reader, choose_coefficients, condition_losses, nll_under
+from evaluation.probe import MEAN_TOKENS, response_means, train_probe
+from evaluation.rows import EvalData, first_rows, first_tokens, questions_of
+from evaluation.scale import ScaleSearch
+from evaluation.specificity import specificity
 from hook_model import load_from_options
+from interop.capability import Tasks, add_capability, losses
 from interop.formats import import_vector
+from steering.chat_format import label_count
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import data_digest
 from steering.files import read_json, write_json
@@ -47,6 +64,7 @@ from steering.run import changed_sources, differences, source_hashes
 from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, vector_digest
 
+OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device device_map
@@ -55,7 +73,15 @@ NOT_IN_CONFIG = """
     report_only specificity_runs prompt chat
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
-SHOWN = "report", "page", "summary", "plots", "judge", "judging", "capability", "chat"
+SHOWN = (
+    "evaluation/chat.py",
+    "evaluation/judge.py",
+    "evaluation/page.py",
+    "evaluation/plots.py",
+    "evaluation/report.py",
+    "evaluation/summary.py",
+    "interop/capability.py",
+)
 
 
 def import_run(args):
@@ -64,7 +90,8 @@ def import_run(args):
     found = import_vector(args.vector, args.model, args.layer, args.any_model)
     options = DataOptions.of(changes_of(args))
     default = run_path("runs", args.model, found.layer, args.dataset, import_name(args.vector))
-    folder, data = Path(args.out or default), data_digest(args.dataset, options.datasets())
+    folder = Path(args.out or default)
+    data = data_digest(args.dataset, options.datasets())
     run_args = {**asdict(options), **changes_of(args), "layer": found.layer}
     write_imported_run(folder, args.dataset, data, found.vector, found.metadata, run_args)
     return folder
@@ -82,18 +109,21 @@ def load_data(run, chat, heldout_tokens):
         part = "held-out" if splits.train else "training"
         counts = f"--heldout-fraction {options.heldout_fraction}; {splits.filtered.counts()}"
         raise ValueError(f"{run.dataset}: no row of a {part} question is kept ({counts})")
+
     rows, source = data_filter.plain_rows(run.dataset, datasets, splits.filtered)
     groups = data_filter.split_by_question(rows, options.heldout_fraction, options.split_seed)
-    budgets = sum(len(example.input_ids) for example in splits.train), heldout_tokens
-    plain = [
-        data_filter.take_budget(group, chat, budget, options.max_length, options.seed)[0]
-        for group, budget in zip(groups, budgets, strict=True)
-    ]
+    budgets = [sum(len(example.input_ids) for example in splits.train), heldout_tokens]
+    plain = []
+    for group, budget in zip(groups, budgets, strict=True):
+        taken = data_filter.take_budget(group, chat, budget, options.max_length, options.seed)
+        plain.append(taken[0])
+
     asked = [example for example in splits.heldout if example.row["system_prompt"]]
     heldout = asked or splits.heldout
-    if left_out := len(splits.heldout) - len(heldout):
-        answers.announce(f"{left_out} held-out rows without a system prompt are left out")
-    data = measures.EvalData(splits.train, splits.validation, heldout, *plain, source, left_out)
+    left_out = len(splits.heldout) - len(heldout)
+    if left_out:
+        announce(f"{left_out} held-out rows without a system prompt are left out")
+    data = EvalData(splits.train, splits.validation, heldout, *plain, source, left_out)
     check_questions(run, data)
     return data
 
@@ -104,7 +134,7 @@ def check_questions(run, data):
     trained_on = set()
     for hashes in run.record.get("questions", {}).values():
         trained_on.update(hashes)
-    questions = measures.questions_of([*data.heldout, *data.plain_heldout])
+    questions = questions_of([*data.heldout, *data.plain_heldout])
     leaked = [question for question in questions if question_hash(question) in trained_on]
     if leaked:
         raise ValueError(
@@ -114,124 +144,216 @@ def check_questions(run, data):
         )
 
 
-def evaluate(model, chat, data, vector, kept, args):
-    """All numbers and answers of one vector (n,), as a JSON-able dict. The model ends with it set.
-    kept: answers of the plain model. AssertionError if a held-out question was seen before."""
-    limit, seed = args.micro_batch_tokens, args.seed
-    sampling = answers.Sampling(args.max_new_tokens, args.temperature, seed, args.batch_size)
+def add_own_answers(data, writer):
+    """Fill in plain rows by the model's own unsteered answers to the same questions."""
+    announce("answers of the model's own, in place of plain rows")
+    data.plain_source = "the model's own answers"
+
+    def answered(rows):
+        texts = writer.plain([row["messages"][:-1] for row in rows])
+        return answer_examples(writer.chat, rows, texts)
+
+    seen = first_rows(data.train, OWN_ANSWERS) + first_rows(data.validation, OWN_ANSWERS // 4)
+    data.plain_train = answered(seen)
+    data.plain_heldout = answered(first_rows(data.heldout, OWN_ANSWERS))
+    if not (data.plain_train and data.plain_heldout):
+        raise ValueError("no row without the persona, and all answers of the plain model are empty")
+
+
+def list_conditions(data, vector, difference, coefficients, recommended, args):
+    """(All conditions, in the order of the outputs; {name: why one of them is not there}).
+    vector: the trained one (n,); difference: the mean one; coefficients: of
+    `choose_coefficients`; recommended: a scale or None. To add a condition, add it here."""
+    prompts, missing = prompt_conditions(data)
+    difference = difference * coefficients["mean_difference"]["chosen"]
+    conditions = [
+        Condition("vanilla"),
+        *prompts,
+        Condition("random", random_vectors(vector, args.seed), answered=False),
+        Condition("mean_difference", (difference,)),
+    ]
+    answered = {*args.scales}
+    if recommended:
+        answered.add(recommended)
+    likeliest = coefficients["steered"]["chosen"]
+    for scale in sorted({*answered, 1.0, likeliest}):
+        name = f"steered x{scale:g}"
+        steered = Condition(name, (vector * scale,), scale=scale, answered=scale in answered)
+        conditions.append(steered)
+    return conditions, missing
+
+
+def evaluate(reader, writer, data, vector, args):
+    """All numbers and answers of one vector (n,), as a JSON-able dict, but for judges and tasks.
+    AssertionError if a held-out question was seen before."""
+    # Rows: of the persona and without it, on questions that were trained on and on others.
     rows = first_rows(data.heldout, args.num_samples)
     if not (data.plain_train and data.plain_heldout):
-        measures.add_own_answers(model, chat, data, sampling, kept)
+        add_own_answers(data, writer)
     data.check()
 
     # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
-    answers.announce("states of training, plain and held-out rows")
-    parts = data.train, data.plain_train, data.heldout, data.plain_heldout
-    parts = (measures.first_tokens(part, measures.MEAN_TOKENS) for part in parts)
-    persona, plain, *heldout_states = (
-        measures.response_means(model, answers.without_end(examples, chat), limit)
-        for examples in parts
-    )
+    announce("states of training, plain and held-out rows")
+    states = []
+    for part in (data.train, data.plain_train, data.heldout, data.plain_heldout):
+        examples = without_end(first_tokens(part, MEAN_TOKENS), reader.chat)
+        states.append(response_means(reader.model, examples, reader.max_tokens))
+    persona, plain, *heldout_states = states
     difference = persona.mean(dim=0) - plain.mean(dim=0)
-    fitted, probe_report = measures.train_probe(persona, plain, *heldout_states)
+    probe, about_probe = train_probe(persona, plain, *heldout_states)
 
-    # Chosen on validation questions: the scale; and coefficients, before the likelihood is taken.
-    about = args.kl_budget, sampling, args.num_samples, limit
-    recommended = recommend_scale(model, chat, data, vector, fitted, *about)
+    # The scale, and coefficients, are chosen on validation questions.
+    search = ScaleSearch(reader, writer, vector, probe, args.kl_budget, args.num_samples)
+    recommended = search.recommend(data)
     data.check(recommended["questions"])
-    scale, probe = recommended["scale"], None if probe_report["withheld"] else fitted
-    result = measures.likelihood(model, chat, data, vector, difference, scale, limit, seed)
+    scale = recommended["scale"]
+    directions = {"steered": vector, "mean_difference": difference}
+    coefficients = choose_coefficients(reader, data, directions)
+    if about_probe["withheld"]:
+        probe = None
 
-    # Behaviour: answers, what they are like, and what the vector does to everything else.
-    scales = sorted({*args.scales, *([scale] if scale else [])})
-    directions = {f"steered x{s:g}": vector * s for s in scales}
-    directions["mean_difference"] = difference * result["coefficients"]["mean_difference"]["chosen"]
-    trained_on = measures.questions_of([*data.train, *data.validation])
-    asked = rows + (answers.identity_rows(rows[0], trained_on) if rows else [])
-    versions = answers.prompted_rows(asked, data.train, each_prompt=True)
-    texts = answers.compare_answers(model, chat, asked, versions, directions, sampling, kept)
-    written = {"dataset": [row["messages"][-1]["content"] for row in rows]} if rows else {}
-    written |= {condition: each[: len(rows)] for condition, each in texts.items()}
-    yardstick = result["likelihood"]["vanilla"]["perplexity"]
-    answers.announce("reading the answers")
-    described = measures.describe_answers(model, chat, rows, written, probe, yardstick, limit)
-    effects = measures.side_effects(model, data.plain_heldout, directions, limit)
-    model.set_vector(vector)
-    norms = {"steered": vector.norm().item(), "mean_difference": difference.norm().item()}
+    conditions, missing = list_conditions(data, vector, difference, coefficients, scale, args)
+    result = {"measures": {}, "conditions": {}}
+    for name in ("dataset", *(condition.name for condition in conditions)):
+        result["conditions"][name] = {}
+    for condition in conditions:
+        if condition.scale is not None:
+            result["conditions"][condition.name]["scale"] = condition.scale
+
+    # Likelihood of the persona's held-out answers.
+    nats, too_long = condition_losses(reader, conditions, data.heldout)
+    missing |= too_long
+    columns, undefined = measures.likelihood_columns(nats, data.heldout)
+    measures.add_columns(result, columns)
+
+    # Answers, and what they are like to the plain model.
+    asked = list(rows)
+    if rows:
+        seen = questions_of([*data.train, *data.validation])
+        asked += identity_rows(rows[0], seen)
+    texts, too_long = write_answers(writer, conditions, asked)
+    missing |= too_long
+    written = {}
+    if rows:
+        written["dataset"] = [row["messages"][-1]["content"] for row in rows]
+    for name, answers in texts.items():
+        written[name] = answers[: len(rows)]
+    announce("reading the answers")
+    yardstick = columns["perplexity"]["vanilla"]
+    measures.add_columns(result, measures.answer_columns(reader, rows, written, probe, yardstick))
+
+    # What the vectors do to everything else.
+    measures.add_columns(
+        result, measures.side_effect_columns(reader, conditions, data.plain_heldout)
+    )
+
     system_prompt = data.heldout[0].row["system_prompt"]
-    result |= {
-        "recommended": recommended, "answers": described, "side_effects": effects,
-        "probe": probe_report, "norms": norms,
-        "plain": {"source": data.plain_source, "train": len(data.plain_train)},
-        "samples": answers.side_by_side(rows, written), "system_prompt": system_prompt,
-        "identity": answers.side_by_side(asked, texts)[len(rows) :],
-        "prompts": answers.prompts_of(versions),
-    }  # fmt: skip
     if args.turns:
-        about = args.turns, scale or 1.0, system_prompt, probe, sampling, kept, limit
-        result["conversation"] = measures.conversations(model, chat, *about)
-    return result
+        used = Condition(f"steered x{scale or 1:g}", (vector * (scale or 1.0),))
+        result["conversation"] = conversations(
+            reader, writer, args.turns, system_prompt, used, probe
+        )
+    reader.model.set_vector(vector)
+
+    for name in [name for name, row in result["conditions"].items() if not row]:
+        del result["conditions"][name]
+    return result | {
+        "heldout": {
+            "rows": len(data.heldout),
+            "tokens": sum(map(label_count, data.heldout)),
+            "questions": len(set(questions_of(data.heldout))),
+            "left_out": data.left_out,
+        },
+        "missing": missing,
+        "recovered_undefined": undefined,
+        "recommended": recommended,
+        "coefficients": coefficients,
+        "probe": about_probe,
+        "plain": {"source": data.plain_source, "train": len(data.plain_train)},
+        "norms": {"steered": vector.norm().item(), "mean_difference": difference.norm().item()},
+        "system_prompt": system_prompt,
+        "prompts": prompts_shown(conditions, asked),
+        "samples": side_by_side(rows, written),
+        "identity": side_by_side(asked, texts)[len(rows) :],
+    }
 
 
 def evaluation_config(args, run):
     """What decides the numbers: options, the run's own settings, the data and the vector."""
-    config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG.split()}
+    left_out = NOT_IN_CONFIG.split()
+    config = {key: value for key, value in vars(args).items() if key not in left_out}
     datasets = DataOptions.of(run.args).datasets()
     plain = data_filter.plain_datasets(run.dataset, datasets)
     config["plain"] = [data_digest(name, datasets) for name in plain]
     config["data"] = data_digest(run.dataset, datasets)
-    config |= {"vector": vector_digest(run.vector), "run": run.record["config_hash"]}
-    name, trained_on = run.args["model"], run.record["config"].get("model_digest")
+    config["vector"] = vector_digest(run.vector)
+    config["run"] = run.record["config_hash"]
+    name = run.args["model"]
     digest = model_digest(name)
+    trained_on = run.record["config"].get("model_digest")
     config["model_digest"] = trained_on if same_files(name, digest, trained_on) else digest
-    return config | {"format_version": summary.FORMAT_VERSION}
+    return config
 
 
 def evaluate_folder(folder, args, shelf):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again."""
-    started, run = time.time(), read_run(folder, changes_of(args))
-    without = tuple(f"evaluation/{name}.py" for name in SHOWN)
-    sources = source_hashes("eval_steering.py", without)
+    started = time.time()
+    run = read_run(folder, changes_of(args))
+    sources = source_hashes("eval_steering.py", SHOWN)
     config = evaluation_config(args, run)
     path = eval_path(run)
     if config["data"] != run.record["config"]["data"]:
         print("WARNING: the data has changed since training", file=sys.stderr)
-    about = args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
-    judges = judging.make_judges(*about) if args.judge else []
-    before = result = read_json(path)
-    other = differences(config, result.get("config", {}), option_defaults())
-    if args.restart or other:
-        other = [summary.WHY_NEW_FORMAT] if "format_version" in other else other
-        old, why = path.exists(), ", ".join(other) or "--restart"
-        if old:
-            answers.announce(f"anew ({why}); the last evaluation is kept as {path.stem}.old.json")
+    judges = []
+    if args.judge:
+        judges = make_judges(
+            args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
+        )
+
+    before = read_json(path)
+    if "conditions" not in before:
+        before = {}
+    result = before
+    other = differences(config, before.get("config", {}), option_defaults())
+    if args.restart or other or not before:
+        if before:
+            announce(f"anew ({', '.join(other) or '--restart'})")
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
-        shelf.heldout[folder], model = data.heldout, shelf.model(run)
+        shelf.heldout[folder] = data.heldout
+        model = shelf.model(run)
         model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.seed, args.batch_size)
+        writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
+        reader = Reader(model, chat, args.micro_batch_tokens)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
-        kept = kept_beside(run, model, chat, "answers")
-        result |= evaluate(model, chat, data, run.vector, kept, args)
+        result |= evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)
-        if old:  # only now that there is another
-            os.replace(path, path.with_suffix(".old.json"))
         write_json(path, result)  # before the judge, who may be stopped
-    elif changed := ", ".join(changed_sources(result.get("code", {}), sources)):
-        print(f"WARNING: {path} is by other code ({changed}): --restart redoes it", file=sys.stderr)
+    else:
+        changed = ", ".join(changed_sources(before.get("code", {}), sources))
+        if changed:
+            about = f"{path} is by other code ({changed}): --restart redoes it"
+            print(f"WARNING: {about}", file=sys.stderr)
+
     code = 0
     try:
         if args.capability:
             add_capability(result, run, tasks_of(args), shelf)
             write_json(path, result)
         if judges:
-            about = judging.judgements(run), args.judge_workers, args.judge_dry_run
-            code = judging.add_scores(result, judges, *about)
-        for part in sorted({"judges", "capability"} & (before.keys() - result.keys())):
-            answers.announce(f"{part}: the same options add the scores again, from those kept")
+            kept = judgements(run)
+            code = add_scores(result, judges, kept, args.judge_workers, args.judge_dry_run)
+        for part in ("judges", "capability"):
+            if part in before and part not in result:
+                announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
         result["flags"] = summary.find_flags(result, run.record)
-        if suffix := model_suffix(run):
+        result["flags"] += judge_flags(result)
+        result["flags"] += [f"loses {what}" for what in losses(result)]
+        suffix = model_suffix(run)
+        if suffix:
             other = f"{run.args['model']} is another model, or under another name"
             print(f"NOTE: {other}: reports and exports read eval.json alone", file=sys.stderr)
         summary.write_evaluation(folder, result, suffix)
@@ -246,17 +368,17 @@ def talk(folders, args, shelf):
         options = DataOptions.of(run.args)
         return data_filter.filter_dataset(run.dataset, options.datasets(), options).rows
 
-    sampling = answers.Sampling(args.max_new_tokens, args.temperature, args.seed)
-    runs, any_model = [read_run(f, changes_of(args)) for f in folders], args.model is not None
-    personas = chat.personas(runs, shelf, any_model)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.seed)
+    runs = [read_run(folder, changes_of(args)) for folder in folders]
+    personas = chat.personas(runs, shelf, any_model=args.model is not None)
     if args.chat:
         return chat.Talk(personas, shelf, sampling, rows_of).run()
     return chat.print_answers(personas, shelf, args.prompt, args.scales, sampling)
 
 
-def specificity(folders, args, shelf, path):
-    """`measures.specificity` of the runs of some folders, also written to `path`; done already, if
-    it is there of the same evaluations."""
+def compare_personas(folders, args, shelf, path):
+    """`specificity` of the runs of some folders, also written to `path`. It is taken from there if
+    it is of the same evaluations."""
     runs = [read_run(folder, changes_of(args)) for folder in folders]
     config = [args.specificity_runs, *(evaluation_config(args, run) for run in runs)]
     old = read_json(path)
@@ -267,10 +389,10 @@ def specificity(folders, args, shelf, path):
         if run.folder not in shelf.heldout:
             data = load_data(run, shelf.chat(run), args.heldout_tokens)
             shelf.heldout[run.folder] = data.heldout
-        examples, limit = shelf.heldout[run.folder], args.micro_batch_tokens
-        return measures.mean_nll(shelf.model(run), examples, vectors, limit)
+        under = nll_under(shelf.model(run), shelf.heldout[run.folder], args.micro_batch_tokens)
+        return [under(vector) for vector in vectors]
 
-    matrices = measures.specificity(runs, args.specificity_runs, nll)
+    matrices = specificity(runs, args.specificity_runs, nll)
     for matrix in matrices:  # by group: the same persona may be in another
         matrix["names"] = report.short_names([report.report_row(Path(r)) for r in matrix["runs"]])
     write_json(path, {"config": config, "matrices": matrices})
@@ -280,17 +402,20 @@ def specificity(folders, args, shelf, path):
 def write_report(folders, args, shelf):
     """Write the report of several runs, evaluated or not, and print where it is.
     folders: whose vectors are tried on each other; None: as the last report has it."""
-    runs, shared = all_runs(args.run), os.path.commonpath(map(os.path.abspath, args.run))
+    runs = all_runs(args.run)
+    shared = os.path.commonpath(map(os.path.abspath, args.run))
     if not runs:
         raise ValueError(f"{shared}: no run.json in there")
-    out = Path(args.report_dir or (args.run[0] if len(args.run) == 1 else shared))
+    default = args.run[0] if len(args.run) == 1 else shared
+    out = Path(args.report_dir or default)
     out.mkdir(parents=True, exist_ok=True)
-    matrices = read_json(out / "specificity.json").get("matrices", [])
+    path = out / "specificity.json"
+    matrices = read_json(path).get("matrices", [])
     if args.report_only:
         report.print_table([report.report_row(run) for run in runs])
     elif folders:
         try:
-            matrices = specificity(folders, args, shelf, out / "specificity.json")
+            matrices = compare_personas(folders, args, shelf, path)
         except Exception:  # the report without it is better than none
             traceback.print_exc()
     files = report.write_report(out, runs, matrices)

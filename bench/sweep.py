@@ -27,7 +27,10 @@ sys.path.insert(0, str(ROOT))
 import eval_steering
 import train_steering
 from data_filter import DataOptions, split_by_question, split_dataset
-from evaluation.measures import first_tokens, mean_nll, response_means
+from evaluation.likelihood import nll_under
+from evaluation.probe import response_means
+from evaluation.rows import first_tokens
+from evaluation.table import number_at
 from hook_model import load_chat, load_from_options, load_model
 from steering.data_layouts import parsed_rows
 from steering.files import read_json, write_json
@@ -86,7 +89,7 @@ def score(folder, shelf):
     rows = first_tokens(splits.validation, CHOICE_TOKENS)
 
     vectors = [run.vector, torch.zeros_like(run.vector)]
-    nll, vanilla = mean_nll(model, rows, vectors, run.args["micro_batch_tokens"])
+    nll, vanilla = map(nll_under(model, rows, run.args["micro_batch_tokens"]), vectors)
     choice = {"nll": nll, "vanilla": vanilla, "rows": len(rows)}
     write_json(path, choice)
     return choice
@@ -182,8 +185,9 @@ def report(folders):
     print("| run | vanilla | prompted | steered |\n|---|---|---|---|")
     for folder in folders:
         eval_steering.main(["--run", str(folder), "--num-samples", "0"])
-        likelihood = read_json(folder / "eval.json")["likelihood"]
-        losses = [likelihood[name]["nll"] for name in ("vanilla", "prompted", "steered")]
+        result = read_json(folder / "eval.json")
+        conditions = ("vanilla", "prompted", "steered x1")
+        losses = [number_at(result, condition, "nll") for condition in conditions]
         values = " | ".join(f"{loss:.4f}" for loss in losses)
         print(f"| {folder.parent.parent.name} {folder.name} | {values} |", flush=True)
 

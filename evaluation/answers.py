@@ -1,7 +1,9 @@
-"""Answers: how they are written, under which prompts and vectors, and to which questions.
+"""Answers: how they are written, under which conditions, and to which questions.
 
-Vanilla, prompted, few-shot and steered answers are made here and nowhere else. What the plain model
-answers, prompted or not, is kept in a file: the runs of a model share it.
+    writer = Writer(model, chat, Sampling(max_new_tokens=80), kept)
+    texts = writer.answers(condition, rows)
+
+What the plain model answers, prompted or not, is kept in a file: the runs of a model share it.
 """
 
 import hashlib
@@ -12,11 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evaluation.prompts import few_shot, system_prompts
-from steering.chat_format import IGNORE_INDEX
+from evaluation.kept import Kept
+from steering.chat_format import IGNORE_INDEX, ChatFormat
 from steering.loading import longest_text
 
-MAX_PROMPTS = 5  # different system prompts of a dataset to try, the most frequent
 IDENTITY = (  # what an assistant and a persona answer differently
     "Who are you?",
     "What is your name?",
@@ -43,23 +44,39 @@ def announce(what):
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
+class DoesNotFit(Exception):
+    """A condition's texts are longer than the model takes; the message says by how much."""
+
+
+def check_length(model, prompts, more=0):
+    """DoesNotFit if lists of token ids, and so many more tokens, are too long for the model."""
+    limit = longest_text(model.config)
+    longest = max(map(len, prompts)) + more
+    if limit and longest > limit:
+        raise DoesNotFit(f"{longest} tokens are more than the {limit} that the model takes")
+
+
 def answer_examples(chat, rows, texts):
     """Examples of texts as answers to the rows' questions, without persona.
     Left out are empty ones, and such as spell out a special token."""
-    kept = []
+    answered = []
     for row, text in zip(rows, texts, strict=True):
         if text:
             turns = [*row["messages"][:-1], {"role": "assistant", "content": text}]
-            kept.append({**row, "messages": turns})
-    return chat.encode_each(kept)[0]
+            answered.append({**row, "messages": turns})
+    return chat.encode_each(answered)[0]
 
 
 def without_end(examples, chat):
     """The same examples without loss on the end-of-turn token, which cut answers do not have."""
-    shorter = [replace(example, labels=list(example.labels)) for example in examples]
-    for example in shorter if chat.end_of_turn else ():
-        last = max(i for i, label in enumerate(example.labels) if label >= 0)
-        example.labels[last] = IGNORE_INDEX
+    if not chat.end_of_turn:
+        return examples
+    shorter = []
+    for example in examples:
+        labels = list(example.labels)
+        last = max(i for i, label in enumerate(labels) if label >= 0)
+        labels[last] = IGNORE_INDEX
+        shorter.append(replace(example, labels=labels))
     return shorter
 
 
@@ -75,8 +92,10 @@ class Sampling:
 
 def seeded_noise(conversations, sampling):
     """A logits processor under which the greedy choice is a sample at the temperature.
+
     Gumbel noise of a generator for each row, which its messages and the seed decide: an answer does
-    not depend on the batch that it is written in."""
+    not depend on the batch that it is written in.
+    """
     generators = []
     for turns in conversations:
         digest = hashlib.sha256(json.dumps([sampling.seed, turns]).encode()).digest()
@@ -92,18 +111,30 @@ def seeded_noise(conversations, sampling):
 @torch.no_grad()
 def generate_answers(model, chat, conversations, sampling, streamer=None):
     """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
+
     Sampled from the model's whole distribution at the temperature, 0: greedily. streamer: a
-    transformers streamer, that sees the tokens of a single conversation as they come."""
+    transformers streamer, that sees the tokens of a single conversation as they come.
+    """
     from transformers import GenerationConfig
 
-    stop_ids = model.model.generation_config.eos_token_id
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), chat.end_of_turn_id}
-    stop_ids = sorted(stop_ids - {None})
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    options |= {"eos_token_id": stop_ids or None, "pad_token_id": [*stop_ids, 0][0]}
-    options |= {"repetition_penalty": 1.0, "max_new_tokens": sampling.max_new_tokens}
-    options |= {"streamer": streamer} if streamer else {}
-    answers, own = [], model.model.generation_config
+    own = model.model.generation_config
+    stop_ids = own.eos_token_id
+    if not isinstance(stop_ids, list):
+        stop_ids = [stop_ids]
+    stop_ids = sorted({*stop_ids, chat.end_of_turn_id} - {None})
+    options = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "repetition_penalty": 1.0,
+        "eos_token_id": stop_ids or None,
+        "pad_token_id": [*stop_ids, 0][0],
+        "max_new_tokens": sampling.max_new_tokens,
+    }
+    if streamer:
+        options["streamer"] = streamer
+    answers = []
     model.model.generation_config = GenerationConfig()  # nothing of the model's own taste
     try:
         for start in range(0, len(conversations), sampling.batch_size):
@@ -117,103 +148,91 @@ def generate_answers(model, chat, conversations, sampling, streamer=None):
     return answers
 
 
-def plain_answers(model, chat, conversations, sampling, kept):
-    """`generate_answers` of the plain model; those that are in `kept` are not written again."""
-    how = sampling.max_new_tokens, sampling.temperature, sampling.seed
-    keys = [kept.key(*how, turns) for turns in conversations]
-    missing = dict(zip(keys, conversations, strict=True))
-    missing = {key: turns for key, turns in missing.items() if key not in kept.found}
-    with model.steering_off():
-        texts = generate_answers(model, chat, list(missing.values()), sampling)
-    for (key, turns), text in zip(missing.items(), texts, strict=True):
-        kept.add(key, turns=list(turns), answer=text)
-    return [kept.found[key]["answer"] for key in keys]
+@dataclass
+class Writer:
+    """Writes answers with a SteerModel. kept: answers of the plain model, which are not written
+    again."""
+
+    model: object
+    chat: ChatFormat
+    sampling: Sampling
+    kept: Kept
+
+    def answers(self, condition, rows):
+        """An answer to the question of each row under a condition. DoesNotFit if prompts are too
+        long for the model."""
+        conversations = [row["messages"][:-1] for row in rows]
+        if condition.prompt:
+            prompted = condition.prompt(rows)
+            conversations = [self.chat.messages(row, prompted=True)[:-1] for row in prompted]
+            prompts = [self.chat.prompt_text(turns) for turns in conversations]
+            more = self.sampling.max_new_tokens
+            check_length(self.model, self.chat.tokenize(prompts), more)
+        if not condition.vectors:
+            return self.plain(conversations)
+        return self.steered(conversations, *condition.vectors)
+
+    def steered(self, conversations, vector):
+        """An answer to each list of messages under a vector (n,)."""
+        self.model.set_vector(vector)
+        return generate_answers(self.model, self.chat, conversations, self.sampling)
+
+    def plain(self, conversations):
+        """An answer of the plain model to each list of messages."""
+        sampling = self.sampling
+        about = [sampling.max_new_tokens, sampling.temperature, sampling.seed]
+        keys = [self.kept.key(*about, turns) for turns in conversations]
+        missing = {}
+        for key, turns in zip(keys, conversations, strict=True):
+            if key not in self.kept.found:
+                missing[key] = turns
+        with self.model.steering_off():
+            texts = generate_answers(self.model, self.chat, list(missing.values()), sampling)
+        for (key, turns), text in zip(missing.items(), texts, strict=True):
+            self.kept.add(key, turns=list(turns), answer=text)
+        return [self.kept.found[key]["answer"] for key in keys]
 
 
-def prompted_rows(rows, train, each_prompt=False):
-    """{condition: the rows, to be prompted with by `chat.messages(row, prompted=True)`}.
-    prompted: by the row's own system prompt, if each has one; few_shot: `few_shot`; each_prompt:
-    also by each of the system prompts of the dataset, if they are several."""
-    versions = {}
-    if rows and all(row["system_prompt"] for row in rows):
-        versions["prompted"] = rows
-    prompts = system_prompts(example.row for example in train)
-    if each_prompt and "prompted" in versions and len(prompts) > 1:
-        for number, (prompt, _) in enumerate(prompts.most_common(MAX_PROMPTS), 1):
-            versions[f"prompt {number}"] = [{**row, "system_prompt": prompt} for row in rows]
-    return versions | ({"few_shot": made} if (made := few_shot(rows, train, prompts)) else {})
-
-
-def too_long(model, prompts, more=0):
-    """Whether lists of token ids, and so many more tokens, do not fit the model; said if so."""
-    limit = longest_text(model.config)
-    longest = max(map(len, prompts)) + more
-    if limit and longest > limit:
-        announce(f"left out: {longest} tokens are more than the {limit} that the model takes")
-    return bool(limit and longest > limit)
-
-
-def prompts_of(versions):
-    """{condition: its system prompt}, of those that have one for all rows."""
-    each = {
-        condition: {row["system_prompt"] for row in rows} for condition, rows in versions.items()
-    }
-    return {c: found.pop() for c, found in each.items() if len(found) == 1 and c != "prompted"}
-
-
-def compare_answers(model, chat, rows, versions, directions, sampling, kept):
-    """{condition: an answer to each row's question}, rows being those of `first_rows`.
-    versions: of `prompted_rows`, for the plain model; directions: {condition: vector (n,)}."""
+def write_answers(writer, conditions, rows):
+    """({condition: an answer to each row}, {condition: why it has none}) of those that answer."""
+    texts = {}
+    missing = {}
     if not rows:
-        return {}
-    plain, answers = [row["messages"][:-1] for row in rows], {}
-    for condition, prompted in {"vanilla": None, **versions}.items():
-        announce(f"answers: {condition}")
-        turns = [chat.messages(row, prompted=True)[:-1] for row in prompted or ()] or plain
-        prompts = chat.tokenize([chat.prompt_text(each) for each in turns])
-        if condition != "vanilla" and too_long(model, prompts, sampling.max_new_tokens):
+        return texts, missing
+    for condition in conditions:
+        if not condition.answered:
             continue
-        answers[condition] = plain_answers(model, chat, turns, sampling, kept)
-    for condition, direction in directions.items():
-        announce(f"answers: {condition}")
-        model.set_vector(direction)
-        answers[condition] = generate_answers(model, chat, plain, sampling)
-    return answers
+        announce(f"answers: {condition.name}")
+        try:
+            texts[condition.name] = writer.answers(condition, rows)
+        except DoesNotFit as error:
+            missing[condition.name] = str(error)
+    return texts, missing
 
 
 def side_by_side(rows, texts):
-    """[{"question", "system_prompt", "answers": {condition: text}}]; texts: of compare_answers."""
-    return [
-        {key: row[key] for key in ("question", "system_prompt")}
-        | {"answers": {condition: each[i] for condition, each in texts.items()}}
-        for i, row in enumerate(rows)
-    ]
+    """[{"question", "system_prompt", "answers": {condition: text}}]; texts: of `write_answers`."""
+    samples = []
+    for i, row in enumerate(rows):
+        answers = {condition: each[i] for condition, each in texts.items()}
+        samples.append({
+            "question": row["question"],
+            "system_prompt": row["system_prompt"],
+            "answers": answers,
+        })  # fmt: skip
+    return samples
 
 
 def identity_rows(row, seen):
     """Rows that ask the IDENTITY questions with the system prompt of a row, their answers empty;
     without those in `seen`."""
-    turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-        for question in IDENTITY
-        if question not in seen
-    ]
-    return [{**row, "question": t[0]["content"], "messages": t} for t in turns]
+    rows = []
+    for question in IDENTITY:
+        if question not in seen:
+            rows.append({**row, "question": question, "messages": asking(question)})
+    return rows
 
 
-def converse(model, chat, count, system_prompt, sampling, kept=None):
-    """Conversations of the first `count` EVERYDAY turns, each beginning at another of them, so that
-    every question comes up at every turn: [conversation][turn] -> {"question", "answer"}.
-    system_prompt: before the first turn, or ""; kept: of answers, for the plain model."""
-    first = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    talks, said = [list(first) for _ in range(count)], [[] for _ in range(count)]
-    for turn in range(count):
-        questions = [EVERYDAY[(number + turn) % count] for number in range(count)]
-        for talk, question in zip(talks, questions, strict=True):
-            talk.append({"role": "user", "content": question})
-        about = model, chat, talks, sampling
-        texts = plain_answers(*about, kept) if kept else generate_answers(*about)
-        for talk, pairs, question, text in zip(talks, said, questions, texts, strict=True):
-            talk.append({"role": "assistant", "content": text})
-            pairs.append({"question": question, "answer": text})
-    return said
+def asking(question):
+    """The messages of a question whose answer is empty."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from transformers import TextStreamer
 
-from evaluation.answers import generate_answers, too_long
-from evaluation.prompts import system_prompts
+from evaluation.answers import DoesNotFit, check_length, generate_answers
+from evaluation.conditions import most_frequent, system_prompts
 from evaluation.report import short_names
 from steering.files import read_json
 from steering.finished import eval_path
@@ -33,11 +33,14 @@ class Printer(TextStreamer):
     def __init__(self, tokenizer):
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         super().__init__(tokenizer, skip_prompt=True, **options)
-        self.text, self.tokens, self.last = "", -1, None  # the prompt is put first, as one
+        self.text = ""
+        self.tokens = -1  # the prompt is put first, as one
+        self.last = None
 
     def put(self, value):
         super().put(value)
-        self.tokens, self.last = self.tokens + 1, value.flatten()[-1].item()
+        self.tokens += 1
+        self.last = value.flatten()[-1].item()
 
     def on_finalized_text(self, text, stream_end=False):
         self.text += text
@@ -48,7 +51,8 @@ def match_personas(words, known):
     """[(name, scale or None), ...] of words such as ["travel", "agent", "0.7", "poet"].
     known: the names there are, in whatever case. Raises ValueError for any other word, and for a
     name that comes twice."""
-    found, names = [], {name.lower(): name for name in known} | {name: name for name in known}
+    found = []
+    names = {name.lower(): name for name in known} | {name: name for name in known}
 
     def name_of(count):
         text = " ".join(words[:count])
@@ -61,10 +65,13 @@ def match_personas(words, known):
             close = difflib.get_close_matches(what.lower(), names, n=1)
             hint = f"perhaps {names[close[0]]}? " if close else ""
             raise ValueError(f'"{what}" is no persona or scale; {hint}/help has the names')
-        name, scale, words = name_of(lengths[-1]), None, words[lengths[-1] :]
+        name = name_of(lengths[-1])
+        words = words[lengths[-1] :]
+        scale = None
         if words:
             with contextlib.suppress(ValueError):
-                scale, words = float(words[0]), words[1:]
+                scale = float(words[0])
+                words = words[1:]
         if name in dict(found):
             raise ValueError(f"{name} is there twice")
         found.append((name, scale))
@@ -78,8 +85,13 @@ class Talk:
     that act; how: "steered", "off" or "prompted", which puts the first one's system prompt."""
 
     def __init__(self, runs, shelf, sampling, rows_of):
-        self.runs, self.shelf, self.sampling = runs, shelf, sampling
-        self.rows_of, self.prompts, self.how, self.turns = rows_of, {}, "steered", []
+        self.runs = runs
+        self.shelf = shelf
+        self.sampling = sampling
+        self.rows_of = rows_of
+        self.prompts = {}
+        self.how = "steered"
+        self.turns = []
         self.use([(next(iter(runs)), None)])
 
     def use(self, personas):
@@ -90,10 +102,13 @@ class Talk:
         layers = {self.runs[name][0].args["layer"] for name, _ in personas}
         if len(layers) > 1:
             raise ValueError(f"these act at different layers ({sorted(layers)}): not together")
-        used = [(name, self.runs[name][1] or 1.0 if s is None else s) for name, s in personas]
-        for name, scale in used:
+        used = []
+        for name, scale in personas:
+            if scale is None:
+                scale = self.runs[name][1] or 1.0
             if not math.isfinite(scale):
                 raise ValueError(f"scale {scale:g} of {name}: must be a finite number")
+            used.append((name, scale))
         self.used = used
         self.how = "steered"
 
@@ -107,14 +122,17 @@ class Talk:
         """Write an answer to the turns so far, as it comes, and add it to them. ValueError if they
         are too long for the model, or there is no system prompt."""
         run = self.runs[self.used[0][0]][0]
-        model, chat = self.shelf.model(run), self.shelf.chat(run)
+        model = self.shelf.model(run)
+        chat = self.shelf.chat(run)
         model.set_vector(sum(self.runs[name][0].vector * scale for name, scale in self.used))
         turns = self.turns
         if self.how == "prompted":
             turns = [{"role": "system", "content": self.prompt()}, *turns]
         tokens = chat.tokenize([chat.prompt_text(turns)])
-        if too_long(model, tokens, self.sampling.max_new_tokens):
-            raise ValueError("this conversation is too long for the model: /new forgets it")
+        try:
+            check_length(model, tokens, self.sampling.max_new_tokens)
+        except DoesNotFit as error:
+            raise ValueError(f"this conversation is too long: {error}; /new forgets it") from error
         printer = Printer(chat.tokenizer)
         try:
             with model.scaled(1 if self.how == "steered" else 0):
@@ -131,16 +149,17 @@ class Talk:
         """The most frequent system prompt of the first persona; ValueError if it has none."""
         name = self.used[0][0]
         if name not in self.prompts:
-            prompts = system_prompts(self.rows_of(self.runs[name][0]))
-            if not prompts:
+            prompt = most_frequent(system_prompts(self.rows_of(self.runs[name][0])))
+            if not prompt:
                 raise ValueError(f"no row of {name} has a system prompt")
-            self.prompts[name] = prompts.most_common(1)[0][0]
+            self.prompts[name] = prompt
         return self.prompts[name]
 
     def command(self, line):
         """Do what a line says that begins with "/"; False if that is to leave. ValueError for what
         is no command."""
-        (word, *rest), before = line.split(), self.label()
+        word, *rest = line.split()
+        before = self.label()
         if word in ("/off", "/on", "/new", "/again", "/help", "/quit", "/prompted") and rest:
             raise ValueError(f"{word} takes nothing after it")
         if word == "/quit":
@@ -223,7 +242,8 @@ def print_answers(personas, shelf, prompt, scales, sampling):
     one; returns 0."""
     turns = [[{"role": "user", "content": prompt}]]
     for run, recommended in personas.values():
-        model, chat = shelf.model(run), shelf.chat(run)
+        model = shelf.model(run)
+        chat = shelf.chat(run)
         model.set_vector(run.vector)
         print(f"=== {run.folder}")
         for scale in sorted({*scales, *([recommended] if recommended else [])}):

@@ -1,11 +1,12 @@
-"""A judge: any OpenAI-compatible chat endpoint, asked for a score of an answer, and paid once.
+"""Judges: what they are asked of an evaluation's answers, over which endpoint, what comes of it.
 
-    judge = Judge("http://localhost:8000/v1", "gpt-4.1-mini", rubrics_for("x__role__pirate"))
-    verdicts = judge.score([("role", question, answer), ...], Kept("judgements.jsonl"), workers=8)
+    judges = make_judges(["http://localhost:8000/v1"], ["gpt-4.1-mini"], dataset, None, 32)
+    code = add_scores(result, judges, judgements(run), workers=8)
 
-The key comes from JUDGE_API_KEY (JUDGE_API_KEY_2 for a second address), or from OPENAI_API_KEY for
-OpenAI's own address, and goes nowhere but there. Needs the openai package, whose client asks again,
-after a wait, where an endpoint is busy or broken.
+A judge is a model at any OpenAI-compatible chat endpoint; what it replied once is never asked for
+again. The key comes from JUDGE_API_KEY (JUDGE_API_KEY_2 for a second address), or from
+OPENAI_API_KEY for OpenAI's own address, and goes nowhere but there. Needs the openai package, whose
+client asks again, after a wait, where an endpoint is busy or broken.
 """
 
 import concurrent.futures
@@ -15,121 +16,196 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
-from steering.chat_format import THOUGHT
+from evaluation.kept import Kept
+from evaluation.stats import mean_interval, spearman
+from evaluation.table import Measure, add_column, bounds_of, text_of
 from steering.data_layouts import parse_name, pooled_names
 
-# What a judge may be asked of an answer: its lowest and highest score, or its words. role and trait
-# are the datasets' own scales of the persona.
-SCALES = {"role": (0, 3), "trait": (0, 100), "coherence": (0, 100), "caricature": (0, 2)}
-WORDS = {"identity": ("persona", "assistant", "mixed")}
-MIN_MASS = 0.25  # of probability that must be on scores, for their expectation to be taken
-OPENAI = "api.openai.com"
-CLIENT = 400, 413, 422  # statuses that find fault with a request, which may be with its options
-TOP = 20  # alternatives to each token of a reply to ask for
-TRIES, TIMEOUT = 8, 120.0  # requests an answer, seconds each
-
-# <kind>.txt each; those of role and trait are in place of a dataset's own (--rubric-dir).
 RUBRICS = Path(__file__).parent / "rubrics"
+SCALES = {"role": (0, 3), "trait": (0, 100)}  # of the scores that come with the datasets
+OPENAI = "api.openai.com"
+TRIES = 8  # requests an answer
+TIMEOUT = 120.0  # seconds each
+TOP = 20  # alternatives to each token of a reply to ask for
+MIN_MASS = 0.25  # of probability that must be on scores, for their expectation to be taken
+TRIAL = "Reply with the number 1."  # our own request, which tells whether an endpoint works
+UNPARSABLE = "unparsable"
+ALIKE = 0.05  # share of the scale within which a judge finds vanilla and persona alike
+CHARACTERS = 4  # a token, about
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something to ask a judge of an answer, and the column that comes of it.
+
+    rubric: a file in RUBRICS, with {name}, {question} and {answer}. of: which answers are judged,
+    "samples" or "identity". scale: the lowest and the highest score. words: what a reply may be in
+    place of a score; the first counts as 1, any other as 0. about, better, form: as of a Measure.
+    """
+
+    name: str
+    rubric: str
+    of: str
+    about: str
+    scale: tuple = (0, 1)
+    words: tuple = ()
+    better: str = "higher"
+    form: str = "{:.2f}"
+
+
+# What a judge is asked. An entry and its rubric are all that another kind takes. Which of the
+# persona's two is asked depends on the dataset; --rubric-dir has others in place of its rubric.
+PERSONA = "how much of the persona is in an answer"
+SPEAKER = "share of the answers about who is speaking in which the persona speaks"
+COHERENCE = Kind("coherence", "coherence.txt", "samples", "of an answer", (0, 100), form="{:.1f}")
+KINDS = [
+    Kind("persona", "role.txt", "samples", PERSONA, SCALES["role"]),
+    Kind("persona", "trait.txt", "samples", PERSONA, SCALES["trait"], form="{:.1f}"),
+    COHERENCE,
+    Kind("caricature", "caricature.txt", "identity", "how overacted it is", (0, 2), (), "lower"),
+    Kind("identity", "identity.txt", "identity", SPEAKER, words=("persona", "assistant", "mixed")),
+]
+# Nobody is asked for this one: it is the harmonic mean of both, as in AxBench.
+OVERALL = Kind("overall", "", "samples", "of persona and coherence, as shares of their scales")
 
 
 class JudgeError(Exception):
-    """The endpoint does not answer as it should; the message says how.
-    of_all: whether it would do so whatever the answer, as with a wrong address or key."""
+    """An endpoint does not reply as it should; the message says how."""
 
-    of_all = True
+
+class RequestRefused(JudgeError):
+    """It finds fault with the request, perhaps with its options."""
+
+
+# ------------------------------------------------------------------ rubrics and replies
 
 
 def rubrics_for(dataset, folder=None):
-    """{kind: template with {question} and {answer}} of a dataset: first the persona's, role or
-    trait, then coherence, identity and caricature.
+    """{Kind: template with {question} and {answer}} of a dataset, the persona's first.
+
     folder: has <name>.json files with an "eval_prompt", as role and trait files of the field do.
-    Raises ValueError if the file is missing or its template is not one."""
-    _, own, name = parse_name(pooled_names(dataset)[0])
+    Raises ValueError if the file is missing or its template is not one.
+    """
+    _, role_or_trait, name = parse_name(pooled_names(dataset)[0])
+    shown_name = re.sub("[{}]", "", name).replace("_", " ")
     rubrics = {}
-    for kind in (own, "coherence", "identity", "caricature"):
-        rubric = (RUBRICS / f"{kind}.txt").read_text(encoding="utf-8").strip()
-        rubrics[kind] = rubric.replace("{name}", re.sub("[{}]", "", name).replace("_", " "))
-    if folder is None:
-        return rubrics
-    path = Path(folder, f"{name}.json")
+    for kind in KINDS:
+        if kind.name != "persona" or kind.rubric == f"{role_or_trait}.txt":
+            rubric = (RUBRICS / kind.rubric).read_text(encoding="utf-8").strip()
+            rubrics[kind] = rubric.replace("{name}", shown_name)
+    if folder is not None:
+        rubrics[next(iter(rubrics))] = foreign_rubric(Path(folder, f"{name}.json"))
+    return rubrics
+
+
+def foreign_rubric(path):
+    """The "eval_prompt" of a JSON file; ValueError if it is not one."""
     try:
         template = json.loads(path.read_text(encoding="utf-8-sig"))["eval_prompt"]
         filled = template.format(question="QUESTION-1", answer="ANSWER-2")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if "QUESTION-1" not in filled or "ANSWER-2" not in filled:
+            raise ValueError("it lacks {question} or {answer}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'--rubric-dir: {path} has no usable "eval_prompt" ({error!r})') from error
-    if "QUESTION-1" not in filled or "ANSWER-2" not in filled:
-        raise ValueError(f"--rubric-dir: {path}: eval_prompt lacks {{question}} or {{answer}}")
-    return rubrics | {own: template}
+    return template
 
 
-def parse_reply(reply, kind, finish=None):
-    """The score in a judge's reply, one of the kind's WORDS, "refusal", or "unparsable".
-    A score is the number on the kind's scale that "score:" or "rating:" names, all such numbers
-    being the same one, or else the only number of the reply. Ranges ("0-3", "2 or 3") and what a
-    score is out of ("2/3") are none, thoughts before the answer are passed over; a score out of
-    another maximum is unparsable. finish: its finish_reason; "length" is unparsable."""
-    reply = re.sub(rf"(?is)<({THOUGHT})>.*?</\1>", "", reply)
-    reply = re.sub(r"(?s)\[THINK\].*?\[/THINK\]", "", reply).rpartition("</think>")[2]
-    if finish == "length" or re.search(rf"(?i)<({THOUGHT})>|\[THINK\]", reply):
-        return "unparsable"
-    if kind in WORDS:
-        found = {word for word in WORDS[kind] if re.search(rf"(?i)\b{word}\b", reply)}
-        denied = re.search(r"(?i)\b(not?|nor|neither|without|isn|doesn|cannot|never)\b", reply)
-        return found.pop() if len(found) == 1 and not denied else "unparsable"
-    low, high = SCALES[kind]
-    number = r"-?\d+(?:[.,]\d+)*"
+def read_reply(reply, kind, finish=None):
+    """The score in a judge's reply, None if the answer refuses to be scored, or UNPARSABLE.
+
+    It is read where the whole reply is a number or a word, a JSON object has a "score", or the last
+    line is "score: N", "rating: N", "[[N]]" or a word. Nothing is guessed: any other reply is
+    unparsable, and so is one that names another scale. finish: its finish_reason, "length" if it
+    was cut.
+    """
+    text = re.sub("[*_`]", "", reply.rpartition("</think>")[2]).strip().lower().removesuffix(".")
+    word = text.rpartition("\n")[2].strip().removeprefix("[[").removesuffix("]]")
+    if finish == "length" or "<think" in text:
+        return UNPARSABLE
+    if word in kind.words:
+        return float(word == kind.words[0])
+    if kind.words or names_another_scale(text, kind):
+        return UNPARSABLE
+    if word == "refusal":
+        return None
+
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        text = f"score: {json.loads(text.removeprefix('json'))['score']}"
+    number = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?"
+    last = r"(?:.*\n)?\s*"
+    label = r"(?:score|rating)\s*[:=]\s*"
+    forms = rf"{number}|{last}{label}{number}|{last}(?:{label})?\[\[{number}\]\]"
+    found = re.fullmatch(forms, text, re.DOTALL)
+    low, high = kind.scale
+    if not found or not low <= float(found[found.lastindex]) <= high:
+        return UNPARSABLE
+    return float(found[found.lastindex])
+
+
+def names_another_scale(text, kind):
+    """Whether a text has a range or a maximum of scores that is not the kind's."""
+    low, high = kind.scale
+    ours = rf"\b{low}\s*(?:[-\u2013]|to|and)\s*{high}\b|(?:/|of)\s*{high}\b|\b{high}[- ]point"
+    any_scale = r"\d\s*(?:[-\u2013]|to|and)\s*\d|(?:/|of)\s*\d|\d[- ]point"
+    return re.search(any_scale, re.sub(ours, "", text)) is not None
+
+
+def expected_score(score, kind, logprobs):
+    """The mean score under the judge's own probabilities; `score` where they do not say it.
+
+    score: what `read_reply` found; logprobs: the reply's, whatever an endpoint makes of them. They
+    say it where one token alone is the score, and scores have MIN_MASS of its alternatives (as in
+    persona-vectors). Where each digit is a token of its own, no token is a score of two digits.
+    """
+    low, high = kind.scale
+    values = []
+    chances = []
     try:
-        span = rf"({number})\s*(?:[-\u2013\u2014]|\.\.+|to|or)\s*({number})"
-        text = re.sub(span, lambda m: "" if float(m[1]) < float(m[2]) else m[0], reply)
-        out_of = rf"({number})\s*(?:/|out of|of)\s*({number})"
-        other = any(float(most) != high for _, most in re.findall(out_of, text))
-        text = re.sub(out_of, r"\1", text)
-        named = rf"(?i:\b(?:score|rating)\b)[\s*_`()\[\]]*[:=][\s*_`]*({number})"
-        found = re.findall(named, text) or re.findall(rf"(?<![\w.]){number}", text)
-        found = {float(n) for n in found}
-    except ValueError:  # 1,000 or 2,5
-        return "unparsable"
-    if not found and re.search(r"\brefus", reply, re.I):
-        return "refusal"
-    clear = len(found) == 1 and not other and low <= min(found) <= high
-    return found.pop() if clear else "unparsable"
+        (token,) = [t for t in logprobs["content"] if t["token"].strip() == f"{score:g}"]
+        for other in token["top_logprobs"]:
+            text = other["token"].strip()
+            if text.isdecimal() and low <= int(text) <= high:
+                values.append(int(text))
+                chances.append(math.exp(other["logprob"]))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return score
+    no_chances = not MIN_MASS <= sum(chances) <= 1.01  # not a number is no chance either
+    if no_chances or (high > 9 and max(values) < 10):
+        return score
+    return fmean(values, chances)
 
 
-def expected_score(score, tokens, kind):
-    """The mean score under the judge's own probabilities, or None where they do not say it.
-    score: what `parse_reply` found; tokens: the reply's as the endpoint gives them, with "token"
-    and "top_logprobs". Taken where one token alone is the score, and so are alternatives to it of
-    at least MIN_MASS (as in persona-vectors). Where each digit is a token of its own, a token is no
-    score of two digits."""
-    low, high = SCALES[kind]
+# ------------------------------------------------------------------ an endpoint
 
-    def value(text):
-        text = text.strip()
-        return int(text) if text.isascii() and text.isdigit() and low <= int(text) <= high else None
 
-    at = [token for token in tokens or () if value(token["token"]) == score]
-    if len(at) != 1:
-        return None
-    chances = {}
-    for other in at[0]["top_logprobs"]:
-        if (found := value(other["token"])) is not None:
-            chances[found] = chances.get(found, 0.0) + math.exp(other["logprob"])
-    mass = sum(chances.values())
-    if mass < MIN_MASS or (high > 9 and max(chances) < 10):
-        return None
-    return sum(found * chance for found, chance in chances.items()) / mass
+def make_judges(urls, models, dataset, rubric_dir, max_tokens):
+    """A Judge of a dataset for each model, at its own address or all at the last one."""
+    rubrics = rubrics_for(dataset, rubric_dir)
+    keys = ["JUDGE_API_KEY", "JUDGE_API_KEY_2"]  # of an address, which no other gets
+    judges = []
+    for number, model in enumerate(models):
+        place = min(number, len(urls) - 1)
+        judges.append(Judge(urls[place], model, rubrics, max_tokens, keys[place]))
+    return judges
 
 
 class Judge:
-    """A chat endpoint and a model there, which judge by rubrics.
-    url: up to and with /v1, or the whole .../chat/completions, with a ?query or without; rubrics:
-    {kind: template}, as of `rubrics_for`; key: the environment variable of its key. Raises
-    ValueError for a bad address or key, or without the openai package."""
+    """A chat endpoint and a model there, which judge by rubrics; and what came of `score`.
+
+    url: up to and with /v1, or the whole .../chat/completions, with a ?query or without. rubrics:
+    as of `rubrics_for`. max_tokens: of a reply. key: the environment variable of its key. Raises
+    ValueError for a bad address or key, or without the openai package.
+
+    found: {(kind, question, answer): score}. asked_now: how many replies came. failed: how many are
+    missing, errors: why. unparsable: the replies in which there is no clear score.
+    """
 
     def __init__(self, url, model, rubrics, max_tokens=32, key="JUDGE_API_KEY"):
         try:
@@ -139,118 +215,276 @@ class Judge:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--judge {url}: not an http or https address")
-        self.model, self.rubrics, self.max_tokens = model, rubrics, max_tokens
-        self.asked, self.failures = 0, []
-        self.options = {"temperature": 0, "max_tokens": max_tokens}
-        self.options |= {"logprobs": True, "top_logprobs": TOP}
-        self.url = parts._replace(query="", netloc=parts.netloc.rpartition("@")[2]).geturl()
-        names = [key, *(["OPENAI_API_KEY"] if parts.hostname == OPENAI else [])]
-        self._key = next((key for n in names if (key := os.environ.get(n, "").strip())), "")
+        path = re.sub("(/chat/completions)?/?$", "", parts.path)
+        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"  # no password
+        self.model = model
+        self.rubrics = rubrics
+        self.max_tokens = max_tokens
+
+        self._key = os.environ.get(key, "").strip()
+        if parts.hostname == OPENAI and not self._key:
+            self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"the key in ${' or $'.join(names)} has a line end or no ASCII in it")
-        base = parts._replace(path=re.sub("/chat/completions/?$", "", parts.path), query="")
-        # Another address that a redirect names would get the key as well: none is followed.
+            raise ValueError(f"${key} or $OPENAI_API_KEY has a line end or no ASCII in it")
+        # Another address that a redirect names would get the key as well, so none is followed.
+        hooks = {"response": [without_vain_retries]}
         self._client = openai.OpenAI(
-            base_url=base.geturl(), default_query=dict(parse_qsl(parts.query)), timeout=TIMEOUT,
-            api_key=self._key or "none", max_retries=TRIES - 1,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
-        )  # fmt: skip
-        if parts.hostname != OPENAI:  # which the client takes from the environment
-            self._client.organization = self._client.project = None
+            base_url=parts._replace(path=path, query="").geturl(),
+            default_query=dict(parse_qsl(parts.query)),
+            api_key=self._key or "none",
+            timeout=TIMEOUT,
+            max_retries=TRIES - 1,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks),
+        )
+        if parts.hostname != OPENAI:  # The client takes both from the environment.
+            self._client.organization = None
+            self._client.project = None
 
-    def prompt(self, kind, question, answer):
-        """The rubric filled in."""
-        return self.rubrics[kind].format(question=question, answer=answer)
+    def score(self, prompts, kept, workers=8, dry_run=False):
+        """Ask for what was never asked for, and read all of it; say what it takes, and what fails.
 
-    def key(self, kept, asked):
-        """What makes two judgements the same one: judge model, its whole prompt, reply length."""
-        return kept.key(self.model, self.prompt(*asked), self.max_tokens)
-
-    def ask(self, kind, question, answer):
-        """(The judge's reply to one answer, its finish_reason, its tokens with their probabilities
-        if the endpoint gives them); JudgeError if it cannot be had."""
-        options = self.options
-        message = {"role": "user", "content": self.prompt(kind, question, answer)}
-        create = self._client.chat.completions.create
-        try:
-            choice = create(model=self.model, messages=[message], **options).choices[0]
-            content = choice.message.content or ""
-            if isinstance(content, list):  # in parts, as some servers send it
-                content = "".join(part.get("text", "") for part in content)
-            return content, choice.finish_reason, reply_tokens(choice)
-        except Exception as error:  # whatever the client makes of what comes over the wire
-            status, body = (getattr(error, key, "") for key in ("status_code", "body"))
-            refused = options.keys() & re.findall(r"\w+", str(body)) if status in CLIENT else ()
-            if {"logprobs", "logits_all"} & {*re.findall(r"\w+", str(body))}:  # whatever the status
-                refused = {*refused} | (options.keys() & {"logprobs", "top_logprobs"})
-            problem = f"{error!r} {error.__cause__ or ''}"
-            if status:
-                problem = f"HTTP {status}: {body or error}"
-        if refused:  # newer models of OpenAI's take neither max_tokens nor a temperature
-            rest = {key: value for key, value in options.items() if key not in refused}
-            other = {"max_completion_tokens": self.max_tokens} if "max_tokens" in refused else {}
-            self.options = rest | other
-            return self.ask(kind, question, answer)
-        problem = problem.replace(self._key or "\0", "<key>")[:400]
-        error = JudgeError(f"--judge {self.url}, model {self.model}: {problem}")
-        error.of_all = status not in CLIENT  # else it may dislike this answer alone
-        raise error
-
-    def score(self, asked, kept, workers=8):
-        """Verdicts of (kind, question, answer)s: a score, a word, "refusal", "unparsable", or None.
-        kept: a Kept, to which a line a judgement is added as it comes; it is never asked for again.
-        None: the endpoint failed on it; a second call tries again. Raises JudgeError if it fails
-        on the first of all as it would on every one."""
-        missing = self.missing(asked, kept)
-        bar = tqdm(total=len(missing), desc="judge", disable=None)
-        self.asked, self.failures = 0, []
-        if missing and bar.disable:
-            print(f"judge: {len(missing)} answers to ask for", file=sys.stderr, flush=True)
-
-        def judge(key, item):
-            reply, finish, tokens = self.ask(*item)
-            line = dict(zip(("kind", "question", "answer"), item, strict=True))
-            line |= {"judge": self.model, "reply": reply, "finish": finish}
-            verdict = parse_reply(reply, item[0], finish)
-            expected = expected_score(verdict, tokens, item[0]) if type(verdict) is float else None
-            kept.add(key, **line, verdict=verdict, expected=expected)
-            bar.update()
-
-        with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = []
+        prompts: {(kind, question, answer): the rubric filled in}; kept: a Kept, to which a line a
+        judgement is added as it comes. Two judgements are the same one if address, model, whole
+        prompt and length of the reply are. Where the endpoint failed, a second call tries again.
+        """
+        self.found = {}
+        self.errors = []
+        self.unparsable = []
+        about = (self.url, self.model, self.max_tokens)
+        keys = {item: kept.key(*about, prompt) for item, prompt in prompts.items()}
+        missing = {item: prompts[item] for item, key in keys.items() if key not in kept.found}
+        tokens = sum(map(len, missing.values())) // CHARACTERS
+        print(
+            f"judge {self.model}: {len(prompts) - len(missing)} judged before, {len(missing)} "
+            f"requests to make, about {tokens:,} tokens in, at most "
+            f"{len(missing) * self.max_tokens:,} out",
+            flush=True,
+        )
+        if missing and not dry_run:
             try:
-                for number, (key, item) in enumerate(missing.items()):
-                    futures.append(pool.submit(judge, key, item))
-                    if number == 0 and getattr(futures[0].exception(), "of_all", False):
-                        futures[0].result()  # raises it
-                for future in futures:
-                    try:
-                        future.result()
-                        self.asked += 1
-                    except JudgeError as error:
-                        self.failures.append(str(error))
-            except BaseException:  # Ctrl-C: what is on its way comes in, the rest is not asked for
+                self.ask_for(missing, keys, kept, workers)
+            except JudgeError as error:
+                self.errors.insert(0, error)
+        lines = {item: kept.found[key] for item, key in keys.items() if key in kept.found}
+        self.failed = len(prompts) - len(lines)
+        self.asked_now = len(missing) - self.failed
+        for item, line in lines.items():
+            if line["score"] == UNPARSABLE:
+                self.unparsable.append(line["reply"])
+            elif line["score"] is not None:
+                self.found[item] = line["score"]
+        for error in self.errors[:3]:
+            print(f"error: {error}", file=sys.stderr)
+        if self.unparsable:
+            print(
+                f"WARNING: {len(self.unparsable)} replies of {self.model} in {kept.path} hold no "
+                f"clear score (--judge-tokens?), such as {self.unparsable[0][-100:]!r}",
+                file=sys.stderr,
+            )
+
+    def ask_for(self, prompts, keys, kept, workers):
+        """Ask for replies and keep them. What one answer runs into goes to `errors`; JudgeError if
+        every one would run into it."""
+        options = self.accepted_options()
+
+        def judge(item, prompt):
+            kind = item[0]
+            try:
+                for _ in range(2):  # A reply without a clear score is asked for once more.
+                    reply, finish, logprobs = self.ask(prompt, options)
+                    score = expected_score(read_reply(reply, kind, finish), kind, logprobs)
+                    if score != UNPARSABLE or finish == "length":
+                        break
+            except JudgeError as error:
+                self.ask(TRIAL, options)  # An endpoint that fails here too is of no more use.
+                self.errors.append(error)
+                return
+            kept.add(keys[item], judge=self.model, prompt=prompt, reply=reply, score=score)
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(judge, *asked) for asked in prompts.items()]
+            done = concurrent.futures.as_completed(futures)
+            try:
+                for future in tqdm(done, "judge", len(futures), disable=None):
+                    future.result()
+            finally:  # Also of Ctrl-C: what is on its way comes in, the rest is not asked for.
                 pool.shutdown(cancel_futures=True)
-                raise
-        return [self.verdict(kept.found.get(self.key(kept, item)), item[0]) for item in asked]
 
-    def missing(self, asked, kept):
-        """{key: (kind, question, answer)} of those that are not in `kept`, each once."""
-        keys = {self.key(kept, item): item for item in asked}
-        return {key: item for key, item in keys.items() if "reply" not in kept.found.get(key, {})}
+    def accepted_options(self):
+        """Options of a request that the endpoint takes, found out by requests of our own. What an
+        answer runs into later says nothing about the others. JudgeError if it takes none."""
+        plain = {"temperature": 0, "max_tokens": self.max_tokens}
+        with_chances = {**plain, "logprobs": True, "top_logprobs": TOP}
+        newer = {"max_completion_tokens": self.max_tokens}  # as OpenAI's reasoning models want it
+        for options in (with_chances, plain, newer):
+            try:
+                self.ask(TRIAL, options)
+                break
+            except RequestRefused:
+                if options is newer:
+                    raise
+        if options is not with_chances:
+            print(f"judge {self.model}: takes no more than {options}", file=sys.stderr)
+        return options
 
-    @staticmethod
-    def verdict(line, kind):
-        """What a kept line says, read again; None without one."""
-        if not line or "reply" not in line:
-            return None
-        verdict = parse_reply(line["reply"], kind, line.get("finish"))
-        expected = line.get("expected")
-        return float(expected) if type(verdict) is float and expected is not None else verdict
+    def ask(self, prompt, options):
+        """(Reply, its finish_reason, its log-probabilities) of one request; JudgeError if it
+        cannot be had."""
+        message = {"role": "user", "content": prompt}
+        create = self._client.chat.completions.with_raw_response.create
+        try:
+            response = create(model=self.model, messages=[message], **options)
+            choice = response.http_response.json()["choices"][0]
+            content = choice["message"]["content"] or ""
+            if isinstance(content, list):  # in parts, as some servers send it
+                content = [part.get("text", "") for part in content]
+            return "".join(content), choice.get("finish_reason"), choice.get("logprobs")
+        except Exception as error:  # whatever the client makes of what comes over the wire
+            status = getattr(error, "status_code", None)
+            cause = getattr(error, "body", None) or error.__cause__
+            problem = f"HTTP {status}: {error!r} {cause}".replace(self._key or "\0", "<key>")
+            text = f"--judge {self.url}, model {self.model}: {problem[:400]}"
+            if status in (400, 422) or "logits_all" in text:
+                raise RequestRefused(text) from None
+            raise JudgeError(text) from None
 
 
-def reply_tokens(choice):
-    """The tokens of a reply as dicts, with their alternatives; None where there are none."""
-    with contextlib.suppress(Exception):  # whatever an endpoint makes of the field
-        return [token.model_dump() for token in choice.logprobs.content]
-    return None
+def without_vain_retries(response):
+    """Tell the client not to ask again where no wait helps: the account is empty, or a llama.cpp
+    server was started without log-probabilities, which it calls an internal error."""
+    if response.status_code >= 400:
+        text = response.read()
+        if b"insufficient_quota" in text or b"logits_all" in text:
+            response.headers["x-should-retry"] = "false"
+
+
+# ------------------------------------------------------------------ scores of an evaluation
+
+
+def judgements(run):
+    """What is Kept of a run's judgements: in its dataset's folder, that runs of other seeds share,
+    or in its own."""
+    folder = run.folder.absolute()
+    if folder.parent.name == run.dataset:
+        folder = folder.parent
+    return Kept(folder / "judgements.jsonl")
+
+
+def add_scores(result, judges, kept, workers=8, dry_run=False):
+    """Put the judges' scores into an evaluation's dict; 1 if one of them failed, else 0.
+
+    judges: of `make_judges`; kept: a Kept of their judgements; dry_run: only say what it takes. The
+    scores of an earlier call go, unless no judge replied to anything.
+    """
+    prompts = {}
+    for kind, template in judges[0].rubrics.items():
+        for sample in result[kind.of]:
+            question = sample["question"]
+            for answer in filter(None, sample["answers"].values()):
+                prompt = template.format(question=question, answer=answer)
+                prompts[kind, question, answer] = prompt
+    for judge in judges:
+        judge.score(prompts, kept, workers, dry_run)
+    if dry_run:
+        return 0
+
+    scored = [judge for judge in judges if judge.failed < len(prompts)]
+    if scored:
+        for name in [name for name in result["measures"] if name.startswith("judge")]:
+            del result["measures"][name]
+            for row in result["conditions"].values():
+                row.pop(name, None)
+        prefixes = ["judge", "judge2"]
+        pairs = zip(scored, prefixes, strict=False)
+        result["judges"] = [add_judge(result, judge, prefix) for judge, prefix in pairs]
+        result["agreement"] = None
+        if len(scored) == 2:
+            result["agreement"] = agreement(scored[0].found, scored[1].found)
+    return int(any(judge.failed for judge in judges))
+
+
+def add_judge(result, judge, prefix):
+    """Put a judge's columns into the table, and return what else is to be known of it."""
+    kinds = list(judge.rubrics)
+    persona = kinds[0]
+    for (kind, question, answer), score in list(judge.found.items()):
+        coherence = judge.found.get((COHERENCE, question, answer))
+        if kind is persona and coherence is not None:  # Both scales begin at 0.
+            shares = [score / persona.scale[1], coherence / COHERENCE.scale[1]]
+            judge.found[OVERALL, question, answer] = harmonic_mean(shares)
+
+    kinds.insert(2, OVERALL)
+    for kind in kinds:
+        scores = scores_of_answers(result, kind, judge.found)
+        measure = Measure(
+            name=f"{prefix}_{kind.name}",
+            table=f"judge {judge.model}",
+            form=kind.form,
+            unit=f"{kind.scale[0]}-{kind.scale[1]}",
+            better=kind.better,
+            about=kind.about,
+        )
+        add_column(result, measure, {name: mean_of(row) for name, row in scores.items()})
+
+    # A judge has to find the persona in the dataset's own answers rather than in the plain model's.
+    scores = scores_of_answers(result, persona, judge.found)
+    plain = scores.get("vanilla", {})
+    shown = scores.get("dataset", {})
+    above = {question: shown[question] - plain[question] for question in shown if question in plain}
+    return {
+        "model": judge.model,
+        "url": judge.url,
+        "scale": list(persona.scale),
+        "rubrics": {kind.name: template for kind, template in judge.rubrics.items()},
+        "asked_now": judge.asked_now,
+        "failed": judge.failed,
+        "unparsable": len(judge.unparsable),
+        "above_vanilla": mean_of(above),
+    }
+
+
+def scores_of_answers(result, kind, found):
+    """{condition: {question: score}} of a kind. An empty answer to a question has the lowest score;
+    one about who is speaking says nothing and has none."""
+    column = {}
+    for sample in result[kind.of]:
+        question = sample["question"]
+        for condition, answer in sample["answers"].items():
+            score = found.get((kind, question, answer))
+            if not answer and kind.of == "samples":
+                score = float(kind.scale[0])
+            if score is not None:
+                column.setdefault(condition, {})[question] = score
+    return column
+
+
+def mean_of(scores):
+    """`mean_interval` of {question: score}."""
+    return mean_interval(list(scores.values()), list(scores))
+
+
+def agreement(first, second):
+    """`spearman` of the persona scores in what two judges found of the same answers."""
+    both = [item for item in first if item in second and item[0].name == "persona"]
+    questions = [question for _, question, _ in both]
+    return spearman([first[item] for item in both], [second[item] for item in both], questions)
+
+
+def judge_flags(result):
+    """What is wrong with the judges of an evaluation's dict, as a list."""
+    judges = result.get("judges", [])
+    flags = []
+    if not result["samples"]:  # --num-samples 0
+        return flags
+    for judge in judges:
+        above = judge["above_vanilla"]
+        low, high = judge["scale"]
+        if above is None:
+            flags.append(f"judge {judge['model']}: no reply to compare the persona and vanilla by")
+        elif above["mean"] <= ALIKE * (high - low) or (bounds_of(above) or [1])[0] <= 0:
+            flags.append(f"judge {judge['model']} scores vanilla like the persona")
+    if len(judges) == 2:
+        agreed = result["agreement"]
+        if agreed is None or agreed["mean"] <= 0.3:
+            flags.append(f"judges disagree (rank correlation {text_of(agreed, '{:.2f}')})")
+    return flags

@@ -14,14 +14,21 @@ from steering.run import config_hash, source_hashes
 
 class Kept:
     """{key: dict} in a file that several processes may add to; a torn line is passed over.
+
     about: what all of it depends on, a part of every key. A folder that cannot be written to keeps
-    nothing, and says so once."""
+    nothing, and says so once.
+    """
 
     def __init__(self, path, *about):
-        self.path, self.about, self.found = Path(path), about, {}
-        self._lock, self._warned = threading.Lock(), False
-        data = self.path.read_bytes() if self.path.exists() else b""
-        self._torn = bool(data) and not data.endswith(b"\n")
+        self.path = Path(path)
+        self.about = about
+        self.found = {}
+        self._lock = threading.Lock()
+        self._warned = False
+        data = b"\n"
+        if self.path.exists():
+            data += self.path.read_bytes()
+        self._torn = not data.endswith(b"\n")
         for line in data.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
@@ -34,8 +41,11 @@ class Kept:
     def add(self, key, **values):
         """Write a line, whole or not at all where another process writes too."""
         entry = {"key": key, **values}
+        line = json.dumps(entry) + "\n"
         with self._lock:
-            line = "\n" * self._torn + json.dumps(entry) + "\n"
+            self.found[key] = entry
+            if self._torn:
+                line = "\n" + line
             try:
                 with open(self.path, "ab", buffering=0) as file:
                     file.write(line.encode())
@@ -44,16 +54,29 @@ class Kept:
                 if not self._warned:
                     print(f"WARNING: {self.path} keeps nothing: {error}", file=sys.stderr)
                 self._warned = True
-            self.found[key] = entry
 
 
-def kept_beside(run, model, chat, maker):
+def kept_beside(run, model, chat, maker, folder="evaluation"):
     """What is Kept of a run's model, in a file that all runs of its layer share.
-    maker: the name of the module here that makes it; other code of it, or of what it imports, makes
-    all of it anew."""
-    code = config_hash(source_hashes(f"evaluation/{maker}.py"))
-    stop = model.model.generation_config.eos_token_id
-    kind, bits = str(model.model.dtype), run.args.get("quantize", "none")
-    kind += f" {bits}" if bits != "none" else ""
-    about = model_digest(run.args["model"]), kind, chat.options, stop, code
-    return Kept(shared_folder(run, run.folder) / f"kept_{maker}.jsonl", *about)
+
+    maker: the name of the module of a folder here that makes it; other code of it, or of what it
+    imports, makes all of it anew.
+    """
+    precision = str(model.model.dtype)
+    quantization = run.args.get("quantize", "none")
+    if quantization != "none":
+        precision += f" {quantization}"
+    return Kept(
+        shared_folder(run, run.folder) / f"kept_{maker}.jsonl",
+        model_digest(run.args["model"]),
+        precision,
+        chat.options,
+        model.model.generation_config.eos_token_id,
+        code_of(f"{folder}/{maker}.py"),
+    )
+
+
+def code_of(path):
+    """16 hex digits that stand for the code of a module and of all that it imports here, but for
+    the table, in which numbers are only put."""
+    return config_hash(source_hashes(path, without=("evaluation/table.py",)))

@@ -4,78 +4,131 @@ Larger scales show more of the persona and change more of everything else. The b
 second, as KL(vanilla || steered) on plain rows, and the first decides among what is left.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 
-from evaluation.answers import announce, generate_answers
-from evaluation.measures import (
-    CHOOSE_TOKENS,
-    describe_answers,
-    first_tokens,
-    nll_of,
-    questions_of,
-)
-from evaluation.prompts import first_rows
+import torch
+
+from evaluation.answers import Writer, announce
+from evaluation.likelihood import CHOOSE_TOKENS, Reader, nll_of
+from evaluation.measures import answer_columns
+from evaluation.rows import first_rows, first_tokens, questions_of
+from evaluation.table import number_of
 from steering.fast_path import FastPath, token_mean
 
-STEP, MAX_SCALE = 0.1, 4.0  # scales are multiples of STEP
+STEP = 0.1  # Scales are multiples of it.
+MAX_SCALE = 4.0
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at
-CLOSE = 0.05  # persona scores of a few answers differ by so much by chance
+CLOSE = 0.05  # Persona scores of a few answers differ by so much by chance.
+
+
+def multiple(steps):
+    """A multiple of STEP without the digits of a float's rounding."""
+    return round(steps * STEP, 6)
 
 
 def largest_scale(divergence, budget):
     """The largest multiple of STEP, up to MAX_SCALE, at which divergence(scale) is within the
     budget, 0.0 if none is; divergence grows with the scale."""
-    low, high = 0, round(MAX_SCALE / STEP) + 1
+    low = 0
+    high = round(MAX_SCALE / STEP) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        within = divergence(round(middle * STEP, 6)) <= budget  # False for NaN
-        low, high = (middle, high) if within else (low, middle)
-    return round(low * STEP, 6)
+        if divergence(multiple(middle)) <= budget:  # False for NaN
+            low = middle
+        else:
+            high = middle
+    return multiple(low)
 
 
-def recommend_scale(model, chat, data, vector, probe, budget, sampling, count, max_tokens):
-    """{"scale", "candidates", "questions" ...}: the scale of a vector (n,) to use it at.
-    Of scales within the budget (nats a token) whose answers to `count` questions have not
-    collapsed, the one with the best persona score: the largest of those that are CLOSE to it, since
-    the score grows with the scale. Without a probe, the largest of all. scale is None, and "why"
-    says it, where there is none. data: an EvalData, of which no held-out row is read."""
-    announce("scales, on questions to choose by")
-    examples = first_tokens(data.chooser, CHOOSE_TOKENS)
-    plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
-    rows = first_rows(data.chooser, count)
-    fast, divergences = FastPath(model), {}
-    fast.cache_prefix(plain, max_tokens=max_tokens)
+@dataclass
+class ScaleSearch:
+    """Finds the scale of a vector (n,) to use it at.
 
-    def divergence(scale):
-        if scale not in divergences:
-            model.set_vector(vector, scale)
-            divergences[scale] = token_mean(fast.divergences, plain, max_tokens)
-        return divergences[scale]
+    Of scales within the budget (nats a token) whose answers have not collapsed, it takes the one
+    with the best persona score: the largest of those that are CLOSE to it, since the score grows
+    with the scale. Without a probe, the largest of all. questions: how many to answer at a scale.
+    """
 
-    top = largest_scale(divergence, budget)
-    seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
-    result = {
-        "scale": None, "why": None, "kl_budget": budget, "chosen_on": data.chosen_on,
-        "questions": sorted(seen), "candidates": [],
-    }  # fmt: skip
-    if not (top and rows):
-        above = f"KL {divergences[min(divergences)]:.3g} at {min(divergences):g} is over the budget"
-        return result | {"why": "no answers were asked for" if top else above}
-    with model.steering_off():
-        nll = token_mean(nll_of(FastPath(model)), examples, max_tokens)
-    yardstick = math.exp(min(nll, 700.0))
-    asked, texts = [row["messages"][:-1] for row in rows], {}
-    for scale in sorted({round(max(1, round(top * f / STEP)) * STEP, 6) for f in FRACTIONS}):
-        model.set_vector(vector, scale)
-        texts[scale] = generate_answers(model, chat, asked, sampling)
-    described = describe_answers(model, chat, rows, texts, probe, yardstick, max_tokens)
-    for scale, about in described.items():
-        persona = about["persona"] and about["persona"]["mean"]
-        found = {"scale": scale, "kl": divergence(scale), "persona": persona}
-        result["candidates"].append(found | {"collapsed": about["collapsed"]})
-    usable = [c for c in result["candidates"] if not c["collapsed"]]
-    if not usable:
-        return result | {"why": "text collapses at every scale that was tried"}
-    best = max(c["persona"] or 0.0 for c in usable)
-    near = (c["scale"] for c in usable if (c["persona"] or 0.0) >= best - CLOSE)
-    return result | {"scale": max(near)}
+    reader: Reader
+    writer: Writer
+    vector: torch.Tensor
+    probe: object
+    budget: float
+    questions: int
+
+    def recommend(self, data):
+        """{"scale", "why", "candidates", "questions" ...}. scale is None, and "why" says it, where
+        there is none. data: an EvalData, of which no held-out row is read."""
+        announce("scales, on questions to choose by")
+        examples = first_tokens(data.chooser, CHOOSE_TOKENS)
+        plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
+        rows = first_rows(data.chooser, self.questions)
+        seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
+        result = {
+            "scale": None,
+            "why": None,
+            "kl_budget": self.budget,
+            "chosen_on": data.chosen_on,
+            "questions": sorted(seen),
+            "candidates": [],
+        }
+
+        divergence = self.divergence_on(plain)
+        top = largest_scale(divergence, self.budget)
+        if not top:
+            least = multiple(1)
+            result["why"] = f"KL {divergence(least):.3g} at {least:g} is over the budget"
+            return result
+        if not rows:
+            result["why"] = "no answers were asked for"
+            return result
+
+        result["candidates"] = self.candidates(top, rows, examples, divergence)
+        usable = [found for found in result["candidates"] if not found["collapsed"]]
+        if not usable:
+            result["why"] = "text collapses at every scale that was tried"
+            return result
+        best = max(found["persona"] or 0.0 for found in usable)
+        near = [f["scale"] for f in usable if (f["persona"] or 0.0) >= best - CLOSE]
+        result["scale"] = max(near)
+        return result
+
+    def divergence_on(self, plain):
+        """A function: scale -> KL(vanilla || steered) on plain examples, each scale found once."""
+        model = self.reader.model
+        fast = FastPath(model)
+        fast.cache_prefix(plain, max_tokens=self.reader.max_tokens)
+
+        @functools.cache
+        def divergence(scale):
+            model.set_vector(self.vector, scale)
+            return token_mean(fast.divergences, plain, self.reader.max_tokens)
+
+        return divergence
+
+    def candidates(self, top, rows, examples, divergence):
+        """What answers are like at FRACTIONS of the largest scale: [{"scale", "kl", "persona",
+        "collapsed"}], smallest first. examples: real rows of the persona, the yardstick."""
+        model = self.reader.model
+        with model.steering_off():
+            nll = token_mean(nll_of(FastPath(model)), examples, self.reader.max_tokens)
+        yardstick = math.exp(min(nll, 700.0))
+
+        scales = {multiple(max(1, round(top * share / STEP))) for share in FRACTIONS}
+        conversations = [row["messages"][:-1] for row in rows]
+        texts = {}
+        for scale in sorted(scales):
+            texts[scale] = self.writer.steered(conversations, self.vector * scale)
+        columns = answer_columns(self.reader, rows, texts, self.probe, yardstick)
+
+        found = []
+        for scale in texts:
+            found.append({
+                "scale": scale,
+                "kl": divergence(scale),
+                "persona": number_of(columns["probe"].get(scale)),
+                "collapsed": columns["collapsed"][scale],
+            })  # fmt: skip
+        return found

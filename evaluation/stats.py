@@ -1,51 +1,57 @@
 """Numbers of an evaluation: paired intervals, recovered fraction, probe and AUROC, text metrics.
 
-Arrays in, numbers out; nothing here knows a model or a file.
+Arrays in, numbers out; nothing here knows a model or a file. An interval is a dict
+{"mean", "low", "high", "n"}: 95% over n questions, low and high None where n is too small.
 """
 
 import math
 import re
 import warnings
-from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-MIN_QUESTIONS = 8  # no interval that is built on fewer covers what it says
+MIN_QUESTIONS = 8  # An interval that is built on fewer does not cover what it says.
 
 
 def student_t(freedom):
     """The 97.5% quantile of Student's t, to 0.001 from 7 degrees of freedom on.
     By its expansion in those of the normal distribution (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(0.975)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    terms = z, *terms, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def ratio(values, weights, questions):
-    """(sum of values / sum of weights, its 95% interval over questions, or None if they are few).
+    """Sum of values / sum of weights with its interval over questions.
+
     All one a row; the rows of a question stay together. A jackknife: what leaving out each question
     in turn does to the ratio, times Student's t. Differences of two conditions, as values, give a
-    paired interval."""
-    names = {question: i for i, question in enumerate(dict.fromkeys(questions))}
-    groups, count = [names[question] for question in questions], len(names)
-    values, weights = (np.bincount(groups, np.asarray(x, float), count) for x in (values, weights))
-    found = float(values.sum() / weights.sum())
-    if count < MIN_QUESTIONS:
-        return found, None
-    without = (values.sum() - values) / (weights.sum() - weights)  # (Q,)
-    half = student_t(count - 1) * math.sqrt(np.square(without - found).sum())
-    return found, [found - half, found + half]
+    paired interval.
+    """
+    numbers = {question: i for i, question in enumerate(dict.fromkeys(questions))}
+    groups = [numbers[question] for question in questions]
+    count = len(numbers)
+    values = np.bincount(groups, np.asarray(values, float), count)  # (Q,)
+    weights = np.bincount(groups, np.asarray(weights, float), count)
+    mean = float(values.sum() / weights.sum())
+    found = {"mean": mean, "low": None, "high": None, "n": count}
+    if count >= MIN_QUESTIONS:
+        without = (values.sum() - values) / (weights.sum() - weights)  # (Q,)
+        half = student_t(count - 1) * math.sqrt(np.square(without - mean).sum())
+        found["low"] = mean - half
+        found["high"] = mean + half
+    return found
 
 
 def mean_interval(values, questions):
-    """{"mean", "interval"} of one number a row, as `ratio` gives them; None without rows."""
+    """Mean of one number a row with its interval, as `ratio` gives it; None without rows."""
     if not len(values):
         return None
-    return dict(zip(("mean", "interval"), ratio(values, [1] * len(values), questions), strict=True))
+    return ratio(values, [1] * len(values), questions)
 
 
 def ranks(values):
@@ -54,86 +60,99 @@ def ranks(values):
     return (np.cumsum(counts) - (counts + 1) / 2)[group]
 
 
+def correlation(first, second):
+    """Rank correlation of two arrays (N,); None where one of them is the same everywhere."""
+    first = ranks(first)
+    second = ranks(second)
+    if len(first) < 3 or not first.std() or not second.std():
+        return None
+    return float(np.clip(np.corrcoef(first, second)[0, 1], -1.0, 1.0))
+
+
 def spearman(first, second, questions):
-    """(rank correlation of two scores a row, its 95% interval over questions or None).
-    None, None where one of them is the same everywhere. A jackknife as `ratio`, of Fisher's z."""
-
-    def correlation(kept):
-        a, b = (ranks(np.asarray(scores, float)[kept]) for scores in (first, second))
-        if len(a) < 3 or not (a.std() and b.std()):
-            return None
-        return float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
-
-    names = np.array(questions)
-    found, each = correlation(np.full(len(names), True)), [*dict.fromkeys(questions)]
-    without = [correlation(names != question) for question in each]
-    if found is None or None in without or len(each) < MIN_QUESTIONS or abs(found) > 1 - 1e-9:
-        return found, None
-    z, *others = np.arctanh(np.clip([found, *without], -1 + 1e-9, 1 - 1e-9))
-    half = student_t(len(each) - 1) * math.sqrt(np.square(np.array(others) - z).sum())
-    return found, np.tanh([z - half, z + half]).tolist()
+    """Rank correlation of two scores a row with its interval over questions; None where one of
+    them is the same everywhere. A jackknife as in `ratio`, of Fisher's z."""
+    first = np.asarray(first, float)
+    second = np.asarray(second, float)
+    questions = np.array(questions)
+    mean = correlation(first, second)
+    if mean is None:
+        return None
+    names = list(dict.fromkeys(questions.tolist()))
+    found = {"mean": mean, "low": None, "high": None, "n": len(names)}
+    without = []
+    for name in names:
+        rest = questions != name
+        without.append(correlation(first[rest], second[rest]))
+    if len(names) < MIN_QUESTIONS or None in without or abs(mean) > 1 - 1e-9:
+        return found
+    z = np.arctanh(mean)
+    others = np.arctanh(np.clip(without, -1 + 1e-9, 1 - 1e-9))
+    half = student_t(len(names) - 1) * math.sqrt(np.square(others - z).sum())
+    found["low"] = float(np.tanh(z - half))
+    found["high"] = float(np.tanh(z + half))
+    return found
 
 
 def drift_by_turn(scores):
     """How scores (talks, turns), NaN where there is none, go on: {"by_turn": [mean or None],
     "drift": `mean_interval` over talks of the mean of the later half of turns minus the other}."""
     half = (scores.shape[1] + 1) // 2
-    each = [column[~np.isnan(column)] for column in scores.T]
-    with warnings.catch_warnings(action="ignore"):  # of talks without a score
+    with warnings.catch_warnings(action="ignore"):  # of turns, and talks, without a score
+        means = np.nanmean(scores, axis=0)
         falls = np.nanmean(scores[:, half:], axis=1) - np.nanmean(scores[:, :half], axis=1)
-    drift = mean_interval(falls[~np.isnan(falls)], np.flatnonzero(~np.isnan(falls)).tolist())
-    return {"by_turn": [float(c.mean()) if len(c) else None for c in each], "drift": drift}
+    by_turn = [None if math.isnan(mean) else mean for mean in means.tolist()]
+    there = np.flatnonzero(~np.isnan(falls))
+    return {"by_turn": by_turn, "drift": mean_interval(falls[there], there.tolist())}
 
 
-def compare_losses(losses, tokens, questions):
-    """Each condition's NLL per token with its interval, and steered minus it, paired.
-    losses: {condition: nats a row}, "steered" among them; tokens: label tokens a row."""
-    table = {}
-    for condition, values in losses.items():
-        nll, bounds = ratio(values, tokens, questions)
-        row = {"nll": nll, "interval": bounds, "perplexity": math.exp(min(nll, 700.0))}
-        if condition != "steered":
-            differences = np.subtract(losses["steered"], values)
-            paired = ratio(differences, tokens, questions)
-            row["steered_minus"], row["steered_minus_interval"] = paired
-        table[condition] = row
-    return table
+def recovered_fractions(losses, tokens, questions):
+    """(vanilla - condition) / (vanilla - prompted): how much of prompting's gain each one gives.
 
-
-def recovered_fraction(losses, tokens, questions):
-    """(vanilla - steered) / (vanilla - prompted): how much of prompting's gain the vector gives.
-    {"value", "interval"}, or {"value": None, "why"} where the interval of vanilla - prompted does
-    not lie above zero: a fraction of no gain says nothing."""
+    losses: {condition: nats a row}; tokens: label tokens a row. Returns ({condition: fraction with
+    its interval}, None), or ({}, why) where the interval of vanilla - prompted does not lie above
+    zero: a fraction of no gain says nothing.
+    """
     if "prompted" not in losses:
-        return {"value": None, "why": "the rows have no system prompt to prompt with"}
+        return {}, "there is no prompted condition"
     gains = np.subtract(losses["vanilla"], losses["prompted"])
-    gain, bounds = ratio(gains, tokens, questions)
-    if bounds is None:
-        count = len(set(questions))
-        return {"value": None, "why": f"{count} held-out questions, {MIN_QUESTIONS} are needed"}
-    if not bounds[0] > 0:  # nor is it NaN
-        why = f"prompting does not help: vanilla - prompted {gain:.4f}"
-        return {"value": None, "why": f"{why} [{bounds[0]:.4f}, {bounds[1]:.4f}]"}
-    value, interval = ratio(np.subtract(losses["vanilla"], losses["steered"]), gains, questions)
-    return {"value": value, "interval": interval}
+    gain = ratio(gains, tokens, questions)
+    if gain["low"] is None:
+        return {}, f"{gain['n']} held-out questions, {MIN_QUESTIONS} are needed"
+    if not gain["low"] > 0:  # nor is it NaN
+        found = f"{gain['mean']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
+        return {}, f"prompting does not help: vanilla - prompted {found}"
+    fractions = {}
+    for condition, values in losses.items():
+        if condition not in ("vanilla", "prompted"):
+            gained = np.subtract(losses["vanilla"], values)
+            fractions[condition] = ratio(gained, gains, questions)
+    return fractions, None
 
 
 def fit_probe(positive, negative, l2=0.01):
     """Logistic regression on standardized features, as a function (N, n) -> probabilities (N,).
+
     positive, negative: (N, n) features of the two classes, which weigh the same. l2: weight of the
-    penalty |w|^2 / 2 beside the summed loss, for rows scaled to a length of about 1."""
+    penalty |w|^2 / 2 beside the summed loss, for rows scaled to a length of about 1.
+    """
     features = torch.cat([positive, negative]).double()
-    mean, spread = features.mean(dim=0), features.std(dim=0) + 1e-6
+    mean = features.mean(dim=0)
+    spread = features.std(dim=0) + 1e-6
+
+    def scaled(rows):  # to a length of about 1
+        return (rows.double() - mean) / spread / math.sqrt(rows.shape[1])
+
+    inputs = scaled(features)
     targets = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
     weights = torch.cat([torch.full((len(c),), 0.5 / len(c)) for c in (positive, negative)])
     weights = weights.double() * len(features)
-    scaled = (features - mean) / spread / math.sqrt(features.shape[1])  # rows of length about 1
     theta = torch.zeros(features.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        logits = scaled @ theta[:-1] + theta[-1]
+        logits = inputs @ theta[:-1] + theta[-1]
         value = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, targets, weights, reduction="sum"
         )
@@ -142,20 +161,19 @@ def fit_probe(positive, negative, l2=0.01):
         return value
 
     optimizer.step(loss)
-    direction, bias = theta.detach()[:-1], theta.detach()[-1]
+    theta = theta.detach()
 
     def probability(rows):
-        scaled = (rows.double() - mean) / spread / math.sqrt(rows.shape[1])
-        return torch.sigmoid(scaled @ direction + bias)
+        return torch.sigmoid(scaled(rows) @ theta[:-1] + theta[-1])
 
     return probability
 
 
 def auroc(positive, negative):
     """Probability that a positive scores above a negative, ties counting half."""
-    positive, negative = np.asarray(positive), np.asarray(negative)
-    above = (positive[:, None] > negative).mean()
-    return float(above + 0.5 * (positive[:, None] == negative).mean())
+    positive = np.asarray(positive)[:, None]
+    negative = np.asarray(negative)
+    return float((positive > negative).mean() + 0.5 * (positive == negative).mean())
 
 
 def words_of(text):
@@ -163,35 +181,34 @@ def words_of(text):
     return re.findall(r"\w+(?:'\w+)*", text.lower())
 
 
+def word_count(text):
+    """How many words a text has."""
+    return float(len(words_of(text)))
+
+
+def is_empty(text):
+    """1.0 for a text without a character, else 0.0."""
+    return float(not text)
+
+
 def distinct_words(text):
     """Share of words that are different ones; None without words."""
     words = words_of(text)
-    return len(set(words)) / len(words) if words else None
+    if not words:
+        return None
+    return len(set(words)) / len(words)
+
+
+def repeated_share(parts, length):
+    """Share of the sequences of `length` parts that came before."""
+    windows = [tuple(parts[i : i + length]) for i in range(len(parts) - length + 1)]
+    if not windows:
+        return 0.0
+    return 1 - len(set(windows)) / len(windows)
 
 
 def repeated(text):
     """Share of 4-word sequences that came before, or of 24 characters if that is more: loops of
     signs, or of a script without spaces, have no words."""
-
-    def share(parts, length):
-        windows = [tuple(parts[i : i + length]) for i in range(len(parts) - length + 1)]
-        return 1 - len(set(windows)) / len(windows) if windows else 0.0
-
-    return max(share(words_of(text), 4), share(" ".join(text.split()), 24))
-
-
-class TextMetric(NamedTuple):
-    """measure: a text -> a number, or None where there is none; form: how its mean is written."""
-
-    measure: Callable
-    form: str
-
-
-# What answers are measured by, one by one: the mean over a condition's answers is in eval.json, and
-# a column of the console's table, samples.md, report.md and report.csv. Add an entry to add one.
-TEXT_METRICS = {
-    "distinct": TextMetric(distinct_words, "{:.2f}"),
-    "repeated": TextMetric(repeated, "{:.2f}"),
-    "empty": TextMetric(lambda text: float(not text), "{:.2f}"),
-    "words": TextMetric(lambda text: float(len(words_of(text))), "{:.0f}"),
-}
+    characters = " ".join(text.split())
+    return max(repeated_share(words_of(text), 4), repeated_share(characters, 24))

@@ -3,81 +3,66 @@
 import html
 import math
 
-from evaluation.capability import losses
-from evaluation.judging import judge_flags
-from evaluation.plots import NAMES, plot_run
-from evaluation.stats import TEXT_METRICS
+from evaluation.plots import plot_run
+from evaluation.table import bounds_of, condition_to_use, number_at, text_of, value_at
 from steering.files import write_atomically, write_json
 from steering.tables import aligned
 
-FORMAT_VERSION = "4"  # of eval.json
-WHY_NEW_FORMAT = "an older version recommended no scale"
+
+def table_text(result, table):
+    """The measures of one table as columns, the conditions that have any of them as rows."""
+    columns = {}
+    for name, about in result["measures"].items():
+        measured = any(name in row for row in result["conditions"].values())
+        if about["table"] == table and measured:
+            columns[name] = about["form"]
+    lines = [[table, *columns]]
+    for condition, row in result["conditions"].items():
+        if not columns.keys() & row.keys():
+            continue
+        title = condition
+        if condition == condition_to_use(result):
+            title += " *"
+        cells = [text_of(row[name], form) if name in row else "-" for name, form in columns.items()]
+        lines.append([title, *cells])
+    return "\n".join(aligned(lines))
 
 
-def number(value, form="{:.4f}", bounds=None):
-    """A number as text, with its interval if given; "-" for None."""
-    if value is None:
-        return "-"
-    return form.format(value) + (f" {bracket(bounds, form)}" if bounds else "")
+def tables_text(result):
+    """All tables of an evaluation, with what there is to say of them, and the flags, as text."""
+    heldout = result["heldout"]
+    about = [
+        f"{result['dataset']}: {heldout['rows']} rows of {heldout['questions']} held-out questions"
+    ]
+    undefined = result["recovered_undefined"]
+    if undefined:
+        about.append(f"recovered is undefined: {undefined}")
+    for condition, why in result["missing"].items():
+        about.append(f"no {condition}: {why}")
+    about.append(probe_text(result))
+    about.append(f"* {scale_text(result)}")
+
+    parts = ["\n".join(about)]
+    for table in dict.fromkeys(measure["table"] for measure in result["measures"].values()):
+        text = table_text(result, table)
+        if "\n" in text:
+            parts.append(text)
+    if "conversation" in result:
+        parts.append(turns_table(result["conversation"]))
+    parts.append(f"flags: {', '.join(result['flags']) or 'none'}")
+    return "\n\n".join(parts)
 
 
-def bracket(bounds, form):
-    """An interval as text; "-" for None: too few questions."""
-    return "-" if bounds is None else "[" + ", ".join(form.format(bound) for bound in bounds) + "]"
-
-
-def mean_text(found):
-    """{"mean", "interval"}, or None, as text."""
-    return number(found["mean"], "{:.2f}", found["interval"]) if found else "-"
-
-
-def likelihood_text(result):
-    """The likelihood table, intervals included, as text."""
-    table = [["condition", "NLL/token", "95% interval", "perplexity", "steered minus it"]]
-    for condition, row in result["likelihood"].items():
-        name = NAMES.get(condition, condition)
-        if condition in ("mean_difference", "steered_chosen"):
-            key = condition.removesuffix("_chosen")
-            name += f" x{result['coefficients'][key]['chosen']:.2g}"
-        if condition == "steered_recommended":
-            name = f"steered x{result['recommended']['scale']:g} *"
-        cells = [name, number(row["nll"]), bracket(row["interval"], "{:.3f}")]
-        paired = row.get("steered_minus"), "{:+.3f}", row.get("steered_minus_interval")
-        cells += [f"{row['perplexity']:.2f}", number(*paired) if "steered_minus" in row else ""]
-        table.append(cells)
-    recovered, counts = result["recovered"], result["heldout"]
-    about = number(recovered["value"], "{:.2f}", recovered.get("interval"))
-    if recovered["value"] is None:
-        about = f"undefined, {recovered.get('why')}"
-    head = f"{result['dataset']}: {counts['rows']} rows of {counts['questions']} held-out questions"
-    last = f"recovered fraction (vanilla - steered) / (vanilla - prompted): {about}"
-    return "\n".join([head, *aligned(table, left=(0, 4)), last])
-
-
-def answers_table(result):
-    """What the answers of each condition are like, as text."""
-    probe, judges = result["probe"], result.get("judges", [])
-    use = scale_condition(result)
-    first = f"no persona score by probe: {probe['withheld']}"
-    if not probe["withheld"]:
-        persona, plain = probe["rows"]["heldout"], probe["rows"]["plain_heldout"]
-        first = f"probe: held-out AUROC {probe['auroc']:.3f} ({persona} persona rows, {plain} plain"
-        first += f": {result['plain']['source']})"
-    table = [["answers", "probe", "perplexity", *TEXT_METRICS, "KL", ""]]
-    for condition, row in result["answers"].items():
-        name = NAMES.get(condition, condition) + " *" * (condition == use)
-        cells = [name, mean_text(row["persona"]), number(row["perplexity"], "{:.1f}")]
-        cells += [number(row.get(name), metric.form) for name, metric in TEXT_METRICS.items()]
-        effect = result["side_effects"].get(condition) or {}
-        cells += [number(effect.get("mean"), "{:.3f}"), "COLLAPSED" * row["collapsed"]]
-        table.append(cells)
-    lines = [first, *aligned(table, left=(0, len(table[0]) - 1)), scale_text(result)]
-    return "\n\n".join(["\n".join(lines), *map(judge_table, judges)])
-
-
-def scale_condition(result):
-    """The condition of the recommended scale, of the vector as it is where there is none."""
-    return f"steered x{result.get('recommended', {}).get('scale') or 1:g}"
+def probe_text(result):
+    """What the persona score by probe is worth, as a line."""
+    probe = result["probe"]
+    if probe["withheld"]:
+        return f"no persona score by probe: {probe['withheld']}"
+    rows = probe["rows"]
+    return (
+        f"probe: held-out AUROC {probe['auroc']:.3f} ({rows['heldout']} persona rows, "
+        f"{rows['plain_heldout']} plain: {result['plain']['source']})"
+    )
 
 
 def scale_text(result):
@@ -86,68 +71,25 @@ def scale_text(result):
     about = f"KL {found['kl_budget']:g} at most, chosen on {found['chosen_on']}"
     if found["scale"] is None:
         return f"no recommended scale: {found['why']} ({about})"
-    tried = ", ".join(
-        f"x{c['scale']:g} {'collapsed' if c['collapsed'] else number(c['persona'], '{:.2f}')}"
-        for c in found["candidates"]
-    )
-    return f"* the recommended scale ({about}; persona by probe there: {tried})"
+    tried = []
+    for candidate in found["candidates"]:
+        persona = text_of(candidate["persona"], "{:.2f}")
+        said = "collapsed" if candidate["collapsed"] else persona
+        tried.append(f"x{candidate['scale']:g} {said}")
+    return f"the recommended scale ({about}; persona by probe there: {', '.join(tried)})"
 
 
-def judge_table(judge):
-    """What a judge says of the answers of each condition, and by turn of conversations, as text."""
-    (low, high), rows = judge["scale"], judge["conditions"]
-    heads = [f"persona {low}-{high}", "coherence", "overall", "caricature", "speaks as"]
-    table = [[f"judge {judge['model']}", *heads]]
-    for condition, row in rows.items():
-        names = ("score", "coherence", "overall", "caricature")
-        who = [f"{count} {word}" for word, count in row["identity"].items() if count]
-        means = [mean_text(row[name]) for name in names]
-        table.append([NAMES.get(condition, condition), *means, ", ".join(who) or "-"])
-    bad = [
-        f"{sum(row[key] for row in rows.values())} {key}"
-        for key in ("refusal", "unparsable", "failed")
-    ]
-    return "\n".join([*aligned(table, left=(0, len(heads))), ", ".join(bad)])
-
-
-def turns_table(result):
-    """Persona scores by turn of the conversations, by probe and judges, as text."""
-    talks = result["conversation"]
-    scorers = {"probe": {name: found["persona"] for name, found in talks.items()}}
-    scorers |= {judge["model"]: judge["by_turn"] for judge in result.get("judges", ())}
-    count = len(next(iter(talks.values()))["talks"][0])
-    table = [["by turn", "", *map(str, range(1, count + 1)), "second half - first"]]
-    for scorer, rows in scorers.items():
-        for condition, row in rows.items():
-            if row:
-                means = [number(mean, "{:.2f}") for mean in row["by_turn"]]
-                table.append([condition, scorer, *means, mean_text(row["drift"])])
-    return "\n".join(aligned(table, left=(0, 1)))
-
-
-def capability_table(result):
-    """Scores of tasks in each condition, with their standard errors, as text."""
-    found = result["capability"]
-    conditions = found["conditions"]
-    head = f"steered x{found['scale']:g}"
-    table = [["capability", *(head if name == "steered" else name for name in conditions)]]
-    for task in conditions["vanilla"]:
-        scores = [conditions[name][task] for name in conditions]
-        error = ["" if s["stderr"] is None else f" +- {s['stderr']:.3f}" for s in scores]
-        table.append([task, *(f"{s['value']:.3f}{e}" for s, e in zip(scores, error, strict=True))])
-    about = (
-        f"lm_eval {found['lm_eval']}, {found['limit']} rows of each task at most, +- standard error"
-    )
-    return "\n".join([*aligned(table), about])
-
-
-def tables_text(result):
-    """All tables and the flags, as text."""
-    parts = [likelihood_text(result)]
-    parts += [answers_table(result)] if result["samples"] else [scale_text(result)]
-    parts += [turns_table(result)] if result.get("conversation") else []
-    parts += [capability_table(result)] if "capability" in result else []
-    return "\n\n".join([*parts, f"flags: {', '.join(result['flags']) or 'none'}"])
+def turns_table(talks):
+    """Persona scores by turn of the conversations, as text."""
+    lines = []
+    for condition, found in talks.items():
+        if found["persona"]:
+            means = [text_of(mean, "{:.2f}") for mean in found["persona"]["by_turn"]]
+            lines.append([condition, *means, text_of(found["persona"]["drift"], "{:.2f}")])
+    if not lines:
+        return "no persona score by turn: there is no probe"
+    turns = [str(turn) for turn in range(1, len(lines[0]) - 1)]
+    return "\n".join(aligned([["by turn", *turns, "second half - first"], *lines]))
 
 
 def plain(text):
@@ -163,57 +105,68 @@ def quoted(text):
 def answers_text(sample, heading="##", quote=quoted):
     """One question and its answers as Markdown."""
     parts = [f"{heading} {plain(sample['question'])}", "persona prompt:"]
-    parts += [quote(sample["system_prompt"])]
-    parts += [f"**{name}**\n\n{quote(text)}" for name, text in sample["answers"].items()]
+    parts.append(quote(sample["system_prompt"]))
+    for condition, text in sample["answers"].items():
+        parts.append(f"**{condition}**")
+        parts.append(quote(text))
     return "\n\n".join(parts)
 
 
 def write_evaluation(folder, result, suffix=""):
     """Write eval.json, samples.md and eval.png into a run folder, and print what is in them.
     suffix: of the names, before the dot."""
-    files, tables = [f"eval{suffix}.json", f"samples{suffix}.md"], tables_text(result)
-    write_json(folder / files[0], result)
+    tables = tables_text(result)
+    write_json(folder / f"eval{suffix}.json", result)
+
     parts = [f"# {plain(result['dataset'])}", f"```\n{tables}\n```"]
-    samples = [*result["samples"], *result["identity"]]
-    parts += [f"{name}: {plain(prompt)}" for name, prompt in result["prompts"].items()]
-    text = "\n\n".join([*parts, *map(answers_text, samples)]) + "\n"
-    write_atomically(folder / files[1], text.encode())
+    for condition, prompt in result["prompts"].items():
+        parts.append(f"{condition}: {plain(prompt)}")
+    for sample in [*result["samples"], *result["identity"]]:
+        parts.append(answers_text(sample))
+    text = "\n\n".join(parts) + "\n"
+    write_atomically(folder / f"samples{suffix}.md", text.encode())
+
+    files = [f"eval{suffix}.json", f"samples{suffix}.md"]
     files += plot_run(folder / f"eval{suffix}.png", result, folder / "metrics.jsonl")
     print(tables)
     for sample in result["samples"][:1]:
-        print("", answers_text(sample, quote=str), sep="\n")
+        print()
+        print(answers_text(sample, quote=str))
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
 
 
 def find_flags(result, record):
     """What eval.json and run.json say is wrong with a run, as a list, most serious first."""
-    table = result["likelihood"]
-    bounds = {name: row.get("steered_minus_interval") or [-1, -1] for name, row in table.items()}
-    few = table["vanilla"]["steered_minus_interval"] is None
-    checks = [
-        ("NaN", not all(math.isfinite(row["nll"]) for row in table.values())),
-        (f"only {result['heldout']['questions']} held-out questions" if few else "", few),
-        ("no better than vanilla", not bounds["vanilla"][1] < 0),
-        ("no better than random", not bounds["random"][1] < 0),
-        ("worse than mean difference", bounds["mean_difference"][0] > 0),
-    ]
-    for name, row in result["answers"].items():
-        collapsed = name.startswith("steered x") and row["collapsed"]
-        checks.append((f"collapse at {name.removeprefix('steered ')}", collapsed))
-    found = [name for name, wrong in checks if wrong]
-    if result.get("samples") and not result["recommended"]["scale"]:
-        found.append("no recommended scale")
-    if "capability" in result:
-        found += [f"loses {what}" for what in losses(result["capability"])]
-    return [*found, *judge_flags(result), *training_flags(record)]
+    flags = []
+    numbers = [number_at(result, condition, "nll") for condition in result["conditions"]]
+    if not all(math.isfinite(number) for number in numbers if number is not None):
+        flags.append("NaN")
+    gain = bounds_of(value_at(result, "vanilla", "steered_minus"))
+    if not gain:
+        flags.append(f"only {result['heldout']['questions']} held-out questions")
+    for condition in ("vanilla", "random"):
+        bounds = bounds_of(value_at(result, condition, "steered_minus"))
+        if bounds and not bounds[1] < 0:
+            flags.append(f"no better than {condition}")
+    bounds = bounds_of(value_at(result, "mean_difference", "steered_minus"))
+    if bounds and bounds[0] > 0:
+        flags.append("worse than mean difference")
+    for condition, row in result["conditions"].items():
+        if "scale" in row and row.get("collapsed"):
+            flags.append(f"collapse at {condition.removeprefix('steered ')}")
+    if result["samples"] and not result["recommended"]["scale"]:
+        flags.append("no recommended scale")
+    return flags + training_flags(record)
 
 
 def training_flags(record):
     """What run.json alone says is wrong with a finished run, as a list."""
     if record.get("status") == "imported":
         return []
-    ratio = record.get("final", {}).get("ratio", math.nan)
-    flags = [] if 0.05 <= ratio <= 1.0 else ["norm out of range"]
-    counts, args = record.get("counts", {}), record.get("args", {})
-    under = counts.get("tokens", 0) < args.get("target_tokens", 0)
-    return [*flags, "under budget"] if under else flags
+    flags = []
+    if not 0.05 <= record.get("final", {}).get("ratio", math.nan) <= 1.0:
+        flags.append("norm out of range")
+    tokens = record.get("counts", {}).get("tokens", 0)
+    if tokens < record.get("args", {}).get("target_tokens", 0):
+        flags.append("under budget")
+    return flags

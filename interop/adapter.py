@@ -1,7 +1,7 @@
 """Rank-1 LoRA adapters that add a steering vector, for servers that swap adapters by request.
 
     site = find_site(model)               # of a SteerModel; ValueError where the trick does not fit
-    row, missed = fit_row(model, site, examples)
+    row = fit_row(model, site, examples)
     products = row_products(model, site, row, examples)   # a . z of every token, ideally 1
 
 The output of decoder layer k is x + attention + down(z), down being the MLP's last linear layer. A
@@ -11,6 +11,7 @@ every persona is lora_A = a, lora_B = v. The text it is fitted on must be varied
 a . z is 0.65 elsewhere. So calibration/ goes into every fit, besides rows of the personas.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from steering.chat_format import IGNORE_INDEX, Example, collate
-from steering.fast_path import (
-    FastPath,
-    by_example,
-    in_batches,
-    replaced_forwards,
-)
+from steering.fast_path import FastPath, by_example, in_batches, replaced_forwards
 from steering.files import write_atomically
 from steering.loading import is_same_model, model_digest
 from steering.memory import free_memory
@@ -42,8 +38,11 @@ DOWN_PROJECTIONS = (  # where decoder layers keep the last linear layer of their
     "feed_forward.w2",  # LFM 2
 )
 RIDGE = 0.01  # of the median diagonal of G; from 1e-5 to 0.1 nothing changes
-OPENING, OPENING_WEIGHT = 8, 8.0  # tokens on either side of where an answer begins
-ROW_FILE, SAMPLE = "lora_a.safetensors", Path(__file__).with_name("calibration")
+OPENING = 8  # tokens on either side of where an answer begins
+OPENING_WEIGHT = 8.0  # There the persona is decided.
+MAX_TOKENS = 1024  # padded, a forward pass
+ROW_FILE = "lora_a.safetensors"
+SAMPLE = Path(__file__).with_name("calibration")
 
 
 @dataclass
@@ -55,105 +54,112 @@ class Site:
     name: str
 
 
-@torch.no_grad()
 def find_site(model):
     """The Site of a SteerModel at its layer; ValueError, with the reason, where the trick is not
     exact: what is added to the module's output must be added to the layer's output, unchanged."""
-    layer, kind = model.layers[model.layer], model.config.model_type
-    found = [(path, module) for path, module in layer.named_modules() if path in DOWN_PROJECTIONS]
-    no = f"no adapter for {model.name} ({kind}), layer {model.layer}: "
-    if not found or not isinstance(found[0][1], nn.Linear):
-        names = " ".join(name for name, _ in layer.named_modules())
-        why = "no nn.Linear is at " + ", ".join(DOWN_PROJECTIONS)
-        mixture = "expert" in names or "router" in names
-        raise ValueError(no + ("its MLP is a mixture of experts" if mixture else why))
-    path, module = found[0]
+    no = f"no adapter for {model.name} ({model.config.model_type}), layer {model.layer}:"
+    parts = dict(model.layers[model.layer].named_modules())
+    path = next((path for path in parts if path in DOWN_PROJECTIONS), None)
+    module = parts.get(path)
+    if not isinstance(module, nn.Linear):
+        if any("expert" in name or "router" in name for name in parts):
+            raise ValueError(f"{no} its MLP is a mixture of experts")
+        raise ValueError(f"{no} no nn.Linear is at {', '.join(DOWN_PROJECTIONS)}")
+    off = lost_on_the_way(model, module)
+    most = 1e-3 if module.weight.dtype == torch.float32 else 0.02
+    if not off < most:
+        raise ValueError(
+            f"{no} what {path} adds does not reach the layer's output unchanged (off by {off:.0%}):"
+            " a norm after the MLP, as in Gemma 2, or a factor on it"
+        )
+    return Site(module, name_of(module, model.model))
+
+
+def name_of(module, model):
+    """The name of a module in a model."""
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+@torch.no_grad()
+def lost_on_the_way(model, module):
+    """How much of what is added to a module's output does not reach the output of its layer."""
     ids = torch.arange(1, 9, device=model.input_device)[None]
     fast = FastPath(model)
     with model.steering_off():
-        plain = fast.layer_output(ids)
-        plain_dtype, plain = plain.dtype, plain.float()
-        noise = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0))
-        noise = noise.to(plain) * plain.norm(dim=-1).median() / len(noise) ** 0.5
+        plain = fast.layer_output(ids).float()
+        noise = plain[0, -1].roll(1)  # (n,), of the size that states have
         handle = module.register_forward_hook(lambda m, i, output: output + noise.to(output))
         try:
             moved = fast.layer_output(ids).float() - plain
         finally:
             handle.remove()
-    off = ((moved - noise).abs().median() / noise.abs().median()).item()
-    if not off < (1e-3 if plain_dtype == torch.float32 else 0.02):
-        why = f"what {path} adds does not reach the layer's output unchanged (off by {off:.0%}): "
-        raise ValueError(f"{no}{why}a norm after the MLP, as in Gemma 2, or a factor on it")
-    (name,) = (name for name, other in model.model.named_modules() if other is module)
-    return Site(module, name)
+    return ((moved - noise).abs().median() / noise.abs().median()).item()
 
 
 def inputs_of(model, site, examples):
-    """z (B, T, features) of a batch, right-padded; it never sees the vector, added after it."""
-    ids, caught = collate(examples)[0], []
+    """z (T, features) of each of a batch of examples; it never sees the vector, added after it."""
+    ids = collate(examples)[0]
+    caught = []
     handle = site.module.register_forward_pre_hook(lambda m, inputs: caught.append(inputs[0]))
     try:
         FastPath(model).layer_output(ids.to(model.input_device))
     finally:
         handle.remove()
-    return caught[0].reshape(*ids.shape, -1)  # some models flatten rows and tokens
+    padded = caught[0].reshape(*ids.shape, -1)  # some models flatten rows and tokens
+    return [z[: len(example.input_ids)] for example, z in zip(examples, padded, strict=True)]
 
 
 def token_weights(example):
     """How much each token of an example counts in the fit: (T,)."""
-    weights = torch.ones(len(example.input_ids))
-    start = next((i for i, label in enumerate(example.labels) if label >= 0), None)
-    if start is not None:
-        weights[max(0, start - OPENING) : start + OPENING] = OPENING_WEIGHT
+    weights = torch.ones(len(example.labels))
+    answer = [i for i, label in enumerate(example.labels) if label >= 0]
+    if answer:
+        weights[max(0, answer[0] - OPENING) : answer[0] + OPENING] = OPENING_WEIGHT
     return weights
 
 
 @torch.no_grad()
-def fit_row(model, site, examples, max_tokens=1024):
-    """(a (features,) fp32 on the host, the share of the number 1 that it misses on these tokens).
-    examples: chat-formatted, or plain text without labels; max_tokens: padded, a forward pass. Only
-    G = sum of z z^T is kept, on the device if that has room. Tokens where an answer begins count
-    OPENING_WEIGHT times: there the persona is decided."""
-    n, device = site.module.in_features, site.module.weight.device
+def fit_row(model, site, examples):
+    """a (features,), fp32 on the host, with a . z as near to 1 as can be on these tokens.
+
+    examples: chat-formatted, or plain text without labels. Only G = sum of z z^T is kept, on the
+    device if that has room. Raises ValueError for a model whose numbers are not finite.
+    """
+    n = site.module.in_features
+    device = site.module.weight.device
     if device.type == "meta" or free_memory(device) < 3 * 4 * n * n:
         device = torch.device("cpu")
-    gram, total = torch.zeros(n, n, device=device), torch.zeros(n, device=device)
-
-    def add(batch):
-        z = inputs_of(model, site, batch)
-        rows = [states[: len(e.input_ids)] for states, e in zip(z, batch, strict=True)]
-        rows = torch.cat(rows).to(device, torch.float32)
-        weights = torch.cat([token_weights(example) for example in batch]).to(device)
-        weighted = rows * weights[:, None]
-        gram.addmm_(weighted.T, rows)
-        total.add_(weighted.sum(dim=0))
-        return weights.sum().item()
-
+    gram = torch.zeros(n, n, device=device)
+    total = torch.zeros(n, device=device)
     weight = 0.0
+    inputs = functools.partial(inputs_of, model, site)
     with tqdm(total=len(examples), desc=f"fitting a at layer {model.layer}", disable=None) as bar:
-        for batch, of_batch in in_batches(add, examples, max_tokens):
-            weight += of_batch
+        for batch, z in in_batches(inputs, examples, MAX_TOKENS):
+            rows = torch.cat(z).to(device, torch.float32)  # (N, features)
+            weights = torch.cat([token_weights(example) for example in batch]).to(device)
+            weighted = rows * weights[:, None]
+            gram.addmm_(weighted.T, rows)
+            total += weighted.sum(dim=0)
+            weight += weights.sum().item()
             bar.update(len(batch))
-    gram, mean = gram.cpu().double().div_(weight), total.cpu().double() / weight
+    gram = gram.cpu().double().div_(weight)
+    mean = total.cpu().double() / weight
     if not gram.isfinite().all():
         raise ValueError(f"{site.name}: NaN or infinity in what enters it (--dtype bf16 or fp32?)")
     diagonal = gram.diagonal()
     ridge = RIDGE * diagonal[diagonal > 0].median()  # a ReLU may let nothing through
     factor = torch.linalg.cholesky(gram.diagonal_scatter(diagonal + ridge))
-    row = torch.cholesky_solve(mean[:, None], factor)[:, 0]
-    return row.float(), 1 - (mean @ row).item()
+    return torch.cholesky_solve(mean[:, None], factor)[:, 0].float()
 
 
 @torch.no_grad()
-def row_products(model, site, row, examples, max_tokens=1024):
+def row_products(model, site, row, examples):
     """a . z of every token of every example: a list of (T,) tensors on the host."""
 
     def multiply(batch):
-        z = inputs_of(model, site, batch)
-        values = (z.float() @ row.to(z.device)).cpu()
-        return [v[: len(e.input_ids)] for e, v in zip(batch, values, strict=True)]
+        return [(z.float() @ row.to(z.device)).cpu() for z in inputs_of(model, site, batch)]
 
-    return by_example(multiply, examples, max_tokens)
+    return by_example(multiply, examples, MAX_TOKENS)
 
 
 def sample_examples(chat):
@@ -167,35 +173,36 @@ def sample_examples(chat):
     lines = (SAMPLE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{"system_prompt": "", "question": "", **json.loads(line)} for line in lines]
     documents += chat.encode_each(rows)[0]
-    return [e for i, e in enumerate(documents) if i % 5], documents[::5]
+    return [document for i, document in enumerate(documents) if i % 5], documents[::5]
 
 
-def save_row(path, row, model, site, about):
-    """Write an input row (features,) beside the runs; about: what it was fitted and measured on."""
-    header = {"model": model.name, "model_digest": model_digest(model.name), "layer": model.layer}
-    header |= {"module": site.name, "about": json.dumps(about)}
+def save_row(path, row, model, site, fitted):
+    """Write an input row (features,) beside the runs; fitted: how it was fitted, for JSON."""
+    header = {
+        **place_of(model, site),
+        "model": model.name,
+        "model_digest": model_digest(model.name),
+        "about": json.dumps(fitted),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, vector_bytes(row, header, "lora_a"))
 
 
+def place_of(model, site):
+    """What the header of an input row says of where in a model it belongs."""
+    return {"layer": str(model.layer), "module": site.name, "features": str(site.module.in_features)}
+
+
 def load_row(path, model, site):
-    """(input row (features,), about) as `save_row` wrote them. Raises ValueError for a file that is
-    of another model or layer, or no such file."""
+    """(input row (features,), how it was fitted) as `save_row` wrote them. Raises ValueError for a
+    file that is of another model or layer, or no such file."""
     row, header = load_vector(path, "lora_a")
-    there = header.get("model"), header.get("layer"), header.get("module")
-    ours = model.name, str(model.layer), site.name
-    fits = is_same_model(header, model.name) and there[1:] == ours[1:]
-    if not fits or len(row) != site.module.in_features:
-        named = [f"{len(row)} numbers for {' '.join(map(str, there))}", " ".join(ours)]
-        raise ValueError(f"{path} has {named[0]}; here it is {named[1]}. Remove it to fit another")
-    try:
-        about = json.loads(header["about"])
-        kinds = {"datasets": list, "fitted_tokens": int, "split": list, "missed": dict}
-        assert all(isinstance(about[key], kind) for key, kind in kinds.items())
-        assert all(len(pair) == 2 and sum(pair) < float("inf") for pair in about["missed"].values())
-    except (KeyError, ValueError, TypeError, AssertionError) as error:
-        what = "its header does not say what it was fitted on"
-        raise ValueError(f"{path}: {what}. Remove it to fit another") from error
-    return row, about
+    there = [header.get("layer"), header.get("module"), len(row)]
+    ours = [str(model.layer), site.name, site.module.in_features]
+    if there != ours or not is_same_model(header, model.name) or "about" not in header:
+        what = f"{header.get('model')}, layer, module and numbers {there}"
+        raise ValueError(f"{path} is of {what}, not of {model.name}, {ours}. Remove it")
+    return row, json.loads(header["about"])
 
 
 def as_adapter(model, products):

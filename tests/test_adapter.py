@@ -8,12 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import IDS, VECTOR, export, rows_of, source, the_folder, tiny
 from safetensors.torch import load_file
-from test_eval_steering import trained  # noqa: F401 (a fixture)
-from test_export_vector import VECTOR, export, source
-from test_hook_model import IDS, rows_of
-from test_train_steering import restore_signal_handlers, the_folder  # noqa: F401
 
 import eval_steering as ev
 import export_vector as ex
@@ -219,7 +215,7 @@ def test_lm_eval_finds_the_layer_by_the_name_in_its_file(architecture, tmp_path)
 
 
 @pytest.fixture
-def runs(trained, tmp_path):  # noqa: F811
+def runs(trained, tmp_path):
     """A copy of two finished tiny runs, pirate and sailor, without an input row."""
     shutil.copytree(trained / "runs", tmp_path / "runs")
     return tmp_path / "runs"
@@ -325,7 +321,7 @@ def test_two_personas_of_one_name_are_refused_before_anything_is_written(runs, t
     assert not (tmp_path / "out").exists()
 
 
-def test_without_rows_to_fit_on_nothing_is_written(runs, trained, tmp_path, capsys):  # noqa: F811
+def test_without_rows_to_fit_on_nothing_is_written(runs, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(runs, "--format", "lora", "--data-root", tmp_path / "gone", "--out", out) == 2
     assert "gone" in capsys.readouterr().err and not out.exists()
@@ -344,7 +340,7 @@ def test_without_rows_to_fit_on_nothing_is_written(runs, trained, tmp_path, caps
 
 
 def test_a_vector_from_elsewhere_becomes_an_adapter(
-    runs, trained, smooth, tmp_path, monkeypatch  # noqa: F811
+    runs, trained, smooth, tmp_path, monkeypatch
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     torch.save(VECTOR, tmp_path / "v.pt")
@@ -372,7 +368,7 @@ def test_formats_beside_an_adapter_must_be_written_with_it(runs, smooth, tmp_pat
 
 
 def test_what_belongs_to_one_model_and_layer_is_never_used_for_another(
-    runs, trained, smooth, tmp_path, monkeypatch, capsys  # noqa: F811
+    runs, trained, smooth, tmp_path, monkeypatch, capsys
 ):  # fmt: skip
     """Runs of another layer and another dtype in one call: each as if it were exported alone."""
     run = the_folder(runs)

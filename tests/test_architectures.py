@@ -8,8 +8,7 @@ does not have is skipped. The last test prints who takes the fast path, as READM
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, HEADS, SMALL
-from test_hook_model import gradient_of, plain_loss, rows_of
+from conftest import CONFIGS, HEADS, SMALL, gradient_of, plain_loss, rows_of
 
 import hook_model as hm
 from interop.adapter import find_site

@@ -8,7 +8,6 @@ import types
 
 import pytest
 from conftest import ROOT, persona_rows, write_raw
-from test_train_steering import restore_signal_handlers  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu

@@ -5,8 +5,8 @@ import json
 import math
 
 import pytest
+from conftest import QUICK
 from consumers.local_task import write_task
-from test_eval_steering import QUICK, data, finished, steered, trained  # noqa: F401
 
 import eval_steering as ev
 import hook_model as hm
@@ -47,7 +47,7 @@ def compare(model, chat, tasks, path):
     return cp.compare_capability(model, chat, vector, 1.5, "Be a pirate.", tasks, Kept(path))
 
 
-def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_path, monkeypatch):  # noqa: F811
+def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_path, monkeypatch):
     seen, real = [], cp.run_tasks
 
     def run(model, chat, prompt, tasks):
@@ -73,7 +73,7 @@ def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_p
     assert steered.steering.scale == 1.0
 
 
-def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, tasks, monkeypatch):  # noqa: F811
+def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, tasks, monkeypatch):
     """The harness sees the model with its vector, the template's own prompt, and nothing else."""
     import lm_eval
     import torch
@@ -104,7 +104,7 @@ def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, task
                     assert float(found[0]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_on_the_unsteered_model_is_caught(steered, smol_chat, tasks, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_on_the_unsteered_model_is_caught(steered, smol_chat, tasks, tmp_path, monkeypatch):
     real = cp.run_tasks
     other = hm.SteerModel(copy.deepcopy(steered.model), 1)  # a copy: its hooks are the old ones
     with monkeypatch.context() as fault:  # another model is given to the harness
@@ -130,7 +130,7 @@ def test_a_run_on_the_unsteered_model_is_caught(steered, smol_chat, tasks, tmp_p
             compare(steered, smol_chat, tasks, tmp_path / "d")
 
 
-def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monkeypatch, capsys):  # noqa: F811
+def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monkeypatch, capsys):
     (finished / "eval.json").unlink(missing_ok=True)
     flags = ["--run", str(finished), *QUICK, "--capability-tasks", str(folder)]
     flags += ["--capability-limit", "3", "--capability", "small_choice", "small_write"]

@@ -10,7 +10,6 @@ import time
 
 import pytest
 from conftest import ROOT
-from test_eval_steering import finished, trained  # noqa: F401
 
 from evaluation import chat as ec
 from steering.files import read_json, write_json
@@ -39,7 +38,7 @@ def test_personas_are_named_with_spaces_and_with_scales_or_without():
 
 
 @pytest.fixture
-def two_runs(finished, tmp_path):  # noqa: F811
+def two_runs(finished, tmp_path):
     """A folder of two runs: one that is evaluated, and its opposite under another name."""
     for name in ("pirate", "sailor"):
         shutil.copytree(finished, tmp_path / "runs" / f"src__role__{name}")
@@ -79,7 +78,7 @@ class Terminal:
         self.said = ""
         os.write(self.master, text.encode())
 
-    def until(self, text, seconds=400, longer_than=0):
+    def until(self, text, seconds=200, longer_than=0):
         """Everything said, once this text is in it, and that many characters are."""
         end = time.time() + seconds
         while text not in self.said or len(self.said) <= longer_than:
@@ -150,7 +149,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(two_runs):
         assert "Traceback" not in said
         terminal.until("pirate x1.3> ")
         terminal.type("x " * 300 + "\n")
-        terminal.until("too long for the model: /new forgets it")
+        terminal.until("model takes; /new forgets it")
         terminal.until("pirate x1.3> ")
         terminal.type("/quit\n")
         assert terminal.process.wait(30) == 0

@@ -7,15 +7,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT
-from test_eval_steering import QUICK
-from test_train_steering import (  # noqa: F401
-    StopAfter,
-    command,
-    restore_signal_handlers,
-    steps_in,
-    the_folder,
-)
+from conftest import QUICK, ROOT, StopAfter, command, steps_in, the_folder
 
 import eval_steering as ev
 import train_steering as ts

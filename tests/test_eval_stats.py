@@ -11,45 +11,31 @@ from evaluation import stats as es
 RNG = np.random.default_rng(7)
 
 
-def test_paired_interval_is_tight_where_only_questions_differ():
-    tokens, questions = [10] * 30, [f"q{i}" for i in range(30)]
-    hard = RNG.uniform(10, 60, 30)  # questions differ a lot, conditions by exactly half a nat
-    losses = {"vanilla": hard + 5.0, "steered": hard}
-    table = es.compare_losses(losses, tokens, questions)
-    assert table["vanilla"]["steered_minus"] == pytest.approx(-0.5)
-    assert table["vanilla"]["steered_minus_interval"] == pytest.approx([-0.5, -0.5])
-    low, high = table["vanilla"]["interval"]
-    assert high - low > 0.5 and low < table["vanilla"]["nll"] < high
-    assert table["steered"]["perplexity"] == pytest.approx(math.exp(hard.sum() / 300))
-    assert "steered_minus" not in table["steered"]
-
-
 def test_interval_is_over_questions_not_rows():
-    losses, tokens = RNG.uniform(1, 3, 25), np.full(25, 4)
+    losses = RNG.uniform(1, 3, 25)
+    tokens = np.full(25, 4)
     questions = [f"q{i}" for i in range(25)]
     grouped = [question for question in questions for _ in range(5)]
     again = es.ratio(np.repeat(losses, 5), np.repeat(tokens, 5), grouped)
-    found, bounds = es.ratio(losses, tokens, questions)
-    # five times the rows of a question are no new questions
-    assert again[0] == pytest.approx(found) and again[1] == pytest.approx(bounds)
+    # Five times the rows of a question are no new questions.
+    assert again == pytest.approx(es.ratio(losses, tokens, questions))
 
 
 def test_intervals_cover_what_they_say_from_eight_questions_on():
     """Rows of unlike length, NLL a token that is skewed; 1% is 3 standard errors."""
     truth = 3.0
     for count in (8, 12, 17, 40):
-        covered, names = 0, [str(i) for i in range(count)]
+        covered = 0
+        names = [str(i) for i in range(count)]
         for _ in range(4000):
             tokens = np.clip(RNG.lognormal(4, 0.5, count), 5, None)
             nll = truth + RNG.normal(0, 0.4, count) + 0.3 * (RNG.gamma(4, 0.25, count) - 1)
-            low, high = es.ratio(nll * tokens, tokens, names)[1]
-            covered += low <= truth <= high
+            found = es.ratio(nll * tokens, tokens, names)
+            covered += found["low"] <= truth <= found["high"]
         assert 0.93 <= covered / 4000 <= 0.97, count
     for count in (1, 2, 7):
-        assert es.mean_interval([1.0] * count, list(range(count)))["interval"] is None
-    few = {name: np.arange(3.0) - shift for shift, name in enumerate(("vanilla", "prompted"))}
-    found = es.recovered_fraction(few | {"steered": few["vanilla"]}, [1] * 3, "abc")
-    assert found["value"] is None and "3 held-out questions" in found["why"]
+        few = {"mean": 1.0, "low": None, "high": None, "n": count}
+        assert es.mean_interval([1.0] * count, list(range(count))) == few
     assert es.student_t(7) == pytest.approx(2.3646, abs=1e-3)  # of any table
     assert es.student_t(30) == pytest.approx(2.0423, abs=1e-3)
 
@@ -59,24 +45,34 @@ def test_interval_agrees_with_the_normal_one_on_many_questions():
     got = es.mean_interval(list(values), [str(i) for i in range(400)])
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
     assert got["mean"] == pytest.approx(values.mean())
-    assert got["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
+    assert got["low"] == pytest.approx(values.mean() - half, abs=0.02)
+    assert got["high"] == pytest.approx(values.mean() + half, abs=0.02)
     assert es.mean_interval([], []) is None
 
 
-def test_recovered_fraction_and_where_it_is_undefined():
-    questions, tokens = [str(i) for i in range(12)], [1] * 12
+def test_recovered_fraction_and_why_it_is_undefined():
+    questions = [str(i) for i in range(12)]
+    tokens = [1] * 12
     base = RNG.uniform(3, 4, 12)
     losses = {"vanilla": base, "prompted": base - 1.0, "steered": base - 0.25}
-    found = es.recovered_fraction(losses, tokens, questions)
-    assert found["value"] == pytest.approx(0.25)
-    assert found["interval"] == pytest.approx([0.25, 0.25])
+    found, why = es.recovered_fractions(losses, tokens, questions)
+    assert why is None
+    assert found == {"steered": pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25, "n": 12})}
+
+    few = {name: nats[:3] for name, nats in losses.items()}
+    found, why = es.recovered_fractions(few, tokens[:3], questions[:3])
+    assert not found
+    assert "3 held-out questions" in why
+
     noise = RNG.normal(0, 0.5, 12)
     noise -= noise.mean() - 0.01  # prompting "helps" by 0.01, within the noise
     losses["prompted"] = base - noise
-    found = es.recovered_fraction(losses, tokens, questions)
-    assert found["value"] is None and "prompting does not help" in found["why"]
+    found, why = es.recovered_fractions(losses, tokens, questions)
+    assert not found
+    assert "prompting does not help" in why
+
     del losses["prompted"]
-    assert es.recovered_fraction(losses, tokens, questions)["value"] is None
+    assert es.recovered_fractions(losses, tokens, questions)[0] == {}
 
 
 def test_probe_finds_a_direction_and_auroc_counts_pairs():
@@ -97,14 +93,15 @@ def test_probe_weighs_classes_alike():
     assert es.fit_probe(few, many)(torch.zeros(1, 8)).item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_text_metrics_see_loops_and_empty_answers():
+def test_text_measures_see_loops_and_empty_answers():
     def measure(text):
-        return {name: metric.measure(text) for name, metric in es.TEXT_METRICS.items()}
+        functions = es.word_count, es.distinct_words, es.repeated, es.is_empty
+        return [function(text) for function in functions]
 
-    assert measure("") == {"words": 0, "distinct": None, "repeated": 0.0, "empty": 1.0}
-    plain = measure("Don't panic, the ship sails at dawn.")
-    assert plain == {"words": 7, "distinct": 1.0, "repeated": 0.0, "empty": 0.0}
-    loop = measure("tell them what ye think " * 10)
-    assert loop["words"] == 50 and loop["distinct"] == 0.1 and loop["repeated"] > 0.85
+    assert measure("") == [0, None, 0.0, 1.0]
+    assert measure("Don't panic, the ship sails at dawn.") == [7, 1.0, 0.0, 0.0]
+    words, distinct, repeated, empty = measure("tell them what ye think " * 10)
+    assert [words, distinct, empty] == [50, 0.1, 0.0]
+    assert repeated > 0.85
     for sign in ("🏴‍☠️", "ha", "!", "我是海盗", "- "):  # without words to repeat
-        assert measure("Arr " + sign * 60)["repeated"] > 0.6
+        assert es.repeated("Arr " + sign * 60) > 0.6

@@ -4,55 +4,18 @@ A vector is trained, exported, and loaded by the lines on its card; the tool's l
 text must be ours, at the vector's layer and, for the same vector, at the layer above.
 """
 
-import json
-import subprocess
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, interop_python
-from test_export_vector import snippets
-from test_train_steering import restore_signal_handlers  # noqa: F401
+from conftest import LAYER, ROOT, report, run_python, snippets
 
 import export_vector as ex
 import hook_model as hm
 import train_steering as ts
-from steering.loading import load_chat, load_tokenizer
+from steering.loading import load_chat
 from steering.vector_file import VECTOR_FILE
 
 pytestmark = pytest.mark.interop
-LAYER = 12
-VERSION = "import importlib.metadata as m, sys; print(*(m.version(n) for n in sys.argv[1:]))"
-
-
-def run_python(tool, *arguments, cwd=None):
-    """What a command printed, run by a tool's interpreter."""
-    command = [interop_python(tool), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def report(format_name, tool, packages, difference, more=""):
-    """Print a row of README's table."""
-    versions = run_python(tool, "-c", VERSION, *packages).split()
-    names = ", ".join(f"{n} {v}" for n, v in zip(packages, versions, strict=True))
-    print(f"\n| {format_name} | {names} | {difference:.1g} | {more}")
-
-
-@pytest.fixture(scope="module")
-def fp32_folder(packaged_gguf, tmp_path_factory):
-    """The same weights as a folder in fp32, so that tools that load it compute in fp32."""
-    folder = tmp_path_factory.mktemp("models") / "interop-fp32"
-    hm.load_model(str(packaged_gguf), 0, dtype="fp32", device="cpu").model.save_pretrained(folder)
-    tokenizer = load_tokenizer(str(packaged_gguf))
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # for transformers 4
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

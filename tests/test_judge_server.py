@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, interop_python, persona_rows, serving, write_raw
-from test_train_steering import command, restore_signal_handlers, the_folder  # noqa: F401
+from conftest import ROOT, command, interop_python, persona_rows, serving, the_folder, write_raw
 
 import train_steering as ts
 from evaluation import judging

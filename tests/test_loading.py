@@ -7,10 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import QUICK, command, tiny
 from safetensors.torch import load_file, save_file
-from test_eval_steering import QUICK, finished, trained  # noqa: F401 (fixtures)
-from test_train_steering import command, restore_signal_handlers  # noqa: F401
 
 import eval_steering as ev
 import train_steering as ts
@@ -121,7 +119,7 @@ def test_training_on_them_exits_2_and_leaves_no_run(data_root, tiny_folder, tmp_
     assert written <= {"train.log"}
 
 
-def test_evaluating_on_them_exits_2_and_writes_nothing(finished, tiny_folder, tmp_path, capsys):  # noqa: F811
+def test_evaluating_on_them_exits_2_and_writes_nothing(finished, tiny_folder, tmp_path, capsys):
     broken = broken_copy(tiny_folder, tmp_path / "tiny-llama")
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for flags in ([], ["--restart"]):

@@ -10,8 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_eval_steering import QUICK, finished, trained  # noqa: F401
+from conftest import QUICK, ROOT
 
 import eval_steering as ev
 from evaluation import page as pg
@@ -49,7 +48,7 @@ class Parser(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def reported(trained, tmp_path_factory):  # noqa: F811
+def reported(trained, tmp_path_factory):
     """A folder with report.html of two runs: an evaluated one, with hostile texts, and another."""
     runs = sorted(path.parent for path in (trained / "runs").rglob("run.json"))
     flags = [*QUICK, "--num-samples", "3", "--turns", "2", "--max-new-tokens", "4"]
@@ -86,7 +85,7 @@ def test_texts_are_data_and_the_only_script_is_the_one_that_the_page_allows(repo
     assert "innerHTML" not in scripts[0] and "eval(" not in scripts[0]
 
 
-def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished):  # noqa: F811
+def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished):
     data, _, _ = blocks_of(reported)
     index, result = data["index"], read_json(finished / "eval.json")
     assert [row["number"] for row in index["rows"]] == [0, 1]
@@ -111,7 +110,7 @@ def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished): 
     ]
 
 
-def test_an_evaluation_by_another_version_costs_the_page_nothing_but_itself(finished, tmp_path):  # noqa: F811
+def test_an_evaluation_by_another_version_costs_the_page_nothing_but_itself(finished, tmp_path):
     shutil.copy(finished / "metrics.jsonl", tmp_path)
     write_json(tmp_path / "eval.json", {"likelihood": {"vanilla": 1.0}, "flags": []})
     data = pg.run_data(tmp_path)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny
-from test_train_steering import command, read_vector, the_folder
+from conftest import command, read_vector, the_folder, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_train_steering import the_folder
+from conftest import the_folder
 
 import eval_steering as ev
 import export_vector as ex

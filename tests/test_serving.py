@@ -14,9 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, interop_python, serving
-from test_interop import LAYER, fp32_folder, report, run_python  # noqa: F401 (a fixture)
-from test_train_steering import restore_signal_handlers  # noqa: F401
+from conftest import LAYER, ROOT, interop_python, report, run_python, serving
 
 import export_vector as ex
 import hook_model as hm
@@ -35,7 +33,7 @@ LEAST = 4 if STEPS == "40" else 1  # different answers to a question; short trai
 
 
 @pytest.fixture(scope="module")
-def adapters(fp32_folder, tmp_path_factory):  # noqa: F811
+def adapters(fp32_folder, tmp_path_factory):
     """(folder of adapters, their runs): three personas of 40 steps, exported by one load."""
     root = tmp_path_factory.mktemp("serving")
     names = [f"sample__role__{name}" for name in PERSONAS]
@@ -52,7 +50,7 @@ def adapters(fp32_folder, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def ours(fp32_folder, adapters):  # noqa: F811
+def ours(fp32_folder, adapters):
     """{(persona or "plain", question, "vector" or "adapter"): (ids, log-probabilities (T, V))}."""
     model, chat = hm.load_model(fp32_folder, LAYER, dtype="fp32", device="cpu"), None
     chat, site = load_chat(fp32_folder), ad.find_site(model)
@@ -104,7 +102,7 @@ def transcript(answers):
 
 
 def test_peft_computes_the_vector_and_the_adapter_each_in_one_batch(
-    fp32_folder, adapters, ours, tmp_path  # noqa: F811
+    fp32_folder, adapters, ours, tmp_path
 ):  # fmt: skip
     ids = ours["plain", QUESTIONS[0], "vector"][0]
     np.save(tmp_path / "ids.npy", ids.numpy()[None])
@@ -121,7 +119,7 @@ def test_peft_computes_the_vector_and_the_adapter_each_in_one_batch(
         report(form, "peft", ("peft", "transformers"), max(differences), "3 personas in a batch")
 
 
-def test_lm_eval_scores_a_task_as_the_steered_model(fp32_folder, adapters, tmp_path):  # noqa: F811
+def test_lm_eval_scores_a_task_as_the_steered_model(fp32_folder, adapters, tmp_path):
     steer = adapters[0] / "pirate" / "lm_eval_steered.pt"
     script = ROOT / "tests" / "consumers" / "run_lm_eval.py"
     run_python("lm_eval", script, fp32_folder, steer, tmp_path, tmp_path / "out.json")
@@ -149,7 +147,7 @@ def test_lm_eval_scores_a_task_as_the_steered_model(fp32_folder, adapters, tmp_p
 
 
 def test_vllm_serves_personas_by_name_and_the_plain_model_beside_them(
-    fp32_folder, adapters, ours, tmp_path  # noqa: F811
+    fp32_folder, adapters, ours, tmp_path
 ):  # fmt: skip
     many = (
         tmp_path / "adapters"

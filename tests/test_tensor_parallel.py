@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny
-from test_train_steering import command, read_vector, the_folder
+from conftest import ROOT, command, read_vector, the_folder, tiny
 
 import train_steering as ts
 from steering.loading import load_tokenizer

@@ -1,0 +1,35 @@
+"""Whether vectors are of their own persona: each one on the held-out rows of all the others."""
+
+import numpy as np
+import torch
+
+from evaluation.answers import announce
+
+
+def specificity(runs, limit, nll):
+    """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
+
+    runs: FinishedRun objects, of which `limit` a group count, since every vector meets every
+    persona; nll(run, vectors): of a run's held-out rows under each. Returns a list of {"model",
+    "layer", "runs", "nll": [vector][persona], "vanilla": [persona]}.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
+    matrices = []
+    for (model, layer), group in groups.items():
+        if len(group) < 2:
+            continue
+        members = group[:limit]
+        announce(f"{len(members)} vectors on each other's held-out rows")
+        vectors = [run.vector for run in members]
+        vectors.append(torch.zeros_like(vectors[0]))
+        *rows, vanilla = np.array([nll(run, vectors) for run in members]).T.tolist()
+        matrices.append({
+            "model": model,
+            "layer": layer,
+            "runs": [str(run.folder) for run in members],
+            "nll": rows,
+            "vanilla": vanilla,
+        })  # fmt: skip
+    return matrices
