@@ -485,22 +485,28 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """(whether something is wrong, what) of the options beyond their bounds."""
-    needed, models = args.model and args.dataset, len(args.judge_model or ())
-    alone = {"--chat": args.chat, "--prompt": args.prompt is not None}
-    alone |= {"--report-only": args.report_only}
-    only, more = [name for name in alone if alone[name]], args.judge or args.capability
+    judges = args.judge or ()
+    models = args.judge_model or ()
+    alone = {
+        "--chat": args.chat,
+        "--prompt": args.prompt is not None,
+        "--report-only": args.report_only,
+    }
+    only = [name for name, given in alone.items() if given]
+    scoring = args.judge or args.capability
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
+    needed = args.model and args.dataset
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
-        (bool(args.judge) != bool(args.judge_model), "--judge and --judge-model: both or neither"),
-        (not len({*(args.judge_model or ())}) == models <= 2, "--judge-model: one, or two names"),
-        (len(args.judge or ()) > max(1, models), "--judge: one address, or one for each model"),
+        (bool(judges) != bool(models), "--judge and --judge-model: both or neither"),
+        (not len({*models}) == len(models) <= 2, "--judge-model: one, or two names"),
+        (len(judges) > max(1, len(models)), "--judge: one address, or one for each model"),
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
         (args.capability_tasks and not args.capability, "--capability-tasks needs --capability"),
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
         (args.report_only and not args.run, "--report-only goes with --run"),
-        (len(only) > 1 or (only and more), f"{', '.join(only)}: one of these, and no scoring"),
+        (len(only) > 1 or (only and scoring), f"{', '.join(only)}: one of these, and no scoring"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
         (args.run and foreign, "--dataset, --layer, --any-model, --out: a run knows its own"),
     ]

@@ -22,7 +22,14 @@ from pathlib import Path
 import data_filter
 from data_filter import DataOptions
 from hook_model import load_from_options
-from interop import adapter, adapter_check
+from interop import adapter
+from interop.adapter_check import (
+    adapter_words,
+    check_loss,
+    compare_with_adapter,
+    fit_and_measure,
+    fit_words,
+)
 from interop.card import card
 from interop.formats import (
     FORMATS,
@@ -30,7 +37,6 @@ from interop.formats import (
     WITH_MODEL,
     WITH_ROW,
     Source,
-    block_name,
     check_same_model,
     file_names,
     files_of,
@@ -75,14 +81,13 @@ def from_run(run, args):
 
 
 def from_elsewhere(args, out):
-    """(Source of the file or folder of --from, a FinishedRun as if it were a run in `out`)."""
-    found = import_vector(
+    """(Source of the file of --from, a FinishedRun as if it were a run in `out`)."""
+    source = import_vector(
         args.source, args.model, args.layer, args.any_model, args.trust_remote_code
     )
     options = {key: value for key, value in vars(args).items() if value is not None}
-    options["layer"] = found.layer
-    run = FinishedRun(out, args.dataset, {"config": {}}, found.vector, options)
-    return Source(Path(args.source), found.vector, found.metadata, found.scale), run
+    options["layer"] = source.layer
+    return source, FinishedRun(out, args.dataset, {"config": {}}, source.vector, options)
 
 
 def scaled(source, wanted):
@@ -108,13 +113,12 @@ class Workshop:
     """What the exports of one call share.
 
     check_tokens: of held-out rows, to check each adapter on. shelf: the model, loaded once, and
-    chat formats. rows: {(file, model, layer): (input row (features,), how it was fitted)}.
+    chat formats.
     """
 
     def __init__(self, runs):
         self.check_tokens = max(MIN_CHECK_TOKENS, CHECK_TOKENS // runs)
         self.shelf = Shelf(load_from_options)
-        self.rows = {}
 
     def prepare(self, source, run, formats, force):
         """Add to a Source what these formats need of the model. Raises ValueError, with the reason,
@@ -125,81 +129,75 @@ class Workshop:
         if formats.isdisjoint(WITH_MODEL):  # lm-eval asks for the name of a layer alone
             run.args["device"] = "fake"
         model = self.shelf.model(run)
-        source.block = block_name(model)
+        source.block = adapter.name_of(model.layers[model.layer], model.model.base_model)
         if formats.isdisjoint(WITH_MODEL):
             return
         source.site = adapter.find_site(model)
         if formats.isdisjoint(WITH_ROW):
             return
-        chat = self.shelf.chat(run)
-        options = DataOptions.of(run.args)
-        source.row, source.fitted = self.input_row(run, model, source.site, chat, options)
-        _, examples = examples_of(run.dataset, chat, options, 0, self.check_tokens)
+        source.row, source.fitted = self.input_row(run, model, source.site)
+        examples = self.splits_of(run.dataset, run, 0, self.check_tokens).heldout
         if not examples:
             raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
         model.set_vector(source.vector)
-        found = adapter_check.compare_with_adapter(model, source.site, source.row, examples)
-        source.measured = found
+        source.measured = compare_with_adapter(model, source.site, source.row, examples)
         if not force:
-            adapter_check.check_loss(source.fitted, found)
+            check_loss(source.fitted, source.measured)
 
-    def input_row(self, run, model, site, chat, options):
+    def input_row(self, run, model, site):
         """(a (features,), how it was fitted): that of the run's folder, which is fitted and written
         if it is not there. ValueError if it may have been fitted on rows that check adapters."""
+        options = DataOptions.of(run.args)
         split = [options.split_seed, options.heldout_fraction]
         default = run_path("runs", model.name, model.layer, "")
         path = shared_folder(run, default) / adapter.ROW_FILE
-        key = (path, model.name, model.layer)
-        if key not in self.rows and path.exists():
-            self.rows[key] = adapter.load_row(path, model, site)
-        if key not in self.rows:
-            tokens = FIT_TOKENS * site.module.in_features
-            examples, heldout, names = rows_to_fit(chat, options, tokens)
-            row, fitted = adapter_check.fit_and_measure(model, site, chat, examples, heldout)
+        if path.exists():
+            row, fitted = adapter.load_row(path, model, site)
+        else:
+            examples, heldout, names = self.rows_to_fit(run, FIT_TOKENS * site.module.in_features)
+            chat = self.shelf.chat(run)
+            row, fitted = fit_and_measure(model, site, chat, examples, heldout)
             fitted |= {"datasets": names, "split": split}
-            print(f"fitted   {path}: {adapter_check.fit_words(fitted)}")
-            self.rows[key] = row, fitted
+            print(f"fitted   {path}: {fit_words(fitted)}")
             try:
                 adapter.save_row(path, row, model, site, fitted)
             except OSError as error:
-                print(f"WARNING: {path} is not kept, so another call fits anew: {error}")
-        row, fitted = self.rows[key]
+                print(f"WARNING: {path} is not kept, so the next run fits anew: {error}")
         if fitted["split"] != split:
             there = f"another split of the questions ({fitted['split']}, here {split})"
             raise ValueError(f"{path} was fitted with {there}. Remove it to fit another")
         return row, fitted
 
+    def rows_to_fit(self, run, tokens):
+        """(examples of training questions, some of held-out ones, names) of the datasets beside a
+        run's, so many tokens in all; of FIT_DATASETS at most, spread over all. ValueError if none
+        has a row."""
+        names = list(DataOptions.of(run.args).datasets())
+        names = names[:: len(names) // FIT_DATASETS + 1]
+        share = tokens // len(names) + 1
+        train = []
+        heldout = []
+        used = []
+        for name in names:
+            try:
+                splits = self.splits_of(name, run, share, share // 8 + 1)
+            except ValueError as error:  # a dataset that nobody asked for
+                print(f"WARNING: {name} is left out of the fit: {error}", file=sys.stderr)
+                continue
+            if splits.train:
+                used.append(name)
+            train += splits.train
+            heldout += splits.heldout
+        if not train:
+            raise ValueError(f"{run.args['data_root']}: no row to fit an input row on")
+        return train, heldout, used
 
-def examples_of(name, chat, options, tokens, heldout_tokens):
-    """[examples of training questions, of held-out ones] of a dataset, up to so many tokens."""
-    options = replace(options, target_tokens=tokens, val_fraction=0.0)
-    splits = data_filter.split_dataset(name, options.datasets(), chat, options, heldout_tokens)
-    return splits.train, splits.heldout
-
-
-def rows_to_fit(chat, options, tokens):
-    """(examples of training questions, some of held-out ones, names) of the datasets of a data
-    root, so many tokens in all; of FIT_DATASETS at most, spread over all. ValueError if none has a
-    row."""
-    names = list(options.datasets())
-    names = names[:: len(names) // FIT_DATASETS + 1]
-    share = tokens // len(names) + 1
-    train = []
-    heldout = []
-    used = []
-    for name in names:
-        try:
-            found, measured = examples_of(name, chat, options, share, share // 8 + 1)
-        except ValueError as error:  # a dataset that nobody asked for
-            print(f"WARNING: {name} is left out of the fit: {error}", file=sys.stderr)
-            continue
-        if found:
-            used.append(name)
-        train += found
-        heldout += measured
-    if not train:
-        raise ValueError(f"{options.data_root}: no row to fit the adapters' input row on")
-    return train, heldout, used
+    def splits_of(self, name, run, tokens, heldout_tokens):
+        """The Splits of a dataset with a run's options: training and held-out examples, up to so
+        many tokens of each."""
+        options = replace(DataOptions.of(run.args), target_tokens=tokens, val_fraction=0.0)
+        chat = self.shelf.chat(run)
+        return data_filter.split_dataset(name, options.datasets(), chat, options, heldout_tokens)
 
 
 # ---------------------------------------------------------------- writing
@@ -208,37 +206,28 @@ def rows_to_fit(chat, options, tokens):
 def export(source, formats, out, overwrite):
     """Write a Source and its card to the folder `out`; returns the files' names.
 
-    A folder holds one vector, so formats that are there must be written along with the new ones.
-    Raises ValueError, with nothing written, where they are not, or where that would replace what is
-    not the same.
+    A folder holds one vector. Raises ValueError, with nothing written, where files of other formats
+    or layers would stay there, or where what is not the same would be replaced.
     """
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
-    files = contents(source, formats, out.name)  # before there is a folder: bad input leaves none
+    files = contents(source, formats, out.absolute().name)  # bad input leaves no folder
     with lock_folder(out) as held:
         if not held:
             raise ValueError(f"{out}: another process is writing there")
-        every = {*formats}
-        for name, paths in file_names(source.metadata["layer"]).items():
-            if any((out / path).exists() for path in paths):
-                every.add(name)
-        if every > {*formats}:
-            every = " ".join(f"--format {name}" for name in sorted(every))
-            raise ValueError(f"{out} has more formats, that must hold the same vector: {every}")
-        stale = [path for path in out.glob("layer_*.pt") if path.name not in files]
-        other = [path.name for path in stale]
-        for name, data in files.items():
-            path = out / name
-            if path.exists() and path.read_bytes() != data:
-                other.append(name)
+        patterns = [name for names in file_names("*").values() for name in names]
+        there = {str(path.relative_to(out)) for name in patterns for path in out.glob(name)}
+        left = ", ".join(sorted(there - files.keys()))
+        if left:
+            way_out = "name their formats too, or another folder"
+            raise ValueError(f"{out} has {left}, which must hold the same vector: {way_out}")
+        known = [name for name in files if (out / name).exists()]
+        other = ", ".join(name for name in known if (out / name).read_bytes() != files[name])
         if other and not overwrite:
-            what = ", ".join(other)
-            raise ValueError(f"{out} has another {what}: --overwrite replaces what is there")
+            raise ValueError(f"{out} has another {other}: --overwrite replaces what is there")
         for name, data in files.items():
             (out / name).parent.mkdir(exist_ok=True)
             write_atomically(out / name, data)
-        for path in stale:
-            path.unlink()
     return list(files)
 
 
@@ -258,8 +247,6 @@ def contents(source, formats, folder):
 def targets(args):
     """[(run folder, or None with --from, folder to write to)]. ValueError for two of one name."""
     out = Path(args.out)
-    if not out.name:  # "." has none, which a card needs
-        out = out.absolute()
     if args.source:
         return [(None, out)]
     folders = find_runs([args.run])
@@ -294,7 +281,7 @@ def export_one(folder, out, workshop, args):
     names = export(source, args.format, out, args.overwrite)
     print(f"exported {out}: {', '.join(names)}")
     if source.measured:
-        print(f"         {adapter_check.adapter_words(source.measured)}")
+        print(f"         {adapter_words(source.measured)}")
     if source.metadata["model_is_local"]:
         print(f"NOTE: the files name the model {source.metadata['model']}, a folder here")
         print("      before you publish them, give its public name with --model")
@@ -302,10 +289,10 @@ def export_one(folder, out, workshop, args):
 
 def changes_of(args):
     """{option: value} in place of a run's own."""
-    changes = {"quantize": "none"}
-    for key in ("data_root", "source_model", "kind", "dtype", "device", "device_map"):
-        if getattr(args, key) is not None:
-            changes[key] = getattr(args, key)
+    names = ("data_root", "source_model", "kind", "dtype", "device", "device_map")
+    given = vars(args).items()
+    changes = {key: value for key, value in given if key in names and value is not None}
+    changes["quantize"] = "none"
     if args.model and Path(args.model).exists():  # the run's own may be gone
         changes["model"] = args.model
     return changes
@@ -315,17 +302,14 @@ def run(args):
     """Export every source; returns the worst exit code."""
     every = targets(args)
     workshop = Workshop(len(every))
-    worst = 0
+    codes = [0]
     for folder, out in every:
         try:
             export_one(folder, out, workshop, args)
-        except (ValueError, ImportError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # others may do better
             print(f"error: {error}", file=sys.stderr)
-            worst = 2
-        except (OSError, RuntimeError) as error:  # others may do better
-            print(f"error: {error}", file=sys.stderr)
-            worst = max(worst, 1)
-    return worst
+            codes.append(1 if isinstance(error, OSError | RuntimeError) else 2)
+    return max(codes)
 
 
 # ---------------------------------------------------------------- the command line

@@ -478,10 +478,11 @@ def judge_flags(result):
         return flags
     for judge in judges:
         above = judge["above_vanilla"]
+        bounds = bounds_of(above)
         low, high = judge["scale"]
         if above is None:
             flags.append(f"judge {judge['model']}: no reply to compare the persona and vanilla by")
-        elif above["mean"] <= ALIKE * (high - low) or (bounds_of(above) or [1])[0] <= 0:
+        elif above["mean"] <= ALIKE * (high - low) or (bounds and bounds[0] <= 0):
             flags.append(f"judge {judge['model']} scores vanilla like the persona")
     if len(judges) == 2:
         agreed = result["agreement"]

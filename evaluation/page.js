@@ -32,17 +32,19 @@ const missing = (value) => value === null || value === undefined;
 const numberOf = (value) => Array.isArray(value) ? value[0] : value;
 const isNumber = (value) => typeof value === "number";
 
-// A function that prints numbers in one of Python's forms: {:.2f}, {:+.3f}, {:,.0f}, {:.0%} or {:g}.
+// A function that prints numbers in one of Python's forms: {:.2f}, {:+.3f}, {:,.0f}, {:.0%} or {:g}, and what is around it.
 function printer(form) {
-  const parts = /^\{:(\+?)(,?)(?:\.(\d+))?([f%g]?)\}$/.exec(form);
+  const parts = /^(.*)\{:(\+?)(,?)(?:\.(\d+))?([f%g]?)\}(.*)$/.exec(form);
   if (!parts) return (number) => String(+number.toPrecision(4));
-  const [, sign, comma, digits, kind] = parts;
+  const [, before, sign, comma, digits, kind, after] = parts;
   let print = (number) => String(+number.toPrecision(digits || 6));
   if (kind === "f") print = (number) => number.toFixed(digits || 6);
   if (kind === "%") print = (number) => `${(100 * number).toFixed(digits || 6)}%`;
   return (number) => {
-    const text = comma ? print(number).replace(/\B(?=(\d{3})+(?!\d))/g, ",") : print(number);
-    return sign && number >= 0 ? `+${text}` : text;
+    let text = print(number);
+    if (comma) text = text.replace(/\B(?=(\d{3})+(?!\d))/g, ",");
+    if (sign && number >= 0) text = `+${text}`;
+    return before + text + after;
   };
 }
 
@@ -153,7 +155,9 @@ function line(row) {
     const cells = groups.flatMap((group) => group.columns.map((column, i) => cell(row, column, group.name && i === 0)));
     lines.set(row.number, el("tr", { "data-run": row.number, tabindex: 0 }, ...cells));
   }
-  return lines.get(row.number);
+  const tr = lines.get(row.number);
+  tr.classList.toggle("open", row.number === opened);
+  return tr;
 }
 
 function filtered() {
@@ -161,9 +165,16 @@ function filtered() {
   return allRows.filter((row) => [...chosen].every((flag) => row.flags.includes(flag)) && wanted.every((word) => row.search.includes(word)));
 }
 
+// What can wait until the rest has been painted.
+const afterwards = (action) => requestAnimationFrame(() => setTimeout(action));
+const AT_ONCE = 100; // lines of the table
+let waiting = null; // the others
+
 function showTable() {
-  const rows = filtered();
-  document.querySelector("#runs tbody").replaceChildren(...sorted(rows).map(line));
+  const rows = filtered(), inOrder = sorted(rows), body = document.querySelector("#runs tbody");
+  body.replaceChildren(...inOrder.slice(0, AT_ONCE).map(line));
+  const others = waiting = inOrder.slice(AT_ONCE);
+  if (others.length) afterwards(() => { if (others === waiting) body.append(...others.map(line)); });
   for (const head of document.querySelectorAll("#runs th[data-key]"))
     head.setAttribute("aria-sort", head.dataset.key !== order.key ? "none" : order.down ? "descending" : "ascending");
   let count = rows.length === allRows.length ? `${rows.length} runs` : `${rows.length} of ${allRows.length} runs`;
@@ -201,7 +212,6 @@ function showHead() {
     measureShown = select.value;
     showHead();
     showTable();
-    markOpened(opened);
   } }, ...Object.keys(measures).map((name) => el("option", { value: name }, name)));
   select.value = measureShown;
   groups = [
@@ -249,6 +259,16 @@ const meaning = (flag) => (Object.entries(MEANINGS).find(([begin]) => flag.start
 // ---------------------------------------------------------------- pictures
 
 const BLUE = "#2171b5", GREY = "#999";
+const BLUES = ["#a6cbe8", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b"]; // by scale
+const OTHERS = ["#7f7f7f", "#222", "#de8f05", "#d9b500", "#ca9161", "#8c564b", "#c9a0a0", "#e0703a", "#029e73", "#b5b5b5", "#cc78bc"];
+
+// A colour for each condition: shades of blue for the trained vector, whose conditions `steered` names in the order of scale.
+function colorsOf(conditions, steered) {
+  const colors = {};
+  Object.keys(conditions).filter((name) => !steered.includes(name)).forEach((name, i) => { colors[name] = OTHERS[i % OTHERS.length]; });
+  steered.forEach((name, i) => { colors[name] = BLUES[Math.floor(i / steered.length * BLUES.length)]; });
+  return colors;
+}
 
 // Round numbers within [low, high], some `count` of them.
 function ticks(low, high, count) {
@@ -308,7 +328,7 @@ function chart(title, xLabel, yLabel, lines, mark = null) {
 }
 
 // A panel for a measure: a row for each condition, a dot at its mean and a line over its interval.
-function dots(measure, run, use) {
+function dots(measure, run, colors, use) {
   const rows = Object.entries(run.conditions).map(([name, values]) => [name, values[measure]]).filter(([, value]) => isNumber(numberOf(value)));
   if (rows.length < 2) return null;
   const about = measures[measure], step = 16, left = 124, right = 268, bottom = rows.length * step + 4;
@@ -320,7 +340,7 @@ function dots(measure, run, use) {
     picture.append(el("text", { x: across(value), y: bottom + 12, "text-anchor": "middle" }, String(value)));
   }
   rows.forEach(([name, value], i) => {
-    const y = i * step + 11, color = run.colors[name], bounds = interval(value, about.form);
+    const y = i * step + 11, color = colors[name], bounds = interval(value, about.form);
     picture.append(el("text", { x: left - 8, y: y + 4, "text-anchor": "end", class: name === use ? "said" : null }, name === use ? `* ${name}` : name));
     if (bounds) picture.append(el("path", { d: `M${across(value[1])},${y}H${across(value[2])}`, stroke: color, "stroke-width": 2 }));
     picture.append(el("circle", { cx: across(numberOf(value)), cy: y, r: 4, fill: color }, el("title", null, `${name}: ${shown(value, about.form)} ${bounds}`)));
@@ -399,14 +419,15 @@ function showRun(number) {
   place.hidden = false;
   markOpened(number);
   const run = read(`run-${number}`), parts = [];
+  for (const name of Object.keys(run.conditions)) run.conditions[name] = run.conditions[name] || row.conditions[name];
   const scaled = Object.entries(run.conditions).filter(([, values]) => isNumber(values.scale)).sort((a, b) => a[1].scale - b[1].scale);
-  const recommended = row.facts.recommended_scale;
+  const recommended = row.facts.recommended_scale, colors = colorsOf(run.conditions, scaled.map(([name]) => name));
   parts.push(el("h2", null, row.title, " ", el("button", { id: "close", click: () => { location.hash = ""; } }, "close")));
   parts.push(el("p", null, el("small", null, row.facts.run), " ", el("span", { class: "flags" }, row.flags.join("; "))));
   const over = [PERSONA, SIDE_EFFECT].filter((name) => name in measures).map((name) => chart(
     `${name} against scale`, "scale", wordsOf(measures[name]), [{ name, color: BLUE, points: byScale(name, run, scaled) }], recommended));
-  const turns = Object.entries(run.turns || {}).map(([name, points]) => ({ name, color: run.colors[name] || GREY, points }));
-  parts.push(el("div", { class: "charts" }, ...Object.keys(measures).map((measure) => dots(measure, run, row.use))));
+  const turns = Object.entries(run.turns || {}).map(([name, means]) => ({ name, color: colors[name] || GREY, points: means.map((mean, i) => [i + 1, mean]) }));
+  parts.push(el("div", { class: "charts" }, ...Object.keys(measures).map((measure) => dots(measure, run, colors, row.use))));
   parts.push(el("div", { class: "charts" }, ...over,
     chart("Training", "step", "nats a token", [{ name: "loss", color: GREY, points: run.loss }, { name: "validation", color: "#de8f05", points: run.validation }]),
     chart("Persona by turn", "turn", "", turns)));
@@ -462,35 +483,36 @@ function shade(colors, share) {
   return [0, 1, 2].map((k) => Math.round(part(colors[i], k) + (place - i) * (part(colors[i + 1], k) - part(colors[i], k))));
 }
 
+// The number that two bytes of a heat map are (IEEE 754, half precision); NaN for what is none.
+function half(bits) {
+  const sign = bits >> 15 ? -1 : 1, exponent = bits >> 10 & 31, fraction = (bits & 1023) / 1024;
+  if (exponent === 31) return NaN;
+  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction);
+}
+
 function showHeat(map) {
   const count = map.names.length, named = count <= 40, size = Math.max(1, Math.min(46, Math.floor(640 / count)));
   const side = count * size, longest = Math.max(...map.names.map((name) => name.length));
   const left = named ? Math.min(240, 6.5 * longest + 12) : 0, below = named ? .75 * left + 6 : 6, top = 4;
-  const text = atob(map.cells), bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const levels = new Uint16Array(bytes.buffer); // 0: no number
-  const colors = Array.from({ length: 256 }, (_, i) => shade(map.signed ? DIVERGING : VIRIDIS, i / 255));
-  const numberAt = (level) => level ? map.low + (level - 1) / 65534 * (map.high - map.low) : null;
-  const value = (i, j) => numberAt(levels[i * count + j]);
+  const text = atob(map.cells), numbers = new Float32Array(count * count);
+  for (let i = 0; i < numbers.length; i++) numbers[i] = half(text.charCodeAt(2 * i) | text.charCodeAt(2 * i + 1) << 8);
 
   // The colours: zero in the middle, or from the lowest to the highest off the diagonal, which is 1 by itself.
-  let lowest = 1, highest = 65535;
-  if (!map.signed) {
-    [lowest, highest] = [65535, 1];
-    for (let i = 0; i < levels.length; i++) {
-      if (!levels[i] || i % (count + 1) === 0) continue;
-      lowest = Math.min(lowest, levels[i]);
-      highest = Math.max(highest, levels[i]);
-    }
+  let low = Infinity, high = -Infinity;
+  for (let i = 0; i < numbers.length; i++) {
+    if (Number.isNaN(numbers[i]) || !map.signed && i % (count + 1) === 0) continue;
+    low = Math.min(low, numbers[i]);
+    high = Math.max(high, numbers[i]);
   }
-  const low = numberAt(lowest), high = numberAt(highest);
-  const shareOf = (level) => highest > lowest ? Math.min(1, Math.max(0, (level - lowest) / (highest - lowest))) : 1;
+  if (map.signed) [low, high] = [-Math.max(-low, high), Math.max(-low, high)];
+  const shareOf = (number) => high > low ? Math.min(1, Math.max(0, (number - low) / (high - low))) : .5;
 
+  const colors = Array.from({ length: 256 }, (_, i) => shade(map.signed ? DIVERGING : VIRIDIS, i / 255));
   const image = new ImageData(count, count); // a pixel a cell, each of them four bytes: red, green, blue and 255
   const packed = colors.map(([red, green, blue]) => 255 << 24 | blue << 16 | green << 8 | red);
   const noNumber = 255 << 24 | 187 << 16 | 187 << 8 | 187;
   const pixels = new Int32Array(image.data.buffer);
-  for (let i = 0; i < levels.length; i++) pixels[i] = levels[i] ? packed[Math.round(shareOf(levels[i]) * 255)] : noNumber;
+  for (let i = 0; i < numbers.length; i++) pixels[i] = Number.isNaN(numbers[i]) ? noNumber : packed[Math.round(shareOf(numbers[i]) * 255)];
   const canvas = el("canvas", { width: count, height: count, style: `left:${left}px;top:${top}px;width:${side}px;height:${side}px` });
   canvas.getContext("2d").putImageData(image, 0, 0);
 
@@ -501,10 +523,10 @@ function showHeat(map) {
     picture.append(el("text", { "text-anchor": "end", transform: `translate(${left + middle + 3},${top + side + 11}) rotate(-45)` }, name));
   });
   if (size >= 30) for (let i = 0; i < count; i++) for (let j = 0; j < count; j++) {
-    const number = value(i, j), share = shareOf(levels[i * count + j]);
+    const number = numbers[i * count + j], share = Number.isNaN(number) ? 1 : shareOf(number);
     const dark = map.signed ? Math.abs(share - .5) > .3 : share < .6;
     picture.append(el("text", { x: left + (j + .5) * size, y: top + (i + .5) * size + 4, "text-anchor": "middle", style: `fill:${dark ? "#fff" : "#222"}` },
-      number === null ? "×" : number.toFixed(2)));
+      Number.isNaN(number) ? "×" : number.toFixed(2)));
   }
   for (const j of map.lost)
     picture.append(el("rect", { class: "lost", x: left + j * size + 1, y: top + j * size + 1, width: Math.max(2, size - 2), height: Math.max(2, size - 2), fill: "none", stroke: "#222", "stroke-width": size > 8 ? 2.5 : 1 }));
@@ -515,13 +537,13 @@ function showHeat(map) {
   for (const number of high > low ? ticks(low, high, 5) : [])
     picture.append(el("text", { x: bar + 20, y: top + side * (1 - (number - low) / (high - low)) + 4 }, String(number)));
 
-  const grey = levels.includes(0) ? " Grey: no number." : "", lost = map.lost.length ? " Framed: the diagonal is not the best of its column." : "";
+  const grey = numbers.some(Number.isNaN) ? " Grey: no number." : "", lost = map.lost.length ? " Framed: the diagonal is not the best of its column." : "";
   const said = el("div", { class: "said" }, "Point at a cell for its names.");
   canvas.addEventListener("mousemove", (event) => {
     const j = Math.floor(event.offsetX / size), i = Math.floor(event.offsetY / size);
     if (i < 0 || j < 0 || i >= count || j >= count) return;
-    const number = value(i, j);
-    said.textContent = `${map.names[i]} / ${map.names[j]}: ${number === null ? "no number" : number.toFixed(3)}`;
+    const number = numbers[i * count + j];
+    said.textContent = `${map.names[i]} / ${map.names[j]}: ${Number.isNaN(number) ? "no number" : number.toFixed(3)}`;
   });
   byId("heat").append(el("h2", null, map.title), el("div", { class: "note" }, map.note + lost + grey), said, el("div", { class: "map" }, canvas, picture));
 }
@@ -536,4 +558,4 @@ if (index.seeds) {
   byId("seeds").hidden = false;
   document.querySelector("#seeds pre").textContent = index.seeds;
 }
-requestAnimationFrame(() => index.heat.forEach(showHeat));
+afterwards(() => index.heat.forEach(showHeat));

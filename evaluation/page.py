@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.plots import condition_colors
 from evaluation.summary import tables_text
 from evaluation.table import bounds_of, condition_to_use, number_of
 from steering.files import read_json_lines, write_atomically
@@ -25,13 +24,13 @@ POINTS = 150  # of a loss curve, at most
 @dataclass
 class Entry:
     """A run of a report: its folder, run.json, eval.json ({} if there is none), the facts that
-    report.csv has of it, and its vector (n,), None if there is none."""
+    report.csv has of it, and its vector at length 1, (n,), None if there is none."""
 
     folder: Path
     record: dict
     result: dict
     facts: dict
-    vector: np.ndarray | None = None
+    direction: np.ndarray | None = None
 
 
 def plain_numbers(data):
@@ -77,28 +76,23 @@ def index_row(entry, title):
 def curve(rows, key):
     """[[step, value], ...] of the rows of metrics.jsonl, of which every so many are left out."""
     points = [[row["step"], row[key]] for row in rows if key in row]
-    step = len(points) // POINTS + 1
-    thinned = points[::step]
-    if thinned and thinned[-1] != points[-1]:
-        thinned.append(points[-1])
-    return thinned
+    return points[:: len(points) // POINTS + 1] + points[-1:]
 
 
-def run_data(entry):
+def run_data(entry, known):
     """All that the page shows of one opened run, as a JSON-able dict; without an evaluation, how
-    it was trained."""
+    it was trained. known: conditions that `index_row` has, which are None here."""
     rows = read_json_lines(entry.folder / "metrics.jsonl")
-    data = {"loss": curve(rows, "loss"), "validation": curve(rows, "val_loss"), "conditions": {}}
     result = entry.result
+    data = {"loss": curve(rows, "loss"), "validation": curve(rows, "val_loss"), "conditions": {}}
     if not result:
         return data
     for name, values in result["conditions"].items():
-        data["conditions"][name] = cells_of(values)
+        data["conditions"][name] = None if name in known else cells_of(values)
     data["turns"] = {}
     for name, talk in result.get("conversation", {}).items():
         if talk["persona"]:
-            data["turns"][name] = list(enumerate(talk["persona"]["by_turn"], 1))
-    data["colors"] = condition_colors(result)
+            data["turns"][name] = talk["persona"]["by_turn"]
     data["samples"] = result["samples"]
     data["identity"] = result["identity"]
     data["tables"] = tables_text(result)
@@ -106,27 +100,16 @@ def run_data(entry):
 
 
 def heat_map(title, note, names, matrix, lost=(), signed=False):
-    """A heat map as the page draws it: two bytes for each number, from 1 for the lowest to 65535
-    for the highest, and 0 for NaN.
+    """A heat map as the page draws it, its numbers as two bytes each.
 
     matrix: (N, N). lost: columns whose diagonal is marked. signed: zero is in the middle.
     """
-    matrix = np.asarray(matrix, float)
-    there = np.isfinite(matrix)
-    low = matrix.min(where=there, initial=np.inf)
-    high = matrix.max(where=there, initial=-np.inf)
-    if signed:
-        high = max(-low, high)
-        low = -high
-    share = (matrix - low) / ((high - low) or 1.0)
-    levels = np.where(there, 1 + np.round(65534 * share), 0).astype("<u2")
+    cells = base64.b64encode(np.asarray(matrix, "<f2").tobytes()).decode()
     return {
         "title": title,
         "note": note,
         "names": names,
-        "cells": base64.b64encode(levels.tobytes()).decode(),
-        "low": float(low),
-        "high": float(high),
+        "cells": cells,
         "lost": list(lost),
         "signed": signed,
     }
@@ -141,11 +124,12 @@ def write_page(path, entries, titles, measures, heat, seeds):
     rows = list(map(index_row, entries, titles))
     blocks = [block("index", {"measures": measures, "rows": rows, "heat": heat, "seeds": seeds})]
     for number, entry in enumerate(entries):
-        blocks.append(block(f"run-{number}", run_data(entry)))
+        data = run_data(entry, rows[number]["conditions"])
+        blocks.append(block(f"run-{number}", data))
     script = (HERE / "page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     text = (HERE / "page.html").read_text().replace("@POLICY@", policy)
-    before, rest = text.split("@DATA@")
-    between, after = rest.split("@SCRIPT@")
-    write_atomically(path, "".join([before, *blocks, between, script, after]).encode())
+    text = text.replace("@SCRIPT@", script)
+    text = text.replace("@DATA@", "".join(blocks))  # last: an answer may hold the other words
+    write_atomically(path, text.encode())

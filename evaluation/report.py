@@ -24,6 +24,8 @@ def read_entry(folder):
     result = read_json(folder / "eval.json")
     if "conditions" not in result:
         result = {}
+    else:
+        result.setdefault("flags", [])  # of an evaluation that is still going on
     args = record.get("args", {})
     counts = record.get("counts", {})
     final = record.get("final", {})
@@ -61,10 +63,9 @@ def all_flags(record, result):
     flags = []
     if record.get("status") != "done":
         flags.append(str(record.get("status")))
-    if "flags" in result:
-        flags += result["flags"]
-    elif record.get("status") == "done":
+    elif not result:
         flags += training_flags(record)
+    flags += result.get("flags", [])
     if changed_sources(record.get("code", {})):
         flags.append("other code")
     if record.get("code_changes"):
@@ -84,7 +85,8 @@ def short_names(rows):
     """What to call each run in a figure: the persona, longer where two are alike."""
     names = [str(row["dataset"]).split("__")[-1] for row in rows]
     if len(set(names)) < len(names):
-        names = ["/".join(Path(row["run"]).parts[-2:]) for row in rows]
+        folders = [Path(row["run"]) for row in rows]
+        names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     if len(set(names)) < len(names):
         names = [str(row["run"]) for row in rows]
     return names
@@ -103,9 +105,11 @@ def write_report(folder, runs, matrices=()):
     for entry in entries:
         measures |= entry.result.get("measures", {})
         with contextlib.suppress(ValueError):  # There is no vector yet, or it is not finite.
-            entry.vector = load_vector(entry.folder / VECTOR_FILE)[0].numpy()
-            place = (entry.facts["model"], entry.facts["layer"], len(entry.vector))
-            groups.setdefault(place, []).append(entry)
+            vector = load_vector(entry.folder / VECTOR_FILE)[0]
+            place = (entry.facts["model"], entry.facts["layer"], len(vector))
+            if vector.any():
+                entry.direction = (vector / vector.norm()).numpy()
+                groups.setdefault(place, []).append(entry)
     maps = [cosine_map(group) for group in groups.values() if len(group) > 1]
     maps += [specificity_map(matrix) for matrix in matrices]
 
@@ -123,7 +127,6 @@ def write_csv(path, entries, measures):
         for condition, values in entry.result.get("conditions", {"": {}}).items():
             line = dict(entry.facts)
             line["condition"] = condition
-            line["scale"] = None
             line["recommended"] = condition == condition_to_use(entry.result)
             for name, value in values.items():
                 line[name] = number_of(value)
@@ -147,8 +150,8 @@ def write_csv(path, entries, measures):
 
 def cosines(entries):
     """Cosine of the vector of each run with that of each other: (N, N)."""
-    directions = [entry.vector / np.linalg.norm(entry.vector) for entry in entries]
-    return np.stack(directions) @ np.stack(directions).T
+    directions = np.stack([entry.direction for entry in entries])
+    return directions @ directions.T
 
 
 def place_of(about):
@@ -158,35 +161,31 @@ def place_of(about):
 
 def cosine_map(group):
     """The heat map of cosines between the vectors of some runs, as the page draws it."""
-    cosine = cosines(group)
     names = short_names([entry.facts for entry in group])
-    others = np.where(np.eye(len(group)), np.nan, cosine)
-    note = "none is a number"
-    if np.isfinite(others).any():
-        note = f"mean {np.nanmean(others):.2f}"
-        for what, place in (("lowest", np.nanargmin(others)), ("highest", np.nanargmax(others))):
-            i, j = divmod(int(place), len(group))
-            note += f", {what} {others[i, j]:.2f} ({names[i]} and {names[j]})"
+    cosine = cosines(group)
+    first, second = np.triu_indices(len(group), 1)
+    values = cosine[first, second]
+    note = f"Cosine between vectors: mean {values.mean():.2f}"
+    ends = {"lowest": values.argmin(), "highest": values.argmax()}
+    for what, place in ends.items():
+        pair = f"{names[first[place]]} and {names[second[place]]}"
+        note += f", {what} {values[place]:.2f} ({pair})"
     title = f"Cosine between vectors, {place_of(group[0].facts)}"
-    return heat_map(title, f"Cosine between vectors: {note}.", names, cosine)
+    return heat_map(title, f"{note}.", names, cosine)
 
 
 def specificity_map(matrix):
     """The heat map of a matrix of `specificity`, and how often the diagonal is the best."""
     names = matrix["names"]
     nll = np.array(matrix["nll"], float)  # (vectors, personas)
-    best = np.where(np.isnan(nll), np.inf, nll).argmin(axis=0)
-    lost = []
-    better = []
-    for j, name in enumerate(names):
-        if best[j] != j or np.isnan(nll[j, j]):
-            lost.append(j)
-            better.append(f"{name} (better by {names[best[j]]})")
-    note = (
-        f"Specificity: {len(names) - len(lost)} of {len(names)} personas' rows are best explained "
-    )
-    note += "by their own vector"
+    ranked = np.where(np.isnan(nll), np.inf, nll)
+    best = ranked.min(axis=0)
+    lost = np.flatnonzero(nll.diagonal() != best).tolist()
+    note = f"Specificity: {len(names) - len(lost)} of {len(names)} personas' rows are best "
+    note += "explained by their own vector"
     if lost:
+        winners = ranked.argmin(axis=0)
+        better = [f"{names[j]} (better by {names[winners[j]]})" for j in lost]
         note += f"; not {', '.join(better)}"
     note += ". NLL of each persona's held-out rows (column) under each vector (row), minus vanilla."
     change = nll - np.array(matrix["vanilla"], float)
@@ -194,41 +193,41 @@ def specificity_map(matrix):
 
 
 def compare_seeds(entries, measures):
-    """A table, as text, of how alike runs came out that differ in nothing but --seed; "" if there
-    are none."""
+    """A table, as text, of how alike runs came out that differ in nothing but --seed, at the scale
+    to use; "" if there are none."""
     groups = {}
     for entry in entries:
         config = entry.record.get("config") or {}
-        if entry.vector is not None and entry.facts["status"] == "done" and "seed" in config:
+        if entry.direction is not None and "seed" in config:
             others = json.dumps({**config, "seed": None}, sort_keys=True)
             groups.setdefault(others, {})[config["seed"]] = entry
 
-    forms = {"heldout_nll": "{:.3f}", "nll_gain": "{:+.3f}", "recommended_scale": "{:.2f}"}
+    forms = {"scale": "{:.2f}"}
     for name, about in measures.items():
-        if about["table"] != "likelihood":
-            forms[name] = about["form"]
+        forms[name] = about["form"]
     lines = []
     for group in groups.values():
         if len(group) > 1:
             members = list(group.values())
-            cosine = cosines(members)[np.triu_indices(len(members), 1)]
+            others = np.triu_indices(len(members), 1)
+            cosine = cosines(members)[others]
             line = [members[0].facts["dataset"], str(len(members))]
             line.append(f"{cosine.mean():.3f} ({cosine.min():.3f})")
-            line += [spread(members, name, form) for name, form in forms.items()]
+            for name, form in forms.items():
+                line.append(spread(members, name, form))
             lines.append(line)
     if not lines:
         return ""
-    table = aligned([["dataset", "seeds", "cosine (lowest)", *forms], *sorted(lines)])
-    return "\n".join(["Mean +- standard deviation over runs that differ in their seed.", *table])
+    heads = ["dataset", "seeds", "cosine (lowest)", *forms]
+    about = "Mean +- standard deviation over runs that differ in their seed."
+    return "\n".join([about, *aligned([heads, *sorted(lines)])])
 
 
-def spread(entries, name, form):
-    """Mean +- standard deviation, as text, of a fact of some runs, or of a measure at the scale to
-    use."""
+def spread(entries, measure, form):
+    """Mean +- standard deviation of a measure over some runs, as text."""
     numbers = []
     for entry in entries:
-        at_use = number_at(entry.result, condition_to_use(entry.result), name)
-        number = entry.facts.get(name, at_use)
+        number = number_at(entry.result, condition_to_use(entry.result), measure)
         if number is not None:
             numbers.append(number)
     if not numbers:
@@ -241,21 +240,21 @@ def spread(entries, name, form):
 
 def print_table(rows):
     """The table a sweep ends with; held-out NLL once evaluated, validation NLL before."""
-    heads = ["dataset", "rows", "tokens", "steps", "seconds"]
-    table = [[*heads, "best val", "held-out", "norm", "flags"]]
+    forms = {
+        "rows": "{:,.0f}",
+        "tokens": "{:,.0f}",
+        "steps": "{:,.0f}",
+        "seconds": "{:,.0f}",
+        "best_val": "{:.4f}",
+        "heldout_nll": "{:.4f}",
+        "norm": "{:.2f}",
+    }
+    table = [["dataset", *forms, "flags"]]
     datasets = [row["dataset"] for row in rows]
     for row in rows:
         name = str(row["dataset"])
-        if datasets.count(row["dataset"]) > 1:
+        if datasets.count(name) > 1:
             name += f"/{Path(row['run']).name}"
-        table.append(
-            [
-                name,
-                *(text_of(row[head], "{:,.0f}") for head in heads[1:]),
-                text_of(row["best_val"], "{:.4f}"),
-                text_of(row["heldout_nll"], "{:.4f}"),
-                text_of(row["norm"], "{:.2f}"),
-                row["flags"],
-            ]
-        )
+        numbers = [text_of(row[key], form) for key, form in forms.items()]
+        table.append([name, *numbers, row["flags"]])
     print("\n".join(aligned(table, left=(0, len(table[0]) - 1))))

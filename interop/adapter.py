@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from steering.chat_format import IGNORE_INDEX, Example, collate
 from steering.fast_path import FastPath, by_example, in_batches, replaced_forwards
-from steering.files import write_atomically
+from steering.files import read_json_lines, write_atomically
 from steering.loading import is_same_model, model_digest
 from steering.memory import free_memory
 from steering.vector_file import load_vector, vector_bytes
@@ -88,23 +88,25 @@ def lost_on_the_way(model, module):
     with model.steering_off():
         plain = fast.layer_output(ids).float()
         noise = plain[0, -1].roll(1)  # (n,), of the size that states have
-        handle = module.register_forward_hook(lambda m, i, output: output + noise.to(output))
-        try:
+        forward = module.forward
+        with replaced_forwards({module: lambda z: forward(z) + noise.to(z)}):
             moved = fast.layer_output(ids).float() - plain
-        finally:
-            handle.remove()
-    return ((moved - noise).abs().median() / noise.abs().median()).item()
+    off = (moved - noise).abs().median()
+    return (off / noise.abs().median()).item()
 
 
 def inputs_of(model, site, examples):
     """z (T, features) of each of a batch of examples; it never sees the vector, added after it."""
     ids = collate(examples)[0]
     caught = []
-    handle = site.module.register_forward_pre_hook(lambda m, inputs: caught.append(inputs[0]))
-    try:
+    forward = site.module.forward
+
+    def catch(z):
+        caught.append(z)
+        return forward(z)
+
+    with replaced_forwards({site.module: catch}):
         FastPath(model).layer_output(ids.to(model.input_device))
-    finally:
-        handle.remove()
     padded = caught[0].reshape(*ids.shape, -1)  # some models flatten rows and tokens
     return [z[: len(example.input_ids)] for example, z in zip(examples, padded, strict=True)]
 
@@ -133,11 +135,12 @@ def fit_row(model, site, examples):
     total = torch.zeros(n, device=device)
     weight = 0.0
     inputs = functools.partial(inputs_of, model, site)
-    with tqdm(total=len(examples), desc=f"fitting a at layer {model.layer}", disable=None) as bar:
+    bar = tqdm(total=len(examples), desc=f"fitting a at layer {model.layer}", disable=None)
+    with bar:
         for batch, z in in_batches(inputs, examples, MAX_TOKENS):
             rows = torch.cat(z).to(device, torch.float32)  # (N, features)
-            weights = torch.cat([token_weights(example) for example in batch]).to(device)
-            weighted = rows * weights[:, None]
+            weights = torch.cat([token_weights(example) for example in batch])  # (N,)
+            weighted = rows * weights.to(device)[:, None]
             gram.addmm_(weighted.T, rows)
             total += weighted.sum(dim=0)
             weight += weights.sum().item()
@@ -157,7 +160,8 @@ def row_products(model, site, row, examples):
     """a . z of every token of every example: a list of (T,) tensors on the host."""
 
     def multiply(batch):
-        return [(z.float() @ row.to(z.device)).cpu() for z in inputs_of(model, site, batch)]
+        each = inputs_of(model, site, batch)
+        return [(z.float() @ row.to(z.device)).cpu() for z in each]
 
     return by_example(multiply, examples, MAX_TOKENS)
 
@@ -170,8 +174,9 @@ def sample_examples(chat):
         texts = path.read_text(encoding="utf-8").split("\n%%%\n")
         for ids in chat.tokenizer(texts)["input_ids"]:  # with the first token that servers add
             documents.append(Example({}, ids, [IGNORE_INDEX] * len(ids)))
-    lines = (SAMPLE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [{"system_prompt": "", "question": "", **json.loads(line)} for line in lines]
+    rows = []
+    for talk in read_json_lines(SAMPLE / "conversations.jsonl"):
+        rows.append({"system_prompt": "", "question": "", **talk})
     documents += chat.encode_each(rows)[0]
     return [document for i, document in enumerate(documents) if i % 5], documents[::5]
 
@@ -179,29 +184,25 @@ def sample_examples(chat):
 def save_row(path, row, model, site, fitted):
     """Write an input row (features,) beside the runs; fitted: how it was fitted, for JSON."""
     header = {
-        **place_of(model, site),
         "model": model.name,
         "model_digest": model_digest(model.name),
+        "layer": model.layer,
+        "module": site.name,
         "about": json.dumps(fitted),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, vector_bytes(row, header, "lora_a"))
 
 
-def place_of(model, site):
-    """What the header of an input row says of where in a model it belongs."""
-    return {"layer": str(model.layer), "module": site.name, "features": str(site.module.in_features)}
-
-
 def load_row(path, model, site):
     """(input row (features,), how it was fitted) as `save_row` wrote them. Raises ValueError for a
     file that is of another model or layer, or no such file."""
     row, header = load_vector(path, "lora_a")
-    there = [header.get("layer"), header.get("module"), len(row)]
-    ours = [str(model.layer), site.name, site.module.in_features]
-    if there != ours or not is_same_model(header, model.name) or "about" not in header:
-        what = f"{header.get('model')}, layer, module and numbers {there}"
-        raise ValueError(f"{path} is of {what}, not of {model.name}, {ours}. Remove it")
+    place = {"layer": str(model.layer), "module": site.name}
+    fits = place.items() <= header.items() and is_same_model(header, model.name)
+    if not fits or len(row) != site.module.in_features:
+        what = f"not for {site.name} of {model.name}, layer {model.layer}"
+        raise ValueError(f"{path} is {what}: {header}. Remove it to fit another")
     return row, json.loads(header["about"])
 
 
@@ -211,6 +212,7 @@ def as_adapter(model, products):
     vector = model.steering.scale * model.steering.added().detach()
 
     def add(states):
-        return states + (products.to(states.device)[..., None] * vector).to(states.dtype)
+        added = products.to(states.device)[..., None] * vector
+        return states + added.to(states.dtype)
 
     return replaced_forwards({model.steering: add})

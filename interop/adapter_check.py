@@ -43,13 +43,13 @@ def missed_by_row(examples, products):
     kinds = {"answers": [], "prompts": [], "other text": []}
     for example, values in zip(examples, products, strict=True):
         is_label = torch.tensor(example.labels)[1:] >= 0
+        rest = "prompts" if is_label.any() else "other text"
         kinds["answers"].append(values[1:][is_label])
-        kind = "prompts" if is_label.any() else "other text"
-        kinds[kind].append(values[1:][~is_label])
+        kinds[rest].append(values[1:][~is_label])
     found = {}
     for kind, parts in kinds.items():
-        if sum(map(len, parts)):
-            values = torch.cat(parts)
+        values = torch.cat([torch.empty(0), *parts])
+        if len(values):
             off = (values - 1).square().mean().sqrt()
             found[kind] = [values.mean().item(), off.item()]
     return found
@@ -61,16 +61,15 @@ def compare_with_adapter(model, site, row, examples):
     In nats a token: {"rows", "tokens", "nll": {"vanilla", "vector", "adapter"}, "kl": KL(vector ||
     adapter), "kl_vector": KL(vanilla || vector), "lost": kl as a share of kl_vector}.
     """
-    products = row_products(model, site, row, examples)
-    of_example = {id(e): values for e, values in zip(examples, products, strict=True)}
     fast = FastPath(model)
     fast.cache_prefix(examples)
     parts = []
     for batch in micro_batches(examples, MAX_TOKENS):
-        padded = pad_sequence([of_example[id(e)] for e in batch], batch_first=True)  # (B, T)
-        adapter = functools.partial(as_adapter, model, padded)
+        products = pad_sequence(row_products(model, site, row, batch), batch_first=True)  # (B, T)
+        adapter = functools.partial(as_adapter, model, products)
         contexts = [model.steering_off, contextlib.nullcontext, adapter]
-        parts.append(fast.compare(batch, contexts).double())
+        found = fast.compare(batch, contexts)  # (5, N)
+        parts.append(found.double())
     sums = torch.cat(parts, dim=1)
     vanilla, kl_vector, vector, kl, adapter = sums.mean(dim=1).tolist()
     return {

@@ -43,31 +43,27 @@ def card(source, formats, names, folder):
     return Template(template).substitute(parts)
 
 
-def is_untrained(source):
-    """Whether a Source is of a run that was made to evaluate a vector from elsewhere."""
-    return bool(source.record) and not source.record["final"].get("steps")
-
-
 def facts_of(source, formats):
     """{name: words} of what the vector is, and of where it comes from."""
     metadata = source.metadata
+    is_imported = source.record.get("status") == "imported"  # to be evaluated
     made = "trained"
-    if is_untrained(source) or "imported_from" in metadata:
+    if is_imported or "imported_from" in metadata:
         made = "imported"
     frozen = f"`{metadata['model']}` ({metadata['model_type']}), frozen"
     if "quantize" in metadata:
         frozen += f", {metadata['quantize']} in training"
-    place = f"the output of decoder block {metadata['layer']} (counted from 0), at every token"
+    place = f"the output of decoder block {source.layer} (counted from 0), at every token"
     facts = {
         "base model": frozen,
-        "layer": f"{metadata['layer']}: added to {place}",
+        "layer": f"{source.layer}: added to {place}",
         "scale": f"the files hold {source.scale:g} x the vector as {made}",
         "vector": f"{len(source.vector):,} numbers, norm {source.vector.norm():.4g}",
     }
     for key in ("imported_from", "started_from"):
         if key in metadata:
             facts[key.replace("_", " ")] = metadata[key]
-    if is_untrained(source):
+    if is_imported:
         facts["training"] = "none here"
     elif source.record:
         facts |= training_facts(source.record)
@@ -116,7 +112,7 @@ def snippets(sections, source, formats, folder):
     request = json.dumps({"model": folder, "messages": turns}, ensure_ascii=False)
     fill = {
         "model": json.dumps(model, ensure_ascii=False),
-        "layer": source.metadata["layer"],
+        "layer": source.layer,
         "key": json.dumps(re.sub(r"\W", "_", folder)),
         "words": shlex.quote(model),
         "named": shlex.quote(f"{folder}=."),

@@ -1,8 +1,7 @@
 """Vectors as files of other tools: bytes to write, and a reader that trusts nothing.
 
     files = files_of("gguf", Source(path, vector, {"layer": 22, "model_type": "qwen3"}))
-    found = read_vector("evil_response_avg_diff.pt", layers=64, width=5120, layer=22)
-    found = import_vector("evil_response_avg_diff.pt", "Qwen/Qwen3-32B", layer=22)
+    source = import_vector("evil_response_avg_diff.pt", "Qwen/Qwen3-32B", layer=22)
 
 A layer is always the 0-based decoder block whose OUTPUT gets the vector; each format's own counting
 is translated here. Pickles are read as tensors only: code in them is refused, not run.
@@ -216,73 +215,62 @@ class Found:
     """What a file holds, before a layer is chosen.
 
     kind: words for the format. rows: {layer: tensor}, layer None where the file does not say.
-    metadata: model and model_type, where the file does say; of our own format its header. scale:
-    what it was multiplied by since it was trained.
+    metadata: model and model_type, where the file does say; of our own format its header.
     """
 
     kind: str
     rows: dict
     metadata: dict = field(default_factory=dict)
-    scale: float = 1.0
 
 
-def read_vector(path, layers, width, layer=None):
-    """The Source of a file or folder, for a model of `layers` layers of `width` numbers.
+def import_vector(path, model, layer=None, any_model=False, trust_remote_code=False):
+    """The Source of a file, for a model by name; its metadata are a header of ours.
 
-    layer: which one, where the file has several or does not say. Raises ValueError for whatever is
-    not such a vector.
+    layer: which one, where the file has several or does not say. any_model: whatever model it is
+    for. Raises ValueError for whatever is not such a vector.
     """
-    named = Path(path)
-    path = vector_file_in(named) if named.is_dir() else named
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+    path = Path(path)
+    if (path / "run.json").exists():
+        raise ValueError(f"{path} is a run folder: name it without --from or --vector")
     if path.suffix not in READERS or not path.is_file():
-        allowed = ", ".join(READERS)
-        raise ValueError(f"{path}: not a vector file (allowed: {allowed}, or a folder)")
+        raise ValueError(f"{path}: no such file, or no vector file ({', '.join(READERS)})")
+    config = read_config(model, trust_remote_code)
+    layers, width = shape_of(config)
     try:
         found = READERS[path.suffix](path, layers)
+        scale = float(found.metadata.get("scale", 1))
     except ValueError as error:
-        if str(path.parent) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {why}") from error
 
-    k = choose_layer(path, found, layer)
-    row = found.rows.get(k, found.rows.get(None))
-    here = f"{path} ({found.kind}), layer {k}"
-    if not 0 <= k < layers:
+    layer = choose_layer(path, found, layer)
+    row = found.rows.get(layer, found.rows.get(None))
+    here = f"{path} ({found.kind}), layer {layer}"
+    if not 0 <= layer < layers:
         raise ValueError(f"{here}: the model has 0..{layers - 1}")
     if row.shape != (width,) or not row.is_floating_point():
         there = f"{row.dtype} of shape {list(row.shape)}"
         raise ValueError(f"{here}: {there}, where {width} floating-point numbers belong")
     if not row.isfinite().all():
         raise ValueError(f"{here}: NaN or infinity")
-    print(f"read     {here}, norm {row.float().norm():.4g}")
-    if path.suffix != ".safetensors":
-        found.metadata["imported_from"] = f"{named.name} ({found.kind})"
     vector = row.detach().to(torch.float32, copy=True)
-    return Source(named, vector, {**found.metadata, "layer": k}, found.scale)
+    print(f"read     {here}, norm {vector.norm():.4g}")
 
-
-def import_vector(path, model, layer=None, any_model=False, trust_remote_code=False):
-    """The Source of a file or folder, for a model by name; its metadata are a header of ours.
-
-    Raises ValueError if it is not one, or is for another model (any_model: whatever it is for).
-    """
-    if (Path(path) / "run.json").exists():
-        raise ValueError(f"{path} is a run folder: name it without --from or --vector")
-    config = read_config(model, trust_remote_code)
-    source = read_vector(path, *shape_of(config), layer)
-    check_same_model(path, {"model": model, **source.metadata}, model, any_model)
-    kind = source.metadata.get("model_type", config.model_type)
+    header = found.metadata
+    check_same_model(path, {"model": model, **header}, model, any_model)
+    kind = header.get("model_type", config.model_type)
     if kind != config.model_type:  # tools name some architectures differently
         print(f"WARNING: {path} is for a {kind!r:.40}, not a {config.model_type!r}")
-    source.metadata |= {
+    if path.suffix != ".safetensors":
+        header["imported_from"] = f"{path.name} ({found.kind})"
+    header |= {
         "model": model,
         "model_type": config.model_type,
+        "layer": layer,
         "model_is_local": Path(model).exists(),
         "model_digest": model_digest(model),
     }
-    return source
+    return Source(path, vector, header, scale)
 
 
 def check_same_model(path, header, model, any_model):
@@ -304,25 +292,13 @@ def choose_layer(path, found, asked):
     raise ValueError(f"{what}: say which with --layer (now: {asked})")
 
 
-def vector_file_in(folder):
-    """The one vector file of a folder, ours first; ValueError if there is none, or several."""
-    for name in (VECTOR_FILE, CHATSPACE_FILE, GGUF_FILE):
-        if (folder / name).exists():
-            return folder / name
-    found = sorted(folder.glob("layer_*.pt"))
-    if len(found) != 1:
-        count = f"{len(found)} files layer_<k>.pt, and none that is called steering_vector"
-        raise ValueError(f"{folder}: {count}; name the file itself")
-    return found[0]
-
-
 def read_safetensors_file(path, layers):
     """Our own file."""
     vector, metadata = load_vector(path)
     layer = None
     if metadata.get("layer", "").isdecimal():
         layer = int(metadata["layer"])
-    return Found("steering vector", {layer: vector}, metadata, float(metadata.get("scale", 1)))
+    return Found("steering vector", {layer: vector}, metadata)
 
 
 def read_gguf_file(path, layers):
@@ -333,16 +309,16 @@ def read_gguf_file(path, layers):
         architecture = reader.get_field("general.architecture").contents()
         hint = reader.get_field("controlvector.model_hint")
         says = {"model_type": hint.contents()} if hint else {}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the parser runs into whatever broken bytes make it
         raise ValueError(f"not a readable GGUF file ({error!r:.200})") from error
     if architecture != "controlvector":
         raise ValueError(f"a GGUF file of architecture {architecture!r:.40}, not 'controlvector'")
     rows = {}
-    for name, tensor in tensors.items():
-        number = re.fullmatch(r"direction\.([0-9]{1,6})", name)
-        if not number or tensor.tensor_type.name not in ("F32", "F16") or tensor.data.ndim != 1:
-            what = f"{name!r:.60} ({tensor.tensor_type.name} of shape {list(tensor.data.shape)})"
+    for tensor in reader.tensors:
+        number = re.fullmatch(r"direction\.([0-9]{1,6})", tensor.name)
+        kind = tensor.tensor_type.name
+        if not number or kind not in ("F32", "F16") or tensor.data.ndim != 1:
+            what = f"{tensor.name!r:.60} ({kind} of shape {list(tensor.data.shape)})"
             raise ValueError(f"tensor {what}, where 1-D F32 or F16 direction.<k> belongs")
         rows[int(number[1])] = torch.from_numpy(tensor.data.copy())
     if not rows:
@@ -411,14 +387,13 @@ def tensor_of(value):
 
 def chatspace_config(path):
     """(layer or None, {"model"}) as the steering_config.json beside the file says."""
-    config = path.with_name(CHATSPACE_CONFIG)
-    values = read_json(config)
+    values = read_json(path.with_name(CHATSPACE_CONFIG))
+    if not values:
+        return None, {}
     layer = values.get("target_layer")
     if not isinstance(layer, int | None):
-        raise ValueError(f"{config}: target_layer {layer!r:.40} is not a whole number")
-    if "model_name" not in values:
-        return layer, {}
-    return layer, {"model": str(values["model_name"])}
+        raise ValueError(f"target_layer {layer!r:.40} of {CHATSPACE_CONFIG} is not a whole number")
+    return layer, {"model": str(values.get("model_name"))}
 
 
 READERS = {

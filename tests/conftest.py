@@ -31,7 +31,7 @@ import transformers as hf
 import hook_model as hm
 import train_steering as ts
 from evaluation.judge import TRIAL
-from steering.chat_format import ChatFormat, collate
+from steering.chat_format import collate
 from steering.files import read_json
 from steering.loading import load_chat, load_tokenizer
 from steering.vector_file import VECTOR_FILE, load_vector
@@ -144,15 +144,6 @@ def serving(command, log, path="/v1/models", seconds=300, **options):
 @pytest.fixture(scope="session")
 def smol_chat(smol):
     return load_chat(smol)
-
-
-def templated_chat(smol, template):
-    """A ChatFormat of a template over SmolLM2's tokenizer plus the template's special tokens."""
-    tokenizer = load_tokenizer(smol, ROOT / "tests" / "templates" / f"{template}.jinja")
-    extra = ["<start_of_turn>", "<end_of_turn>", "<|eot_id|>"]
-    extra += ["<|start_header_id|>", "<|end_header_id|>"]
-    tokenizer.add_tokens([hf.AddedToken(text, special=True) for text in extra])
-    return ChatFormat(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -367,6 +358,49 @@ def training(data_root, tiny_folder, tmp_path, capsys):
     """A quick Training on the pirate of `data_root`."""
     output = tmp_path / "runs"
     return Training(command(data_root, tiny_folder, output), output, capsys)
+
+
+class Loop:
+    """run_all_roles.sh, whose logs and runs are in a folder of its own."""
+
+    def __init__(self, folder, **environment):
+        self.logs = folder / "logs"
+        self.output = folder / "runs"
+        self.listing = folder / "list with spaces.txt"
+        self.environment = {"PYTHON": sys.executable, "LOG_DIR": str(self.logs), "GPUS": "cpu"}
+        self.environment |= {"OUTPUT_DIR": str(self.output), **environment}
+
+    def start(self, names, *options, **environment):
+        """Start the loop over a list of names, as from a terminal of its own."""
+        self.listing.write_bytes("\r\n".join(names).encode())
+        return self.start_with(self.listing, *options, **environment)
+
+    def start_with(self, *arguments, **environment):
+        """Start the script with any arguments."""
+        return subprocess.Popen(
+            ["bash", ROOT / "run_all_roles.sh", *arguments],
+            env=os.environ | self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def run(self, *arguments, code=0, **environment):
+        """Run the loop, over names if they are a list, to its end: (what it printed, stderr)."""
+        start = self.start if isinstance(arguments[0], list) else self.start_with
+        process = start(*arguments, **environment)
+        printed, errors = process.communicate()
+        assert process.returncode == code, errors
+        return printed, errors
+
+
+def wait_until(condition, process):
+    """Wait until a process has brought a condition about."""
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 class StopAfter:

@@ -1,17 +1,19 @@
-"""evaluation/capability.py: tasks of lm-evaluation-harness, under the conditions that it names."""
+"""interop/capability.py: tasks of lm-evaluation-harness, under the conditions that it names."""
 
 import copy
 import json
-import math
+import types
 
+import lm_eval
 import pytest
+import torch
 from conftest import QUICK
 from consumers.local_task import write_task
 
 import eval_steering as ev
 import hook_model as hm
-from evaluation import capability as cp
-from evaluation.kept import Kept
+from evaluation.table import value_at
+from interop import capability as cp
 
 ROWS = [
     {"context": "My day at work was", "choices": ["fine.", "a voyage, matey!", "long"]},
@@ -28,56 +30,85 @@ WRITE = {  # settings of a task that is answered in words
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(tmp_path):
     """A folder of two small tasks."""
-    folder = tmp_path_factory.mktemp("tasks")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
     write_task(folder, "small_choice", ROWS, target_delimiter="")
     write_task(folder, "small_write", ROWS, **WRITE)
     return folder
 
 
 @pytest.fixture
-def tasks(folder):
-    return cp.Tasks(("small_choice",), 4, str(folder), 2)
+def add(steered, smol_chat, tiny_folder, folder, tmp_path):
+    """add_capability of the steered tiny model: (result) -> result."""
+
+    def add_to(result, *names):
+        vector = steered.steering.vector.detach().clone()
+        args = {"model": tiny_folder, "layer": 1}
+        run = types.SimpleNamespace(folder=tmp_path, args=args, vector=vector)
+        shelf = types.SimpleNamespace(model=lambda run: steered, chat=lambda run: smol_chat)
+        tasks = cp.Tasks(names or ("small_choice",), 4, str(folder), 2)
+        cp.add_capability(result, run, tasks, shelf)
+        return result
+
+    return add_to
 
 
-def compare(model, chat, tasks, path):
-    vector = model.steering.vector.detach().clone()
-    return cp.compare_capability(model, chat, vector, 1.5, "Be a pirate.", tasks, Kept(path))
+def evaluated(scale=1.5, system_prompt="Be a pirate."):
+    """An evaluation's dict before capability."""
+    measures = {"old acc": {"table": "capability"}, "nll": {"table": "likelihood"}}
+    rows = {"vanilla": {"nll": 3.0, "old acc": 0.5}}
+    about = {"recommended": {"scale": scale}, "system_prompt": system_prompt}
+    return {**about, "measures": measures, "conditions": rows}
 
 
-def test_scores_are_of_the_conditions_they_name(steered, smol_chat, tasks, tmp_path, monkeypatch):
-    seen, real = [], cp.run_tasks
+@pytest.fixture
+def passes(monkeypatch):
+    """[(scale of the vector, system prompt)] of each time that tasks are run."""
+    seen = []
+    real = cp.run_tasks
 
     def run(model, chat, prompt, tasks):
         seen.append((model.steering.scale, prompt))
         return real(model, chat, prompt, tasks)
 
     monkeypatch.setattr(cp, "run_tasks", run)
-    found = compare(steered, smol_chat, tasks, tmp_path / "kept")
-    assert seen == [(0.0, None), (0.0, "Be a pirate."), (1.5, None)]
-    assert list(found["conditions"]) == ["vanilla", "prompted", "steered"] and found["scale"] == 1.5
-    for scores in found["conditions"].values():
-        assert list(scores) == ["small_choice acc"]
-        score = scores["small_choice acc"]
-        assert score["value"] * 4 in (0, 1, 2, 3, 4)
-        p = score["value"]
-        assert score["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 3))  # of 4 rows
-    seen.clear()
-    assert compare(steered, smol_chat, tasks, tmp_path / "kept") == found
-    assert not seen  # all of them are kept
+    return seen
+
+
+def test_scores_are_of_the_conditions_they_name_and_asked_for_once(add, steered, folder, passes):
+    result = add(evaluated())
+    assert passes == [(0.0, None), (0.0, "Be a pirate."), (1.5, None)]
+    found = result["capability"]
+    assert list(found["conditions"]) == ["vanilla", "prompted", "steered x1.5"]
+    assert list(result["measures"]) == ["nll", "small_choice acc"]
+    assert result["measures"]["small_choice acc"]["better"] == "higher"
+    for condition, scores in found["conditions"].items():
+        share = scores["small_choice acc"]["value"]
+        assert share * 4 in (0, 1, 2, 3, 4)
+        error = (share * (1 - share) / 3) ** 0.5  # of 4 rows
+        expected = {"mean": share, "low": share - 1.96 * error, "high": share + 1.96 * error}
+        value = value_at(result, condition, "small_choice acc")
+        assert value == {key: pytest.approx(number) for key, number in expected.items()} | {"n": 4}
+    assert result["conditions"]["vanilla"].keys() == {"nll", "small_choice acc"}
+    passes.clear()
+    assert add(evaluated())["capability"] == found and not passes  # all of them are kept
     steered.set_vector(steered.steering.vector.detach() * 1.01)
-    assert compare(steered, smol_chat, tasks, tmp_path / "kept")["scale"] == 1.5
-    assert seen == [(1.5, None)]  # of another vector: the plain model's are
-    assert steered.steering.scale == 1.0
+    assert add(evaluated(None, ""))["capability"]["scale"] == 1.0
+    assert passes == [(1.0, None)]  # of another vector: the plain model's are there
+    passes.clear()
+    write_task(folder, "small_choice", ROWS[::-1], target_delimiter="")
+    add(result)
+    assert len(passes) == 3  # of another task of that name
+    passes.clear()
+    add(result)
+    assert not passes and steered.steering.scale == 1.0
 
 
-def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, tasks, monkeypatch):
+def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, folder, monkeypatch):
     """The harness sees the model with its vector, the template's own prompt, and nothing else."""
-    import lm_eval
-    import torch
-
     samples, real = {}, lm_eval.simple_evaluate
 
     def evaluate(*rest, **options):
@@ -86,6 +117,7 @@ def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, task
         return found
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    tasks = cp.Tasks(("small_choice",), 4, str(folder), 2)
     for scale in (0, 1.5):
         with steered.scaled(scale):
             cp.run_tasks(steered, smol_chat, "Be a pirate.", tasks)
@@ -93,77 +125,83 @@ def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, task
                 row = sample["doc"]
                 turns = [{"role": "system", "content": "Be a pirate."}]
                 turns += [{"role": "user", "content": row["context"]}]
-                text = smol_chat.prompt_text(turns)  # white space at its end counts as the answer's
-                prompt = smol_chat.tokenize([text.rstrip()])[0]
+                text = smol_chat.prompt_text(turns)  # White space at its end is the answer's.
+                start = len(smol_chat.tokenize([text.rstrip()])[0])
                 for choice, found in zip(row["choices"], sample["filtered_resps"], strict=True):
-                    ids = smol_chat.tokenize([text + choice])[0]
+                    ids = torch.tensor(smol_chat.tokenize([text + choice]))
                     with torch.no_grad():
-                        logits = steered(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-                    at = range(len(prompt), len(ids))
-                    expected = sum(logits[i - 1, ids[i]].item() for i in at)
+                        logits = steered(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+                    expected = logits.gather(1, ids[0, start:, None]).sum().item()
                     assert float(found[0]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_on_the_unsteered_model_is_caught(steered, smol_chat, tasks, tmp_path, monkeypatch):
+def use_another_model(steered, monkeypatch):
+    other = hm.SteerModel(copy.deepcopy(steered.model), 1)
+    for handle in other._handles:
+        handle.remove()
+    other.layers[1]._forward_hooks.clear()  # A copy: its hooks are the old ones.
     real = cp.run_tasks
-    other = hm.SteerModel(copy.deepcopy(steered.model), 1)  # a copy: its hooks are the old ones
-    with monkeypatch.context() as fault:  # another model is given to the harness
-        fault.setattr(cp, "run_tasks", lambda model, *rest: real(other, *rest))
-        for handle in other._handles:
-            handle.remove()
-        other.layers[1]._forward_hooks.clear()
-        with pytest.raises(RuntimeError, match="vanilla: the vector acted in 0 of 0"):
-            compare(steered, smol_chat, tasks, tmp_path / "a")
-    with monkeypatch.context() as fault:  # steered is off
-        fault.setattr(hm.SteerModel, "scaled", lambda self, scale: self.steering.scaled(0))
-        with pytest.raises(RuntimeError, match=r"steered: the vector acted in 0 of \d+ forward"):
-            compare(steered, smol_chat, tasks, tmp_path / "b")
-    with monkeypatch.context() as fault:  # vanilla is steered
-        fault.setattr(hm.SteerModel, "scaled", lambda self, scale: self.steering.scaled(1))
-        with pytest.raises(RuntimeError, match="vanilla: the vector acted in"):
-            compare(steered, smol_chat, tasks, tmp_path / "c")
-    with monkeypatch.context() as fault:  # the persona's prompt gets lost
-        fault.setattr(
-            type(smol_chat), "prompt_text", lambda self, turns: turns[-1]["content"] + "\n"
-        )
-        with pytest.raises(RuntimeError, match="system prompt is not in the prompt"):
-            compare(steered, smol_chat, tasks, tmp_path / "d")
+    monkeypatch.setattr(cp, "run_tasks", lambda model, *rest: real(other, *rest))
 
 
-def test_whole_script_adds_scores_and_asks_for_them_once(finished, folder, monkeypatch, capsys):
-    (finished / "eval.json").unlink(missing_ok=True)
+def use_scale(scale, steered, monkeypatch):
+    monkeypatch.setattr(steered, "scaled", lambda _: steered.steering.scaled(scale))
+
+
+def lose_the_prompt(steered, monkeypatch):
+    text = lambda self, turns: turns[-1]["content"] + "\n"  # noqa: E731
+    monkeypatch.setattr("steering.chat_format.ChatFormat.prompt_text", text)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (use_another_model, "vanilla: the vector acted in 0 of 0 forward passes"),
+        (lambda *about: use_scale(0, *about), r"steered x1.5: the vector acted in 0 of [1-9]"),
+        (lambda *about: use_scale(1, *about), r"vanilla: the vector acted in (\d+) of \1 forward"),
+        (lose_the_prompt, "the system prompt is not in the prompt of a task"),
+    ],
+)
+def test_tasks_that_are_given_to_another_model_are_an_error(
+    fault, message, add, steered, monkeypatch
+):
+    fault(steered, monkeypatch)
+    with pytest.raises(RuntimeError, match=message):
+        add(evaluated())
+
+
+def test_whole_script_adds_scores(finished, folder, monkeypatch, capsys):
     flags = ["--run", str(finished), *QUICK, "--capability-tasks", str(folder)]
     flags += ["--capability-limit", "3", "--capability", "small_choice", "small_write"]
     assert ev.main(flags) == 0
-    said = capsys.readouterr().out
-    result = json.loads((finished / "eval.json").read_text())["capability"]
     names = ["small_choice acc", "small_write exact_match"]
-    assert list(result["conditions"]["steered"]) == names and result["limit"] == 3
-    assert all(name in said for name in names) and "3 rows of each task at most" in said
-    report = ["--report-only", "--report-dir", str(finished / "report")]
-    assert ev.main(["--run", str(finished), *report]) == 0
-    head = (finished / "report" / "report.csv").read_text().splitlines()[0]
-    assert all(f'"small_choice acc, {name}"' in head for name in result["conditions"])
+    said = capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())
+    for name in names:
+        assert name in said and value_at(result, "prompted", name)["n"] == 3
     monkeypatch.setattr(cp, "run_tasks", None)  # would fail if called
-    assert ev.main(flags) == 0
-    capsys.readouterr()
-    assert ev.main(["--run", str(finished), *QUICK, "--restart"]) == 0
-    assert "capability: the same options add the scores again" in capsys.readouterr().err
-    assert ev.main(flags) == 0  # from what is kept
-    assert json.loads((finished / "eval.json").read_text())["capability"] == result
-    assert ev.main([*flags[:-2], "no_such_task"]) == 2
+    assert ev.main([*flags, "--restart"]) == 0  # from what is kept
+    again = json.loads((finished / "eval.json").read_text())
+    assert again["capability"] == result["capability"]
+    assert ev.main([*flags, "no_such_task"]) == 2
     assert "--capability no_such_task: lm_eval has no such task" in capsys.readouterr().err
 
 
-def test_losses_are_flagged_beyond_their_errors():
-    def scores(value, stderr=0.05, higher=True):
-        return {"maths acc": {"value": value, "stderr": stderr, "higher": higher}}
-
-    def found(before, after):
-        return cp.losses({"conditions": {"vanilla": before, "steered": after}})
-
-    assert found(scores(0.8), scores(0.6)) == ["maths acc -0.20"]
-    assert found(scores(0.8), scores(0.7)) == [] == found(scores(0.6), scores(0.8))
-    assert found(scores(0.8, None), scores(0.1, None)) == []
-    assert found(scores(0.6, 0.05, False), scores(0.8, 0.05, False)) == ["maths acc +0.20"]
-    assert found(scores(0.8, 0.05, False), scores(0.6, 0.05, False)) == []
+@pytest.mark.parametrize(
+    ("before", "after", "stderr", "higher", "lost"),
+    [
+        (0.8, 0.6, 0.05, True, ["maths acc -0.20"]),
+        (0.8, 0.67, 0.05, True, []),  # within 1.96 errors of the difference
+        (0.6, 0.8, 0.05, True, []),
+        (0.8, 0.1, None, True, []),
+        (0.6, 0.8, 0.05, False, ["maths acc +0.20"]),
+        (0.8, 0.6, 0.05, False, []),
+    ],
+)
+def test_losses_are_flagged_beyond_their_errors(before, after, stderr, higher, lost):
+    scores = {}
+    for condition, value in (("vanilla", before), ("steered x1.2", after)):
+        scores[condition] = {"maths acc": {"value": value, "stderr": stderr, "higher": higher}}
+    result = {"recommended": {"scale": 1.2}, "capability": {"conditions": scores}}
+    assert cp.losses(result) == lost
+    assert cp.losses({"recommended": {"scale": 1.2}}) == []

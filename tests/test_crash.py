@@ -1,11 +1,9 @@
 """Runs that are killed lose nothing: their vectors are, byte for byte, those of undisturbed runs.
 
-`make test` does a few kills, `make test-full` twenty, and a sweep with kills, poison and a full
-disk.
+`make test` does two kills, `make test-full` twenty, and a sweep with kills, poison and a full disk.
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -13,49 +11,47 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, persona_rows, write_raw
+from conftest import ROOT, Loop, persona_rows, steps_in, the_folder, write_raw
 
-from steering.run_folder import lock_folder
+import train_steering as ts
+from steering.run_folder import lock_folder, run_path
 from steering.vector_file import VECTOR_FILE
 
 STEPS = 40
+OPTIONS = ["--layer", "1", "--device", "cpu", "--init-scale", "0.5", "--val-every", "7"]
+OPTIONS += ["--max-steps", str(STEPS), "--save-every", "1"]
 
 
-def train(data, model, output, *more):
-    """The command of a short run that writes a checkpoint at every step."""
-    options = ["--data-root", data, "--model", model, "--output-dir", output, "--layer", "1"]
-    options += ["--device", "cpu", "--init-scale", "0.5", "--max-steps", STEPS, "--save-every", 1]
-    return [sys.executable, "train_steering.py", *map(str, [*options, "--val-every", 7, *more])]
-
-
-def run(command, **options):
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+def command(data, model, output, *datasets):
+    """The arguments of a short training that writes a checkpoint at every step."""
+    where = ["--data-root", str(data), "--model", model, "--output-dir", str(output)]
+    return [*where, *OPTIONS, "--dataset", *datasets]
 
 
 def vector_files(root):
     """{dataset: bytes} of the vectors below a folder; every dataset must have one only."""
-    files = list(Path(root).rglob(VECTOR_FILE))
+    files = list(root.rglob(VECTOR_FILE))
     found = {path.parent.name: path.read_bytes() for path in files}
     assert len(found) == len(files)
     return found
 
 
-def kill_in_the_middle(command, folder, moment, writing):
+def kill_in_the_middle(arguments, folder, moment, writing):
     """Start a run, kill -9 it after `moment` new steps, or next time it writes a checkpoint.
 
     Returns whether it was killed before it had finished.
     """
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        [sys.executable, ROOT / "train_steering.py", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
     )
-    metrics = folder / "metrics.jsonl"
 
     def steps():
         with contextlib.suppress(OSError):
-            return metrics.read_text().count('"loss"')
+            return (folder / "metrics.jsonl").read_text().count('"loss"')
         return 0
 
     before = steps()
@@ -67,151 +63,118 @@ def kill_in_the_middle(command, folder, moment, writing):
     return process.wait() == -signal.SIGKILL
 
 
-def check_kills(count, tiny_folder, tmp_path):
-    rows, scores = persona_rows(24)
-    write_raw(tmp_path / "data", "pirate", rows, scores)
-    quiet = train(
-        tmp_path / "data", tiny_folder, tmp_path / "quiet", "--dataset", "src__role__pirate"
-    )
-    assert run(quiet).returncode == 0
-    (folder,) = Path(tmp_path / "quiet").glob("*/layer1/*")
-    rough = train(
-        tmp_path / "data", tiny_folder, tmp_path / "rough", "--dataset", "src__role__pirate"
-    )
-    target = tmp_path / "rough" / folder.relative_to(tmp_path / "quiet")
-    pick, kills, partial = random.Random(count), 0, set()
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_run_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path, count):
+    dataset = write_raw(tmp_path / "data", "pirate", *persona_rows(24))
+    assert ts.main(command(tmp_path / "data", tiny_folder, tmp_path / "quiet", dataset)) == 0
+    rough = command(tmp_path / "data", tiny_folder, tmp_path / "rough", dataset)
+    folder = run_path(tmp_path / "rough", tiny_folder, 1, dataset)
+    pick = random.Random(count)
+    kills = 0
+    partial = set()
     while kills < count:
-        moment, writing = pick.randint(0, max(1, STEPS // count)), kills % 2 == 1
-        if kill_in_the_middle(rough, target, moment, writing):
+        moment = pick.randint(0, STEPS // count)
+        if kill_in_the_middle(rough, folder, moment, writing=kills % 2 == 1):
             kills += 1
-            partial |= {path.name for path in target.glob(".partial*")}  # a file a kill
+            partial |= {path.name for path in folder.glob(".partial*")}  # a file a kill
         else:  # it finished before it was killed: the next round starts from nothing
             shutil.rmtree(tmp_path / "rough")
-    assert run(rough).returncode == 0
-    steps = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "loss" in row] == list(range(1, STEPS + 1))
-    different = vector_files(tmp_path / "quiet") != vector_files(tmp_path / "rough")
-    print(
-        f"{kills} kills survived, {len(partial)} of them in the middle of writing a file; ", end=""
-    )
-    print(f"vectors lost 0, vectors different {int(different)}")
-    assert not different and (partial or count < 20)
+    assert ts.main(rough) == 0
+    assert steps_in(folder) == list(range(1, STEPS + 1))
+    print(f"{kills} kills survived, {len(partial)} of them in the middle of writing a file")
+    assert vector_files(tmp_path / "quiet") == vector_files(tmp_path / "rough")
+    assert partial or count < 20
     # What a killed writer left behind is swept an hour later.
-    for path in target.glob(".partial*"):
+    for path in folder.glob(".partial*"):
         os.utime(path, times=(0, 0))
-    with lock_folder(target):
-        assert not list(target.glob(".partial*"))
-
-
-def test_killed_run_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path):
-    check_kills(3, tiny_folder, tmp_path)
-
-
-@pytest.mark.full
-def test_run_killed_twenty_times_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path):
-    check_kills(20, tiny_folder, tmp_path)
+    with lock_folder(folder):
+        assert not list(folder.glob(".partial*"))
 
 
 # ---------------------------------------------------------------- a whole sweep
 
 
-def small_disk(folder):
-    """Mount a tmpfs of 300 KiB there; None if this machine does not let us."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    return folder if subprocess.run(mount, capture_output=True).returncode == 0 else None
-
-
 @pytest.fixture
 def disk(tmp_path):
-    folder = small_disk(tmp_path / "disk")
-    yield folder
-    if folder:
+    """A disk of 300 KiB; None if this machine does not let us have one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder if mounted else None
+    if mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.full
-def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(tiny_folder, tmp_path, disk):
+def test_sweep_with_kills_poison_and_a_full_disk_loses_nothing(
+    tiny_folder, tmp_path, disk, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another number of threads sums in another order
     good = ["role__pirate", "role__noir_detective", "role__drill_sergeant", "trait__melodramatic"]
     good = [f"sample__{name}" for name in good]
-    shutil.copytree(ROOT / "sample_data", tmp_path / "data")
-    poison = tmp_path / "data" / "sample" / "roles_240"
+    data = shutil.copytree(ROOT / "sample_data", tmp_path / "data")
+    poison = data / "sample" / "roles_240"
     shutil.copy(poison / "responses" / "pirate.jsonl", poison / "responses" / "poison.jsonl")
     (poison / "extract_scores" / "poison.json").write_text('{"pos_p0_q0": 3, ')
-    listing = tmp_path / "roles.txt"
-    listing.write_text("\n".join(["sample__role__poison", *good, "sample__role__0_default"]) + "\n")
-    quiet = train(tmp_path / "data", tiny_folder, tmp_path / "quiet", "--dataset", *good)
-    one = {"OMP_NUM_THREADS": "1"}  # another number of threads sums in another order
-    assert run(quiet, env={**os.environ, **one}).returncode == 0
-
-    def sweep(output, python=sys.executable):
-        variables = {"PYTHON": str(python), "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu,cpu"}
-        variables |= {"OUTPUT_DIR": str(output), "DATA_ROOT": str(tmp_path / "data")}
-        start = quiet.index("--layer")
-        options = ["--model", tiny_folder, *quiet[start : quiet.index("--dataset")]]
-        command = ["bash", "run_all_roles.sh", str(listing), *options]
-        variables = {**os.environ, **variables, **one}
-        log = open(tmp_path / "sweep.log", "a")  # noqa: SIM115 (for its child)
-        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
+    names = ["sample__role__poison", *good, "sample__role__0_default"]
+    quiet = command(data, tiny_folder, tmp_path / "quiet", *good)
+    subprocess.run([sys.executable, ROOT / "train_steering.py", *quiet], check=True)
+    loop = Loop(tmp_path, DATA_ROOT=str(data), GPUS="cpu,cpu")
+    options = ["--model", tiny_folder, *OPTIONS]
 
     # A disk that fills up: clear failures, nothing torn. Then there is room again.
-    output = tmp_path / "rough"
     if disk:
         (disk / "ballast").write_bytes(bytes(230 * 1024))
-        assert sweep(disk / "runs").wait() == 1
-        shutil.copytree(disk / "runs", output)  # what a user would go on from
+        loop.run(names, *options, code=1, OUTPUT_DIR=str(disk / "runs"))
+        shutil.copytree(disk / "runs", loop.output)  # what a user would go on from
     else:  # no file above 5 kB, which a checkpoint needs
         limited = tmp_path / "python"
         limited.write_text(f'#!/bin/sh\nulimit -f 10\nexec {sys.executable} "$@"\n')
         limited.chmod(0o755)
-        assert sweep(output, limited).wait() == 1
-    said = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
+        loop.run(names, *options, code=1, PYTHON=str(limited))
+    said = "".join(path.read_text() for path in loop.logs.glob("*.log"))
     assert "No space left" in said or "File too large" in said
-    assert not list(output.rglob(VECTOR_FILE))
+    assert not list(loop.output.rglob(VECTOR_FILE))
+
     # Workers killed at random, while the sweep goes on.
-    pick, kills = random.Random(1), 0
-    process = sweep(output)
+    pick = random.Random(1)
+    kills = 0
+    process = loop.start(names, *options)
+    workers = ["pgrep", "-f", f"train_steering.py.*{loop.output}.*/queue"]
     while process.poll() is None:
         time.sleep(pick.uniform(4, 8))
-        found = run(["pgrep", "-f", f"train_steering.py.*{output}.*/queue"]).stdout.split()
+        found = subprocess.run(workers, capture_output=True, text=True).stdout.split()
         if found and kills < 4:  # fewer than one dataset may have
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pick.choice(found)), signal.SIGKILL)
                 kills += 1
-    assert process.returncode == 1  # the poisoned one
-    said = (tmp_path / "sweep.log").read_text()
-    print(said)
-    vectors = vector_files(output)
-    again = sweep(output)  # again the poisoned one, and nothing else
-    assert again.wait() == 1 and vectors == vector_files(output)
-    assert "failed: sample__role__poison" in said and kills >= 3
+    printed, errors = process.communicate()
+    print(printed, errors)
+    assert process.returncode == 1 and "failed: sample__role__poison" in errors and kills >= 3
+    vectors = vector_files(loop.output)
     print(f"{kills} workers killed; {len(vectors)} of {len(good)} vectors")
-    assert vectors == vector_files(tmp_path / "quiet")
-    logs = {name: next(output.glob(f"*/layer1/{name}/train.log")).read_text() for name in good}
-    assert all(text.count("\ndone ") == 1 for text in logs.values())  # none was trained twice
+    loop.run(names, *options, code=1)  # again the poisoned one, and nothing else
+    assert vectors == vector_files(loop.output) == vector_files(tmp_path / "quiet")
+    for name in good:
+        log = (the_folder(loop.output, name) / "train.log").read_text()
+        assert log.count("\ndone ") == 1  # none was trained twice
 
 
 @pytest.mark.full
 def test_rerun_over_five_hundred_finished_names_does_nothing(tiny_folder, tmp_path):
     rows, scores = persona_rows(8)
     names = [write_raw(tmp_path / "data", f"r{i}", rows, scores) for i in range(500)]
-    listing = tmp_path / "roles.txt"
-    listing.write_text("\n".join(names))
+    loop = Loop(tmp_path, DATA_ROOT=str(tmp_path / "data"))
     options = ["--model", tiny_folder, "--layer", "1", "--device", "cpu", "--max-steps", "1"]
     options += ["--init-scale", "0.1", "--val-fraction", "0"]
-    variables = {"PYTHON": sys.executable, "LOG_DIR": str(tmp_path / "logs"), "GPUS": "cpu"}
-    variables |= {"OUTPUT_DIR": str(tmp_path / "runs"), "DATA_ROOT": str(tmp_path / "data")}
-    variables = {**os.environ, **variables}
-    command = ["bash", "run_all_roles.sh", str(listing), *options]
-    first = run(command, env=variables)
-    assert first.returncode == 0 and len(vector_files(tmp_path / "runs")) == 500, first.stderr
-    (log,) = (tmp_path / "logs").glob("*.log")
+    loop.run(names, *options)
+    assert len(vector_files(loop.output)) == 500
+    (log,) = loop.logs.glob("*.log")
     before = log.read_text()
     assert before.count("loading  ") == 1
     started = time.perf_counter()
-    again = run(command, env=variables)
-    print(f"{again.stdout.strip()}; {time.perf_counter() - started:.1f} s")
-    assert (
-        again.returncode == 0 and "500 of 500 done or in work elsewhere, 0 to train" in again.stdout
-    )
+    printed, _ = loop.run(names, *options)
+    print(f"{printed.strip()}; {time.perf_counter() - started:.1f} s")
+    assert "500 of 500 done or in work elsewhere, 0 to train" in printed
     assert log.read_text() == before  # no training was started, so no model loaded

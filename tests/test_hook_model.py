@@ -189,6 +189,9 @@ def test_vector_moves_with_its_layer_and_is_off_inside_of_the_switch_alone():
     at_one = model(input_ids=IDS).logits
     model.set_layer(2)
     at_two = model(input_ids=IDS).logits
+    only_there = hm.SteerModel(tiny("llama"), 2)
+    only_there.set_vector(torch.ones(32), scale=2.0)
+    assert torch.equal(at_two, only_there(input_ids=IDS).logits)
     plain = tiny("llama")(input_ids=IDS).logits
     assert not torch.allclose(at_two, at_one)
     with pytest.raises(RuntimeError, match="inside"), model.steering_off():

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, command, interop_python, persona_rows, serving, the_folder, write_raw
 
 import train_steering as ts
-from evaluation import judging
+from steering.files import read_json
 
 pytestmark = pytest.mark.full
 
@@ -33,29 +33,27 @@ def test_interrupted_judge_run_continues_and_judges_nothing_twice(server, tiny_f
     run = the_folder(tmp_path / "runs")
     evaluate = [sys.executable, "eval_steering.py", "--run", str(run), "--max-new-tokens", "30"]
     evaluate += ["--num-samples", "2", "--scales", "1"]
-    subprocess.run([*evaluate], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(evaluate, cwd=ROOT, check=True, capture_output=True)
     judge = [*evaluate, "--judge", address, "--judge-model", "smollm2", "--judge-workers", "2"]
 
     first = subprocess.Popen(judge, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    path, lines = run / "judgements.jsonl", []
-    while len(lines) < 15:  # in the middle of some 60
+    path = run / "judgements.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 15:  # in the middle of some 60
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.05)
-        lines = path.read_bytes().splitlines() if path.exists() else []
     first.send_signal(signal.SIGINT)
     assert first.wait(120) == 130
     half = path.read_text().splitlines()
 
     second = subprocess.run(judge, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    print(second.stdout)
-    result = json.loads((run / "eval.json").read_text())
-    answers = judging.to_ask(result, "role")
+    (report,) = read_json(run / "eval.json")["judges"]
     lines = path.read_text().splitlines()
-    keys = [json.loads(line)["key"] for line in lines]
-    assert 15 <= len(half) < len(answers) == len(set(keys)) == len(keys)
-    assert lines[: len(half)] == half
-    assert result["judges"][0]["asked_now"] == len(answers) - len(half)
+    assert lines[: len(half)] == half and len({json.loads(line)["key"] for line in lines}) == len(
+        lines
+    )
+    assert report["asked_now"] == len(lines) - len(half) > 0 and report["failed"] == 0
     asked = log.read_text().count("POST /v1/chat/completions")
-    assert asked == len(answers)
-    print(f"{len(half)} judged, interrupted, {len(answers) - len(half)} more; server saw {asked}")
+    trials = 2  # one a call; and replies without a clear score are asked for once more
+    assert len(lines) + trials <= asked <= 2 * len(lines) + trials
+    print(f"{len(half)} judged, interrupted, {report['asked_now']} more; server saw {asked}")

@@ -425,6 +425,8 @@ def test_answers_are_read_by_the_plain_model_after_the_question_alone(reader, da
 
 
 def test_side_effects_are_the_divergence_from_the_plain_model_on_plain_rows(reader, data, vector):
+    # A random model is sure of nothing, and its divergence nearly the same in both directions.
+    reader.model.model.lm_head.weight.data *= 30
     conditions = [
         Condition("vanilla"),
         Condition("random", (vector, -vector), answered=False),
@@ -436,6 +438,7 @@ def test_side_effects_are_the_divergence_from_the_plain_model_on_plain_rows(read
     assert column["nothing"]["mean"] == pytest.approx(0.0, abs=1e-6)
 
     total = 0.0
+    reverse = 0.0
     for example in data.plain_heldout:
         ids = torch.tensor([example.input_ids])
         reader.model.set_vector(vector)
@@ -444,10 +447,11 @@ def test_side_effects_are_the_divergence_from_the_plain_model_on_plain_rows(read
             with reader.model.steering_off():
                 plain = reader.model(ids).logits[0].log_softmax(-1)
         predicts = torch.tensor(example.labels[1:]) >= 0
-        kl = (plain.exp() * (plain - steered)).sum(-1)[:-1]
-        total += kl[predicts].sum().item()
+        total += (plain.exp() * (plain - steered)).sum(-1)[:-1][predicts].sum().item()
+        reverse += (steered.exp() * (steered - plain)).sum(-1)[:-1][predicts].sum().item()
     tokens = sum(map(label_count, data.plain_heldout))
     assert column["steered x1"]["mean"] == pytest.approx(total / tokens, rel=1e-3)
+    assert reverse != pytest.approx(total, rel=0.01)
 
 
 # ---------------------------------------------------------------- the table

@@ -1,25 +1,25 @@
-"""report.html: what is in it, and, in a browser, what is done with it."""
+"""report.html of a real evaluation: what is in it, and, in a browser, what is done with it."""
 
 import base64
 import hashlib
 import html.parser
 import json
 import math
-import shutil
 import sys
 
-import numpy as np
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, the_folder
 
 import eval_steering as ev
-from evaluation import page as pg
+from evaluation import page
+from evaluation.table import number_at, scale_of, value_at
 from steering.files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_report
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\u2028"
+HOSTILE += "@DATA@@SCRIPT@@POLICY@"
 
 
 class Parser(html.parser.HTMLParser):
@@ -27,7 +27,9 @@ class Parser(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.blocks, self.inside, self.policy = [], False, ""
+        self.blocks = []
+        self.inside = False
+        self.policy = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -44,24 +46,22 @@ class Parser(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.inside:
             attributes, text = self.blocks[-1]
-            self.blocks[-1] = attributes, text + data
+            self.blocks[-1] = (attributes, text + data)
 
 
 @pytest.fixture(scope="module")
-def reported(trained, tmp_path_factory):
+def reported(trained, finished, tmp_path_factory):
     """A folder with report.html of two runs: an evaluated one, with hostile texts, and another."""
-    runs = sorted(path.parent for path in (trained / "runs").rglob("run.json"))
     flags = [*QUICK, "--num-samples", "3", "--turns", "2", "--max-new-tokens", "4"]
-    assert ev.main(["--run", str(runs[0]), *flags]) == 0
-    result = read_json(runs[0] / "eval.json")
+    assert ev.main(["--run", str(finished), *flags]) == 0
+    result = read_json(finished / "eval.json")
     result["samples"][0]["answers"]["vanilla"] = HOSTILE
     result["samples"][1]["question"] = HOSTILE
     result["flags"] = ["no better than vanilla", HOSTILE]
-    result["likelihood"]["random"]["nll"] = math.nan
-    result["likelihood"]["vanilla"]["steered_minus_interval"] = [math.nan, math.nan]
-    with open(runs[0] / "metrics.jsonl", "a") as metrics:
+    result["conditions"]["random"]["nll"] = math.nan
+    write_json(finished / "eval.json", result)
+    with open(finished / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 99, "lo')  # as a kill leaves it
-    write_json(runs[0] / "eval.json", result)
     out = tmp_path_factory.mktemp("report")
     assert ev.main(["--run", str(trained / "runs"), "--report-only", "--report-dir", str(out)]) == 0
     return out
@@ -79,117 +79,126 @@ def test_texts_are_data_and_the_only_script_is_the_one_that_the_page_allows(repo
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     allowed = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert policy == allowed
-    names = [row["cells"]["dataset"] for row in data["index"]["rows"]]
-    run = data[f"run-{names.index('pirate')}"]
-    assert run["samples"][0]["answers"]["vanilla"] == HOSTILE
-    assert "innerHTML" not in scripts[0] and "eval(" not in scripts[0]
+    assert data["run-0"]["samples"][0]["answers"]["vanilla"] == HOSTILE
+    assert "innerHTML" not in scripts[0]
+    assert "eval(" not in scripts[0]
 
 
-def test_page_holds_what_the_report_and_the_evaluation_say(reported, finished):
+def test_page_holds_every_value_of_the_evaluation_once(reported, finished):
     data, _, _ = blocks_of(reported)
-    index, result = data["index"], read_json(finished / "eval.json")
-    assert [row["number"] for row in index["rows"]] == [0, 1]
+    result = read_json(finished / "eval.json")
     assert set(data) == {"index", "run-0", "run-1"}
-    row = next(row for row in index["rows"] if row["cells"]["dataset"] == "pirate")
-    steered, vanilla = (result["likelihood"][name] for name in ("steered", "vanilla"))
-    assert row["cells"]["steered"] == pytest.approx(steered["nll"], rel=1e-4)
-    assert "no better than vanilla" in row["flags"] and "other code" not in row["flags"]
-    run = data[f"run-{row['number']}"]
-    assert [s["scale"] for s in run["scales"]] == sorted(
-        float(name.removeprefix("steered x")) for name in result["answers"] if "steered" in name
-    )
-    assert run["nll"][0][:2] == ["vanilla", pytest.approx(vanilla["nll"], rel=1e-4)]
-    assert next(bar for bar in run["nll"] if bar[0] == "random")[:2] == ["random", None]
-    assert row["bounds"]["minus_vanilla"] == [None, None] and run["loss"][-1][0] != 99
-    assert {line["name"] for line in run["turns"]} >= {"vanilla", "prompted"}
-    assert run["loss"][0][0] == 1 and run["val"][0][0] == 0 and "condition" in run["tables"]
-    other = data[f"run-{1 - row['number']}"]
-    assert other["samples"] == [] and other["loss"]  # not evaluated: how it trained is there
-    assert [heat["names"] for heat in index["heat"]] == [
-        [row["cells"]["dataset"] for row in index["rows"]]
-    ]
+    row, other = data["index"]["rows"]
+    assert data["index"]["measures"] == result["measures"]
+    assert [row["title"], other["title"]] == ["pirate", "sailor"]
+    assert "no better than vanilla" in row["facts"]["flags"]
+
+    run = data["run-0"]
+    assert list(run["conditions"]) == list(result["conditions"])
+    for condition, values in result["conditions"].items():
+        in_table = row["conditions"].get(condition)
+        in_run = run["conditions"][condition]
+        assert (in_table is None) != (in_run is None)
+        cells = in_table or in_run
+        assert cells.keys() == values.keys()
+        if scale_of(result, condition) is None:
+            assert in_table
+    assert row["conditions"]["random"]["nll"] is None  # NaN
+    nll = value_at(result, "vanilla", "nll")
+    wanted = [nll["mean"], nll["low"], nll["high"]]
+    assert row["conditions"]["vanilla"]["nll"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_an_evaluation_by_another_version_costs_the_page_nothing_but_itself(finished, tmp_path):
-    shutil.copy(finished / "metrics.jsonl", tmp_path)
-    write_json(tmp_path / "eval.json", {"likelihood": {"vanilla": 1.0}, "flags": []})
-    data = pg.run_data(tmp_path)
-    assert "another version" in data["tables"] and data["loss"] and data["samples"] == []
+def test_page_shows_how_a_run_was_trained_whether_it_is_evaluated_or_not(reported, trained):
+    data, _, _ = blocks_of(reported)
+    metrics = the_folder(trained / "runs", "src__role__sailor") / "metrics.jsonl"
+    losses = [row["loss"] for row in map(json.loads, metrics.open()) if "loss" in row]
+    other = data["run-1"]
+    assert [loss for _, loss in other["loss"]][: len(losses)] == pytest.approx(losses, rel=1e-4)
+    assert other["validation"][0][0] == 0
+    assert other["conditions"] == {}
+    run = data["run-0"]
+    assert run["loss"][-1][0] == 6  # the torn line is passed over
+    assert {"vanilla", "prompted"} <= run["turns"].keys()
+    assert "vanilla" in run["tables"]
 
 
-def test_heat_map_gives_back_its_numbers_and_curves_are_thinned(tmp_path):
-    matrix = np.array([[1.0, -0.2], [0.3, 0.9]])
-    heat = pg.heat_map("Title", "Note", ["a", "b"], matrix)
-    shares = np.frombuffer(base64.b64decode(heat["cells"]), np.uint8).reshape(2, 2) / 255
-    again = heat["low"] + shares * (heat["high"] - heat["low"])
-    assert np.abs(again - matrix).max() < 0.003
-    assert pg.heat_map("", "", ["a"], [[2.0]])["cells"] == base64.b64encode(b"\0").decode()
-    lines = [json.dumps({"step": i, "loss": math.nan if i == 0 else 1.0}) for i in range(1000)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    points = pg.curve(tmp_path / "metrics.jsonl", "loss")
-    assert 70 <= len(points) <= pg.POINTS + 1 and points[-1] == [999, 1.0]
-    assert pg.plain_numbers(points[0]) == [0, None]
-    nan = pg.heat_map("", "", ["a", "b"], np.array([[1.0, np.nan], [0.0, 1.0]]))
-    assert (nan["low"], nan["high"]) == (0.0, 1.0)
-    assert pg.curve(tmp_path / "none", "loss") == []
+def test_long_curves_are_thinned_and_end_where_they_end():
+    rows = [{"step": step, "loss": step / 2} for step in range(1000)]
+    points = page.curve([*rows, {"step": 1000, "val_loss": 1.0}], "loss")
+    assert 70 <= len(points) <= page.POINTS + 1
+    assert points[0] == [0, 0.0]
+    assert points[-1] == [999, 499.5]
+    assert page.curve([], "loss") == []
+
+
+@pytest.fixture
+def driver(reported):
+    driver = bench_report.browser()
+    driver.implicitly_wait(5)
+    driver.get((reported / "report.html").as_uri())
+    yield driver
+    driver.quit()
 
 
 @pytest.mark.full
-def test_a_browser_sorts_filters_opens_a_run_and_runs_no_text(reported):
+def test_a_browser_sorts_filters_opens_a_run_and_runs_no_text(driver, finished):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    driver = bench_report.browser()
-    try:
-        driver.get((reported / "report.html").as_uri())
-        find = driver.find_elements
+    def one(selector):
+        return driver.find_element("css selector", selector)
 
-        def column(number):
-            return [row.find_elements("css selector", "td")[number].text for row in rows()]
+    def texts(selector):
+        return [node.text for node in driver.find_elements("css selector", selector)]
 
-        def rows():
-            return find("css selector", "#runs tbody tr")
+    def names():
+        return [text.split("\n")[0] for text in texts("#runs tbody td:first-child")]
 
-        assert sorted(column(0)) == ["pirate", "sailor"] and find("id", "count")[0].text.startswith(
-            "2 runs, model"
-        )
-        head = driver.find_element("css selector", 'th[data-key="dataset"]')
-        head.click()
-        assert column(0) == ["pirate", "sailor"]
-        assert head.get_attribute("aria-sort") == "ascending"
-        head.click()
-        assert column(0) == ["sailor", "pirate"]
-        driver.find_element("css selector", 'th[data-key="steered"]').click()
-        assert column(0) == ["pirate", "sailor"]  # what has no number comes last
-        button = driver.find_element("css selector", 'button[data-flag="no better than vanilla"]')
-        button.click()
-        assert column(0) == ["pirate"] and "1 of 2 runs" in find("id", "count")[0].text
-        button.click()
-        driver.find_element("id", "search").send_keys("SAIL")
-        assert column(0) == ["sailor"]
-        driver.execute_script("document.getElementById('search').value = ''; showTable()")
-        assert not driver.find_element("id", "run").is_displayed()
-        rows()[0].click()
-        driver.implicitly_wait(5)
-        answers = driver.find_element("id", "answers")
-        assert HOSTILE.strip("\u2028") in answers.text  # as text
-        assert len(find("css selector", "#run svg")) == 4
-        before = answers.text
-        driver.execute_script(
-            "const s = document.querySelector('#slider input'); s.value = 0;"
-            "s.dispatchEvent(new Event('input'))"
-        )
-        assert driver.find_element("id", "answers").text != before
-        assert (
-            driver.find_element("css selector", "#slider output").text.strip().startswith("steered")
-        )
-        canvas = driver.find_element("css selector", "#heat canvas")
-        driver.execute_script("arguments[0].scrollIntoView()", canvas)
-        ActionChains(driver).move_to_element_with_offset(canvas, -100, 100).perform()
-        said = driver.find_element("css selector", "#heat .said").text
-        assert "pirate / sailor: " in said or "sailor / pirate: " in said
-        driver.find_element("id", "close").click()
-        assert not driver.find_element("id", "run").is_displayed()
-        assert driver.execute_script("return window.hacked") is None
-        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-    finally:
-        driver.quit()
+    def change(selector, value, event):
+        code = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('EVENT'))"
+        driver.execute_script(code.replace("EVENT", event), one(selector), value)
+
+    assert one("#count").text == "2 runs, model tiny-llama, layer 1"
+    assert names() == ["pirate", "sailor"]
+    head = one('th[data-key="run"]')
+    head.click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.click()
+    assert names() == ["sailor", "pirate"]
+    one('th[data-key="at steered x1"]').click()
+    assert names() == ["pirate", "sailor"]  # what has no number comes last
+
+    # Another measure: the conditions that have it, and their numbers.
+    assert "dataset" not in texts("#runs th[data-key^=at]")
+    change("#measure", "words", "change")
+    place = texts("#runs tr:last-child th").index("dataset")
+    words = number_at(read_json(finished / "eval.json"), "dataset", "words")
+    assert texts("#runs tbody tr:first-child td")[place] == f"{words:.1f}"
+
+    button = one('button[data-flag="no better than vanilla"]')
+    button.click()
+    assert names() == ["pirate"]
+    assert "1 of 2 runs" in one("#count").text
+    button.click()
+    change("#search", "SAIL", "input")
+    assert names() == ["sailor"]
+    change("#search", "", "input")
+
+    # A dot opens its run: a panel for each measure, and answers as text.
+    assert not one("#run").is_displayed()
+    one('#overview [data-run="0"]').click()
+    assert HOSTILE.split("\u2028")[0] in one("#answers").text
+    assert {"nll", "words", "kl"} <= {text.split()[0] for text in texts("#run figcaption")}
+    before = one("#answers").text
+    change("#slider input", 0, "input")
+    assert one("#slider output").text.strip().startswith("steered x1")
+    assert one("#answers").text != before
+
+    canvas = one("#heat canvas")
+    driver.execute_script("arguments[0].scrollIntoView()", canvas)
+    ActionChains(driver).move_to_element_with_offset(canvas, -20, 20).perform()
+    assert one("#heat .said").text.startswith("sailor / pirate: ")
+    one("#close").click()
+    assert not one("#run").is_displayed()
+    assert driver.execute_script("return window.hacked") is None
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
