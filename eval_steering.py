@@ -160,6 +160,18 @@ def add_own_answers(data, writer):
         raise ValueError("no row without the persona, and all answers of the plain model are empty")
 
 
+def compare_states(reader, data):
+    """(Mean difference (n,), probe or None, what to know of it) by the plain model's mean states:
+    of the persona's rows and of plain ones, on questions that were trained on. The probe is checked
+    on held-out rows."""
+    states = []
+    for part in (data.train, data.plain_train, data.heldout, data.plain_heldout):
+        examples = without_end(first_tokens(part, MEAN_TOKENS), reader.chat)
+        states.append(response_means(reader.model, examples, reader.max_tokens))
+    persona, plain, *_ = states
+    return persona.mean(dim=0) - plain.mean(dim=0), *train_probe(*states)
+
+
 def list_conditions(data, vector, difference, coefficients, recommended, args):
     """(All conditions, in the order of the outputs; {name: why one of them is not there}).
     vector: the trained one (n,); difference: the mean one; coefficients: of
@@ -192,15 +204,8 @@ def evaluate(reader, writer, data, vector, args):
         add_own_answers(data, writer)
     data.check()
 
-    # Mean states of rows: the mean difference, and what the probe is fitted on and checked by.
     announce("states of training, plain and held-out rows")
-    states = []
-    for part in (data.train, data.plain_train, data.heldout, data.plain_heldout):
-        examples = without_end(first_tokens(part, MEAN_TOKENS), reader.chat)
-        states.append(response_means(reader.model, examples, reader.max_tokens))
-    persona, plain, *heldout_states = states
-    difference = persona.mean(dim=0) - plain.mean(dim=0)
-    probe, about_probe = train_probe(persona, plain, *heldout_states)
+    difference, probe, about_probe = compare_states(reader, data)
 
     # The scale, and coefficients, are chosen on validation questions.
     search = ScaleSearch(reader, writer, vector, probe, args.kl_budget, args.num_samples)

@@ -1,6 +1,5 @@
 """interop/capability.py: tasks of lm-evaluation-harness, under the conditions that it names."""
 
-import copy
 import json
 import types
 
@@ -11,7 +10,6 @@ from conftest import QUICK
 from consumers.local_task import write_task
 
 import eval_steering as ev
-import hook_model as hm
 from evaluation.table import value_at
 from interop import capability as cp
 
@@ -30,26 +28,29 @@ WRITE = {  # settings of a task that is answered in words
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of two small tasks."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of two small tasks, which lm_eval takes seconds to index."""
+    folder = tmp_path_factory.mktemp("tasks")
     write_task(folder, "small_choice", ROWS, target_delimiter="")
     write_task(folder, "small_write", ROWS, **WRITE)
     return folder
 
 
 @pytest.fixture
-def add(steered, smol_chat, tiny_folder, folder, tmp_path):
-    """add_capability of the steered tiny model: (result) -> result."""
+def tasks(folder):
+    return cp.Tasks(("small_choice",), 4, str(folder), 2)
 
-    def add_to(result, *names):
+
+@pytest.fixture
+def add(steered, smol_chat, tiny_folder, tasks, tmp_path):
+    """add_capability of the steered tiny model: result -> result."""
+    shelf = types.SimpleNamespace(model=lambda run: steered, chat=lambda run: smol_chat)
+
+    def add_to(result):
         vector = steered.steering.vector.detach().clone()
         args = {"model": tiny_folder, "layer": 1}
         run = types.SimpleNamespace(folder=tmp_path, args=args, vector=vector)
-        shelf = types.SimpleNamespace(model=lambda run: steered, chat=lambda run: smol_chat)
-        tasks = cp.Tasks(names or ("small_choice",), 4, str(folder), 2)
         cp.add_capability(result, run, tasks, shelf)
         return result
 
@@ -87,27 +88,25 @@ def test_scores_are_of_the_conditions_they_name_and_asked_for_once(add, steered,
     assert result["measures"]["small_choice acc"]["better"] == "higher"
     for condition, scores in found["conditions"].items():
         share = scores["small_choice acc"]["value"]
-        assert share * 4 in (0, 1, 2, 3, 4)
-        error = (share * (1 - share) / 3) ** 0.5  # of 4 rows
-        expected = {"mean": share, "low": share - 1.96 * error, "high": share + 1.96 * error}
+        half = 1.96 * (share * (1 - share) / 3) ** 0.5  # of 4 rows
         value = value_at(result, condition, "small_choice acc")
-        assert value == {key: pytest.approx(number) for key, number in expected.items()} | {"n": 4}
+        assert share * 4 in (0, 1, 2, 3, 4) and (value["mean"], value["n"]) == (share, 4)
+        assert [value["low"], value["high"]] == pytest.approx([share - half, share + half])
     assert result["conditions"]["vanilla"].keys() == {"nll", "small_choice acc"}
     passes.clear()
     assert add(evaluated())["capability"] == found and not passes  # all of them are kept
     steered.set_vector(steered.steering.vector.detach() * 1.01)
     assert add(evaluated(None, ""))["capability"]["scale"] == 1.0
-    assert passes == [(1.0, None)]  # of another vector: the plain model's are there
+    assert passes == [(1.0, None)]  # of another vector; the plain model's are there
     passes.clear()
     write_task(folder, "small_choice", ROWS[::-1], target_delimiter="")
     add(result)
     assert len(passes) == 3  # of another task of that name
-    passes.clear()
     add(result)
-    assert not passes and steered.steering.scale == 1.0
+    assert len(passes) == 3 and steered.steering.scale == 1.0
 
 
-def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, folder, monkeypatch):
+def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, tasks, monkeypatch):
     """The harness sees the model with its vector, the template's own prompt, and nothing else."""
     samples, real = {}, lm_eval.simple_evaluate
 
@@ -117,7 +116,6 @@ def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, fold
         return found
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
-    tasks = cp.Tasks(("small_choice",), 4, str(folder), 2)
     for scale in (0, 1.5):
         with steered.scaled(scale):
             cp.run_tasks(steered, smol_chat, "Be a pirate.", tasks)
@@ -135,37 +133,22 @@ def test_log_likelihoods_are_those_of_the_steered_model(steered, smol_chat, fold
                     assert float(found[0]) == pytest.approx(expected, rel=1e-3)
 
 
-def use_another_model(steered, monkeypatch):
-    other = hm.SteerModel(copy.deepcopy(steered.model), 1)
-    for handle in other._handles:
-        handle.remove()
-    other.layers[1]._forward_hooks.clear()  # A copy: its hooks are the old ones.
-    real = cp.run_tasks
-    monkeypatch.setattr(cp, "run_tasks", lambda model, *rest: real(other, *rest))
-
-
-def use_scale(scale, steered, monkeypatch):
-    monkeypatch.setattr(steered, "scaled", lambda _: steered.steering.scaled(scale))
-
-
-def lose_the_prompt(steered, monkeypatch):
-    text = lambda self, turns: turns[-1]["content"] + "\n"  # noqa: E731
-    monkeypatch.setattr("steering.chat_format.ChatFormat.prompt_text", text)
-
-
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("place", "fault", "message"),
     [
-        (use_another_model, "vanilla: the vector acted in 0 of 0 forward passes"),
-        (lambda *about: use_scale(0, *about), r"steered x1.5: the vector acted in 0 of [1-9]"),
-        (lambda *about: use_scale(1, *about), r"vanilla: the vector acted in (\d+) of \1 forward"),
-        (lose_the_prompt, "the system prompt is not in the prompt of a task"),
+        ("interop.capability.run_tasks", lambda *_: {}, "vanilla: .* in 0 of 0 forward passes"),
+        ("hook_model.SteerModel.scaled", lambda model, _: model.steering.scaled(0),
+         r"steered x1\.5: the vector acted in 0 of [1-9]"),
+        ("hook_model.SteerModel.scaled", lambda model, _: model.steering.scaled(1),
+         r"vanilla: the vector acted in (\d+) of \1 forward"),
+        ("steering.chat_format.ChatFormat.prompt_text", lambda _, turns: turns[-1]["content"],
+         "the system prompt is not in the prompt of a task"),
     ],
-)
-def test_tasks_that_are_given_to_another_model_are_an_error(
-    fault, message, add, steered, monkeypatch
+)  # fmt: skip
+def test_a_task_that_did_not_see_vector_or_prompt_is_an_error(
+    place, fault, message, add, monkeypatch
 ):
-    fault(steered, monkeypatch)
+    monkeypatch.setattr(place, fault)
     with pytest.raises(RuntimeError, match=message):
         add(evaluated())
 

@@ -3,11 +3,10 @@
 The hashes are of a copy of the sources here, which the tests edit; the running code stays as it is.
 """
 
-import json
 import shutil
 
 import pytest
-from conftest import QUICK, ROOT, StopAfter, command, steps_in, the_folder
+from conftest import QUICK, ROOT, StopAfter, steps_in
 
 import eval_steering as ev
 import train_steering as ts
@@ -25,140 +24,115 @@ class Sources:
             shutil.copy(path, folder)
         rs.source_hashes.cache_clear()
 
-    def edit(self, name, old, new):
+    def add(self, name, text):
+        """Put lines at the start of a file, which need not be there yet."""
         path = self.folder / name
-        text = path.read_text()
-        assert text.count(old) == 1, f"{name}: {text.count(old)} x {old!r}"
-        path.write_text(text.replace(old, new))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + (path.read_text() if path.exists() else ""))
         rs.source_hashes.cache_clear()
 
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    (tmp_path / "project").mkdir()
-    monkeypatch.setattr(rs, "ROOT", tmp_path / "project")
-    yield Sources(tmp_path / "project")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.setattr(rs, "ROOT", folder)
+    yield Sources(folder)
     rs.source_hashes.cache_clear()
 
 
-def double_the_loss(sources):
-    old = "return torch.nn.functional.cross_entropy("
-    sources.edit("train_steering.py", old, old.replace("return", "return 2 *"))
+@pytest.fixture
+def stopped(training, monkeypatch):
+    """A function: train with more options until a signal comes in the third step."""
+
+    def train_and_stop(flags=""):
+        with monkeypatch.context() as patch:
+            patch.setattr(ts, "StopRequest", lambda: StopAfter(3))
+            training(flags, code=75)
+
+    return train_and_stop
 
 
-def test_finished_run_by_other_code_warns_names_the_file_and_is_marked(
-    sources, data_root, tiny_folder, tmp_path, capsys
-):
-    base = command(data_root, tiny_folder, tmp_path / "runs")
-    assert ts.main(base) == 0
-    vector = the_folder(tmp_path / "runs").joinpath("steering_vector.safetensors").read_bytes()
+def shown(training, capsys):
+    """What the report says of the runs, on the console and in report.csv."""
     capsys.readouterr()
-    assert ts.main(base) == 0 and "WARNING" not in capsys.readouterr().out
-    double_the_loss(sources)
-    sources.edit("steering/fast_path.py", "HEAD_TOKENS = 256", "HEAD_TOKENS = 128")
-    assert ts.main(base) == 0
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert ev.main(["--run", str(training.output), "--report-only"]) == 0
+    return capsys.readouterr().out, (training.output / "report.csv").read_text()
+
+
+def test_finished_run_by_other_code_warns_names_the_files_and_is_marked(
+    sources, training, tmp_path, capsys
+):
+    training()
+    vector = training.vector
+    assert "WARNING" not in training()
+    sources.add("train_steering.py", "# A reworded comment.\n")
+    sources.add("steering/fast_path.py", "# Another one.\n")
+    (warning,) = [line for line in training().splitlines() if "WARNING" in line]
     assert "by other code: steering/fast_path.py, train_steering.py" in warning
-    assert ts.main([*base, "--write-todo", str(tmp_path / "todo")]) == 0
-    said = capsys.readouterr()
-    assert (
-        tmp_path / "todo"
-    ).read_text() == "" and "1 of the finished runs are by other code" in said.err
-    assert ev.main(["--run", str(tmp_path / "runs"), "--report-only"]) == 0
-    assert "other code" in capsys.readouterr().out
-    assert "other code" in (tmp_path / "runs" / "report.md").read_text()
-    now = the_folder(tmp_path / "runs").joinpath("steering_vector.safetensors").read_bytes()
-    assert now == vector
+    said = training(f"--write-todo {tmp_path / 'todo'}")
+    assert (tmp_path / "todo").read_text() == ""
+    assert "1 of the finished runs are by other code" in said
+    for text in shown(training, capsys):
+        assert "other code" in text
+    assert training.vector.equal(vector)
 
 
-def test_a_reworded_comment_warns_and_what_the_training_does_not_import_counts_nothing(
-    sources, data_root, tiny_folder, tmp_path, capsys
-):
-    base = command(data_root, tiny_folder, tmp_path / "runs")
-    assert ts.main(base) == 0
+def test_files_that_the_training_imports_count_newly_or_through_others_and_no_others(sources):
     before = rs.source_hashes("train_steering.py")
-    sources.edit("evaluation/measures.py", "MIN_ROWS = 0.8, 5", "MIN_ROWS = 0.8, 6")
+    sources.add("evaluation/stats.py", "# Nothing that a training imports.\n")
     assert rs.source_hashes("train_steering.py") == before
-    sources.edit("train_steering.py", "            # Rows of this step;", "            # The rows;")
-    capsys.readouterr()
-    assert ts.main(base) == 0
-    assert "by other code: train_steering.py" in capsys.readouterr().out
-
-
-def test_file_that_the_training_imports_newly_counts_too(sources):
-    before = rs.source_hashes("train_steering.py")
-    assert "steering/chat_format.py" in before and "evaluation/measures.py" not in before
-    (sources.folder / "my_loss.py").write_text("def loss(logits):\n    return logits\n")
-    sources.edit(
-        "train_steering.py", "import data_filter\n", "import data_filter\nimport my_loss\n"
-    )
+    assert "steering/chat_format.py" in before
+    sources.add("my_loss.py", "import my_losses\n")
+    sources.add("my_losses/__init__.py", "from my_losses.kl import kl\n")
+    sources.add("my_losses/kl.py", "kl = 1\n")
+    sources.add("data_filter.py", "import my_loss\n")
     after = rs.source_hashes("train_steering.py")
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"train_steering.py", "my_loss.py"}
-    (sources.folder / "my_losses").mkdir()
-    (sources.folder / "my_losses" / "__init__.py").write_text("from my_losses.kl import kl\n")
-    (sources.folder / "my_losses" / "kl.py").write_text("kl = 1\n")
-    sources.edit("my_loss.py", "def loss", "import my_losses\n\n\ndef loss")
-    assert {"my_losses/__init__.py", "my_losses/kl.py"} <= set(
-        rs.source_hashes("train_steering.py")
-    )
+    new = {"my_loss.py", "my_losses/__init__.py", "my_losses/kl.py"}
+    assert {*rs.changed_sources(before, after)} == {"data_filter.py", *new}
 
 
 def test_unfinished_run_by_other_code_is_refused_and_both_ways_on_work(
-    sources, data_root, tiny_folder, tmp_path, monkeypatch, capsys
+    sources, training, stopped, tmp_path, capsys
 ):
-    base = command(data_root, tiny_folder, tmp_path / "runs")
-    with monkeypatch.context() as patch:
-        patch.setattr(ts, "StopRequest", lambda: StopAfter(3))
-        assert ts.main(base) == 75
-    folder = the_folder(tmp_path / "runs")
+    stopped()
+    folder = training.folder
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    double_the_loss(sources)
-    capsys.readouterr()
-    assert ts.main(base) == 2
-    (line,) = [text for text in capsys.readouterr().out.splitlines() if "error" in text]
+    sources.add("train_steering.py", "# Another loss.\n")
+    (line,) = [text for text in training(code=2).splitlines() if "error" in text]
     assert "by other code (train_steering.py)" in line
     assert "--restart" in line and "--accept-code-change" in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    shutil.copytree(tmp_path / "runs", tmp_path / "other")
-    assert ts.main([*base, "--accept-code-change"]) == 0
-    assert "WARNING: going on with other code: train_steering.py" in capsys.readouterr().out
+    shutil.copytree(training.output, tmp_path / "other")
+    said = training("--accept-code-change")
+    assert "WARNING: going on with other code: train_steering.py" in said
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
-    record = json.loads((folder / "run.json").read_text())
-    assert record["code_changes"] == ["train_steering.py"] and record["status"] == "done"
-    assert ev.main(["--run", str(tmp_path / "runs"), "--report-only"]) == 0
-    assert "code changed midway" in capsys.readouterr().out
-    fresh = [*base, "--output-dir", str(tmp_path / "other"), "--restart"]
-    assert ts.main(fresh) == 0
-    record = json.loads((the_folder(tmp_path / "other") / "run.json").read_text())
-    assert record["code_changes"] == []
+    assert training.record["code_changes"] == ["train_steering.py"]
+    for text in shown(training, capsys):
+        assert "code changed midway" in text
+    training.output = tmp_path / "other"
+    training(f"--output-dir {training.output} --restart")
+    assert training.record["status"] == "done" and training.record["code_changes"] == []
 
 
-def test_accepted_change_is_remembered_through_another_stop(
-    sources, data_root, tiny_folder, tmp_path, monkeypatch
-):
-    base = command(data_root, tiny_folder, tmp_path / "runs")
-    for stop, more in ((3, []), (3, ["--accept-code-change"])):
-        with monkeypatch.context() as patch:
-            patch.setattr(ts, "StopRequest", lambda stop=stop: StopAfter(stop))
-            assert ts.main([*base, *more]) == 75
-        if not more:
-            double_the_loss(sources)
-    assert ts.main(base) == 0  # the code is that of the newest checkpoint: nothing to ask
-    record = json.loads((the_folder(tmp_path / "runs") / "run.json").read_text())
-    assert record["code_changes"] == ["train_steering.py"]
+def test_accepted_change_is_remembered_through_another_stop(sources, training, stopped):
+    stopped()
+    sources.add("train_steering.py", "# Another loss.\n")
+    stopped("--accept-code-change")
+    training()  # the code is that of the newest checkpoint: nothing to ask
+    assert training.record["code_changes"] == ["train_steering.py"]
 
 
-def test_evaluation_by_other_code_is_kept_and_named(
-    sources, data_root, tiny_folder, tmp_path, capsys
-):
-    assert ts.main(command(data_root, tiny_folder, tmp_path / "runs")) == 0
-    evaluate = ["--run", str(the_folder(tmp_path / "runs")), *QUICK]
-    assert ev.main(evaluate) == 0
-    sources.edit("evaluation/summary.py", '"NLL/token"', '"NLL"')  # shows numbers, makes none
-    capsys.readouterr()
-    assert ev.main(evaluate) == 0 and "WARNING" not in capsys.readouterr().err
-    sources.edit("evaluation/measures.py", "return -logits.float()", "return -2 * logits.float()")
-    assert ev.main(evaluate) == 0
-    error = capsys.readouterr().err
-    assert "eval.json is by other code (evaluation/measures.py): --restart" in error
+def test_evaluation_by_other_code_is_kept_and_named(sources, training, capsys):
+    training()
+
+    def evaluated():
+        capsys.readouterr()
+        assert ev.main(["--run", str(training.folder), *QUICK]) == 0
+        return capsys.readouterr().err
+
+    evaluated()
+    sources.add("evaluation/summary.py", "# It shows numbers, and makes none.\n")
+    assert "WARNING" not in evaluated()
+    sources.add("evaluation/likelihood.py", "# It makes numbers.\n")
+    assert "eval.json is by other code (evaluation/likelihood.py): --restart" in evaluated()

@@ -394,10 +394,11 @@ def test_question_of_a_conversation_is_the_turn_that_is_answered(tmp_path):
 
 def test_only_role_and_content_reach_the_template(tmp_path):
     row = raw_row()
-    extra = {"tool_calls": None, "name": "x"}
-    row["conversation"] = [message | extra for message in row["conversation"]]
+    row["conversation"] += row["conversation"][1:]  # a second question
+    for message in row["conversation"]:
+        message |= {"tool_calls": None, "name": "x"}
     (kept,) = filter_rows(tmp_path, row).rows
-    assert [sorted(message) for message in kept["messages"]] == [["content", "role"]] * 2
+    assert [sorted(message) for message in kept["messages"]] == [["content", "role"]] * 4
 
 
 # ---------------------------------------------------------------- split and budget
@@ -512,6 +513,8 @@ def test_one_unreadable_dataset_is_a_line_of_the_table_not_its_end(tmp_path, cap
 def test_under_budget_tells_the_count_and_what_a_lower_threshold_gives(tmp_path):
     rows, scores = persona_rows(22)
     scores |= {f"pos_p0_q{i}": 2 for i in range(10)} | {"pos_p0_q20": 1, "pos_p0_q21": 1}
+    rows.append(rows[15] | {"prompt_index": 1})  # one that passes already, with a lower score
+    scores["pos_p1_q15"] = 2
     datasets = df.find_datasets(write_raw(tmp_path, "pirate", rows, scores) and tmp_path)
 
     def line(**options):

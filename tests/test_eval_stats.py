@@ -75,6 +75,14 @@ def test_recovered_fraction_and_why_it_is_undefined():
     assert es.recovered_fractions(losses, tokens, questions)[0] == {}
 
 
+def test_drift_is_the_later_half_of_turns_minus_the_other():
+    scores = np.array([[0.1, 0.2, 0.6, 0.7], [0.3, np.nan, np.nan, 0.5], [np.nan] * 4])
+    found = es.drift_by_turn(scores)
+    assert found["by_turn"] == pytest.approx([0.2, 0.2, 0.6, 0.6])
+    assert found["drift"] == {"mean": pytest.approx(0.35), "low": None, "high": None, "n": 2}
+    assert es.drift_by_turn(np.full((2, 2), np.nan)) == {"by_turn": [None, None], "drift": None}
+
+
 def test_probe_finds_a_direction_and_auroc_counts_pairs():
     generator = torch.Generator().manual_seed(0)
     shift = torch.zeros(40)

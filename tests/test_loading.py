@@ -2,17 +2,17 @@
 
 import argparse
 import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import QUICK, command, tiny
+from conftest import QUICK, tiny
 from safetensors.torch import load_file, save_file
 
 import eval_steering as ev
 import train_steering as ts
 from hook_model import load_from_options, load_model
+from steering.files import read_json, write_json
 from steering.loading import LoadOptions, add_load_arguments
 
 MLP = "model.layers.1.mlp"
@@ -24,66 +24,83 @@ def renamed(weights):
     return {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
 
 
-def without_head(weights):
-    return {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+def without(start):
+    """A change that takes weights away, by how their names start."""
 
+    def change(weights):
+        return {name: tensor for name, tensor in weights.items() if not name.startswith(start)}
 
-def without_one_mlp(weights):
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(MLP)}
+    return change
 
 
 def narrow_head(weights):
     return {**weights, "lm_head.weight": weights["lm_head.weight"][:100].contiguous()}
 
 
+def change_weights(folder, change):
+    """Change the weights that are saved in a folder; the config stays as it is."""
+    save_file(change(load_file(folder / FILE)), folder / FILE, metadata={"format": "pt"})
+
+
 def saved(folder, change=None, **config_changes):
     """The folder of a tiny Llama whose weights or config are changed after it was saved."""
     tiny("llama", tie_word_embeddings=False).save_pretrained(folder)
-    path = folder / FILE
     if change:
-        save_file(change(load_file(path)), path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
+        change_weights(folder, change)
+    write_json(folder / "config.json", read_json(folder / "config.json") | config_changes)
     return folder
 
 
-PARTIAL = pytest.mark.parametrize(
+WAYS = [{}, {"quantize": "4bit"}, {"device_map": {"": "cpu"}}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
     ("change", "config", "said"),
     [
         (renamed, {}, r"lack 39 weights.*instead 39 weights \(_orig_mod\."),
-        (without_head, {}, r"lack 1 weight \(lm_head.weight\)"),
-        (without_one_mlp, {}, rf"lack 3 weights \({MLP}.down_proj.weight"),
+        (without("lm_head"), {}, r"lack 1 weight \(lm_head.weight\)"),
+        (without(MLP), {}, rf"lack 3 weights \({MLP}.down_proj.weight"),
         (narrow_head, {}, r"another shape of 1 weight \(lm_head.weight \[100, 32\]"),
         (None, {"num_hidden_layers": 2}, r"layers that its config does not 18 .*layers\.2\."),
         (None, {"num_hidden_layers": 6}, r"lack 18 weights \(model\.layers\.4\."),
         (None, {"hidden_size": 64}, "another shape"),
     ],
 )
-
-
-@PARTIAL
-def test_weights_that_do_not_fit_the_config_are_refused_by_name(tmp_path, change, config, said):
-    with pytest.raises(ValueError, match=f"(?s)does not load: .*{said}"):
-        load_model(saved(tmp_path, change, **config), layer=1, device="cpu")
-
-
-@PARTIAL
-@pytest.mark.parametrize("how", [{"quantize": "4bit"}, {"device_map": {"": "cpu"}}])
-def test_they_are_refused_in_4_bits_and_on_a_device_map_too(tmp_path, change, config, said, how):
-    options = LoadOptions(str(saved(tmp_path, change, **config)), device="cpu", **how)
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(
+    tmp_path, change, config, said, way
+):
+    options = LoadOptions(str(saved(tmp_path, change, **config)), device="cpu", **way)
     with pytest.raises(ValueError, match=f"(?s)does not load: .*{said}"):
         load_from_options(options, 1)
 
 
-@pytest.mark.parametrize("how", [{"quantize": "4bit"}, {"device_map": {"": "cpu"}}])
-def test_whole_files_load_in_4_bits_and_on_a_device_map(tmp_path, how):
-    options = LoadOptions(str(saved(tmp_path)), dtype="fp32", device="cpu", **how)
+@pytest.mark.parametrize("way", WAYS)
+def test_whole_files_load(tmp_path, way):
+    options = LoadOptions(str(saved(tmp_path)), dtype="fp32", device="cpu", **way)
     model = load_from_options(options, 1)
-    logits = load_model(tmp_path, 1, "fp32", "cpu")(input_ids=IDS).logits
-    exact = torch.equal(model(input_ids=IDS).logits, logits)
-    assert exact == ("device_map" in how)
-    assert torch.allclose(model(input_ids=IDS).logits, logits, atol=0.1)
+    logits = tiny("llama", tie_word_embeddings=False)(input_ids=IDS).logits
+    found = model(input_ids=IDS).logits
+    assert torch.equal(found, logits) == ("quantize" not in way)
+    assert torch.allclose(found, logits, atol=0.1)
     assert torch.equal(model.model.lm_head.weight, load_file(tmp_path / FILE)["lm_head.weight"])
+
+
+def test_a_tied_head_is_no_missing_weight(tmp_path):
+    plain = tiny("llama", tie_word_embeddings=True)
+    plain.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / FILE)
+    model = load_model(tmp_path, layer=1, dtype="fp32", device="cpu")
+    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("name", [FILE, "pytorch_model.bin"])
+def test_files_that_are_no_weights_are_a_model_that_does_not_load(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / FILE).unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="does not load"):
+        load_model(tmp_path, layer=1, device="cpu")
 
 
 @pytest.mark.full
@@ -94,33 +111,24 @@ def test_the_gguf_of_the_package_loads(packaged_gguf):
     assert model.name == str(packaged_gguf)
 
 
-def broken_copy(folder, out):
-    """A copy of a model's folder, tokenizer and all, whose weights lack one matrix."""
-    shutil.copytree(folder, out)
-    weights = load_file(out / FILE)
-    del weights[f"{MLP}.up_proj.weight"]
-    save_file(weights, out / FILE, metadata={"format": "pt"})
-    return str(out)
+@pytest.fixture
+def broken(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, tokenizer and all, whose weights lack one matrix."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
+    change_weights(folder, without(f"{MLP}.up_proj"))
+    return str(folder)
 
 
-def test_training_on_them_exits_2_and_leaves_no_run(data_root, tiny_folder, tmp_path, capsys):
-    broken = broken_copy(tiny_folder, tmp_path / "tiny-llama")
-    for flags in ([], ["--quantize", "4bit"]):
-        code = None
-        try:
-            code = ts.main(command(data_root, broken, tmp_path / "runs", *flags))
-        except SystemExit as stop:
-            code = stop.code
-        assert code == 2
-        said = capsys.readouterr()
-        assert f"{broken} does not load" in said.out + said.err
-        assert f"lack 1 weight ({MLP}.up_proj.weight)" in said.out + said.err
-    written = {path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+@pytest.mark.parametrize("flags", ["", "--quantize 4bit"])
+def test_training_on_them_exits_2_and_leaves_no_run(training, broken, flags):
+    said = training(f"--model {broken} {flags}", code=2)
+    assert f"error: --model {broken} does not load" in said
+    assert f"lack 1 weight ({MLP}.up_proj.weight)" in said
+    written = {path.name for path in training.output.rglob("*") if path.is_file()}
     assert written <= {"train.log"}
 
 
-def test_evaluating_on_them_exits_2_and_writes_nothing(finished, tiny_folder, tmp_path, capsys):
-    broken = broken_copy(tiny_folder, tmp_path / "tiny-llama")
+def test_evaluating_on_them_exits_2_and_writes_nothing(finished, broken, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for flags in ([], ["--restart"]):
         assert ev.main(["--run", str(finished), "--model", broken, *QUICK, *flags]) == 2
@@ -130,62 +138,29 @@ def test_evaluating_on_them_exits_2_and_writes_nothing(finished, tiny_folder, tm
 
 # ---------------------------------------------------------------- the options of loading
 
-
-def options_of(parser):
-    """{dest: flag} of a parser."""
-    return {action.dest: action.option_strings[0] for action in parser._actions}
-
-
-@pytest.mark.parametrize("script", [ts, ev])
-def test_every_load_option_is_an_option_of_both_scripts(script):
-    flags = options_of(script.make_parser())
-    for field in dataclasses.fields(LoadOptions):
-        if field.name == "tensor_parallel" and script is ev:  # an evaluation is one process
-            continue
-        assert flags[field.name] == f"--{field.name.replace('_', '-')}"
-
-
-def test_defaults_of_training_are_those_of_the_dataclass_and_an_evaluation_has_none():
-    parsed = vars(ts.make_parser().parse_args([]))
-    assert LoadOptions.of(parsed) == LoadOptions()
-    parsed = vars(ev.make_parser().parse_args([]))
-    names = {field.name for field in dataclasses.fields(LoadOptions)} - {"tensor_parallel"}
-    assert {name: parsed[name] for name in names} == dict.fromkeys(names)
-
-
 VALUES = {
     "model": "some/model", "dtype": "fp16", "device": "cuda:1", "device_map": "auto",
     "trust_remote_code": True, "quantize": "4bit", "tensor_parallel": True,
 }  # fmt: skip
 
 
-def test_what_is_given_on_the_command_line_is_what_is_loaded():
-    assert {*VALUES} == {field.name for field in dataclasses.fields(LoadOptions)}
-    assert all(getattr(LoadOptions(), name) != value for name, value in VALUES.items())
+def test_defaults_of_training_are_those_of_the_dataclass_and_an_evaluation_has_none():
+    assert LoadOptions.of(vars(ts.make_parser().parse_args([]))) == LoadOptions()
+    assert ev.changes_of(ev.parse_args(["--run", "x"])) == {}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(LoadOptions), ids=lambda field: field.name)
+def test_what_is_given_on_either_command_line_is_what_is_loaded(field):
+    value = VALUES[field.name]
+    assert value != getattr(LoadOptions(), field.name)
+    words = [f"--{field.name.replace('_', '-')}"]
+    if value is not True:
+        words.append(value)
     parser = argparse.ArgumentParser()
     add_load_arguments(parser)
-    for name, value in VALUES.items():
-        words = [f"--{name.replace('_', '-')}"]
-        if value is not True:
-            words.append(value)
-        given = LoadOptions.of(vars(parser.parse_args(words)))
-        assert given == dataclasses.replace(LoadOptions(), **{name: value})
-        if name != "tensor_parallel":  # an evaluation takes it in place of the run's own
-            words = ["--run", "x", *words]
-            assert ev.changes_of(ev.parse_args(words)) == {name: value}
-
-
-def test_files_that_are_no_weights_are_a_model_that_does_not_load(tmp_path):
-    saved(tmp_path)
-    (tmp_path / FILE).unlink()
-    (tmp_path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="does not load"):
-        load_model(tmp_path, layer=1, device="cpu")
-
-
-def test_a_tied_head_is_no_missing_weight(tmp_path):
-    plain = tiny("llama", tie_word_embeddings=True)
-    plain.save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / FILE)
-    model = load_model(tmp_path, layer=1, dtype="fp32", device="cpu")
-    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    for parsed in (parser.parse_args(words), ts.make_parser().parse_args(words)):
+        expected = dataclasses.replace(LoadOptions(), **{field.name: value})
+        assert LoadOptions.of(vars(parsed)) == expected
+    if field.name != "tensor_parallel":  # an evaluation is one process, and takes it instead
+        changes = ev.changes_of(ev.parse_args(["--run", "x", *words]))
+        assert changes == {field.name: value}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny
 
+import eval_steering as ev
 import hook_model as hm
 from evaluation import answers as an
 from evaluation import conditions as co
@@ -159,6 +160,28 @@ def test_prompts_are_the_rows_own_each_of_the_datasets_and_one_with_examples(dat
         "prompt 2": "Act it.",
         "few_shot": "Be it.",
     }
+
+
+def test_random_vectors_are_as_long_as_the_trained_one_and_depend_on_the_seed(vector):
+    vectors = co.random_vectors(vector, 0)
+    assert len(vectors) == 3
+    for other in vectors:
+        assert other.norm() == pytest.approx(vector.norm().item())
+    assert torch.equal(vectors[0], co.random_vectors(vector, 0)[0])
+    assert not torch.equal(vectors[0], co.random_vectors(vector, 1)[0])
+    assert not torch.equal(vectors[0], vectors[1])
+
+
+def test_the_mean_difference_leads_from_plain_rows_to_the_persona(reader, data):
+    difference, probe, about = ev.compare_states(reader, data)
+    means = []
+    for part in (data.train, data.plain_train):
+        examples = an.without_end(part, reader.chat)
+        means.append(pr.response_means(reader.model, examples, LIMIT).mean(dim=0))
+    assert torch.allclose(difference, means[0] - means[1], atol=1e-6)
+    assert about["rows"]["train"] == len(data.train)
+    heldout = pr.response_means(reader.model, an.without_end(data.heldout, reader.chat), LIMIT)
+    assert (probe(heldout) > 0.5).float().mean() > 0.5
 
 
 def test_a_prompt_that_cannot_be_is_missing_for_a_reason(data):
