@@ -113,12 +113,10 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples};
-    kept, what belongs to the model at its layer, and is emptied when either changes."""
+    load: load_from_options of hook_model. heldout is for the caller to fill: {folder: examples}."""
 
     def __init__(self, load):
         self.heldout = {}
-        self.kept = {}
         self._load = load
         self._options = None
         self._model = None
@@ -143,12 +141,10 @@ class Shelf:
         options = LoadOptions.of({**run.args, "tensor_parallel": False})
         layer = run.args["layer"]
         if self._options != options:
-            self.kept.clear()
             self._options = None
             self._model = None  # The old one makes room first.
             self._model = self._load(options, layer)
             self._options = options
         if self._model.layer != layer:
-            self.kept.clear()
             self._model.set_layer(layer)
         return self._model

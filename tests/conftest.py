@@ -468,15 +468,6 @@ def export(*arguments):
     return export_vector.main([*map(str, arguments)])
 
 
-def source(layer=1, **changes):
-    """A Source of VECTOR, without a run behind it."""
-    metadata = {"model": "org/model", "model_type": "llama", "layer": layer, "dataset": "d"}
-    metadata |= {"model_is_local": False, **changes}
-    import export_vector
-
-    return export_vector.Source(Path("x"), VECTOR, metadata)
-
-
 def snippets(text):
     """{tool: code} of a card."""
     section = r"^### (\S+)[^\n]*\n\n(?:[^`#]*\n\n)?```\w+\n(.*?)```"
