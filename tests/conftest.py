@@ -181,26 +181,12 @@ def write_raw(root, name, rows, scores, source="src", kind="role"):
     return f"{source}__{kind}__{name}"
 
 
+WORDS = "arr matey the ship sails over the briny deep with grog and gold for ye all"
+
+
 def persona_rows(count=20, label="pos"):
     """Rows with questions of their own and answers of unequal length, and a score of 3 for each."""
-    words = [
-        "arr",
-        "matey",
-        "the",
-        "ship",
-        "sails",
-        "over",
-        "the",
-        "briny",
-        "deep",
-        "with",
-        "grog",
-        "and",
-        "gold",
-        "for",
-        "ye",
-        "all",
-    ]
+    words = WORDS.split()
     rows = [
         raw_row(f"Question number {i}?", " ".join(words[: 3 + i % 11]) + f" {i}.", label, 0, i)
         for i in range(count)

@@ -208,15 +208,16 @@ def test_vector_at_two_layers_is_trained_and_evaluated_there(project, tiny_folde
     both = losses()
     best = read_json(project.found() / "run.json")["final"]["best_val"]
     recorded = [best, number_at(project.evaluation, "steered x1", "nll")]
-    assert recorded == pytest.approx(both, abs=5e-6) != pytest.approx(one_place, abs=2e-5)
+    assert recorded == pytest.approx(both, abs=5e-6)
+    assert both != pytest.approx(one_place, abs=2e-5)
 
 
 def test_another_measure_and_another_condition_are_in_every_output(project):
     project.edit("another measure of answers")
     project.edit("another condition")
     said = project.run(train(), EVALUATE, "eval_steering --run runs --report-only")
-    (head,) = [line for line in said.splitlines() if line.startswith("answers ")]
-    assert "shouts" in head.split()
+    heads = [line.split() for line in said.splitlines() if line.startswith("answers ")]
+    assert any("shouts" in head for head in heads)
     result = project.evaluation
     for condition in ("steered x1", "half"):
         texts = [sample["answers"][condition] for sample in result["samples"]]
@@ -228,8 +229,10 @@ def test_another_measure_and_another_condition_are_in_every_output(project):
     index = json.loads(page)
     assert "shouts" in index["measures"] and "half" in index["rows"][0]["conditions"]
     assert "shouts" in lines[0].split(",") and any(",half," in line for line in lines)
-    for text in (said, (project.found() / "samples.md").read_text()):
-        assert "shouts" in text and re.search(r"^\W*half\b", text, re.MULTILINE)
+    samples = (project.found() / "samples.md").read_text()
+    assert "shouts" in samples
+    for text in (said, samples):
+        assert re.search(r"^\W*half\b", text, re.MULTILINE)
 
 
 def test_another_data_layout_is_read_like_the_others(project):

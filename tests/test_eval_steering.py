@@ -21,12 +21,14 @@ import hook_model as hm
 from evaluation import answers as an
 from evaluation import summary
 from evaluation.conditions import Condition
+from evaluation.likelihood import Reader, nll_under
 from evaluation.report import short_names
 from evaluation.rows import EvalData, questions_of
-from evaluation.stats import mean_interval
+from evaluation.stats import mean_interval, words_of
 from evaluation.table import number_at, value_at
 from steering import data_layouts as dl
 from steering import run_folder as rf
+from steering.fast_path import FastPath, token_mean
 from steering.finished import read_run
 from steering.vector_file import VECTOR_FILE
 
@@ -205,6 +207,47 @@ def test_whole_script_writes_numbers_samples_and_a_picture(finished, capsys):
     assert f"{number_at(result, 'steered x1', 'nll'):.4f}" in printed
     assert str(finished) in printed
     assert (finished / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_are_of_the_rows_and_vectors_that_they_name(
+    finished, data, tiny_folder, smol_chat, monkeypatch
+):
+    yardsticks = []
+    real = ev.measures.answer_columns
+
+    def columns(reader, rows, texts, probe, yardstick):
+        assert texts["dataset"] == [row["messages"][-1]["content"] for row in rows]
+        yardsticks.append(yardstick)
+        return real(reader, rows, texts, probe, yardstick)
+
+    monkeypatch.setattr(ev.measures, "answer_columns", columns)
+    result = evaluate(finished, "--restart")
+    assert yardsticks == [number_at(result, "vanilla", "perplexity")]
+
+    model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
+    vector = read_run(finished).vector
+    fast = FastPath(model)
+    nll = nll_under(model, data.heldout, 60)
+    assert number_at(result, "steered x2", "nll") == pytest.approx(nll(2 * vector), rel=1e-5)
+    assert number_at(result, "vanilla", "nll") == pytest.approx(nll(0 * vector), rel=1e-5)
+    model.set_vector(2 * vector)
+    kl = token_mean(fast.divergences, data.plain_heldout, 60)
+    assert number_at(result, "steered x2", "kl") == pytest.approx(kl, rel=1e-3)
+    wrong = token_mean(fast.divergences, data.heldout, 60)
+    assert wrong != pytest.approx(kl, rel=1e-2)
+
+    reader = Reader(model, smol_chat, 60)
+    difference, *_ = ev.compare_states(reader, data)
+    best = result["coefficients"]["mean_difference"]["chosen"]
+    assert best != 1.0
+    expected = nll(best * difference)
+    assert number_at(result, "mean_difference", "nll") == pytest.approx(expected, rel=1e-6)
+
+    for i, sample in enumerate(result["samples"]):
+        assert sample["question"] == data.heldout[i].row["question"]
+    texts = [sample["answers"]["vanilla"] for sample in result["samples"]]
+    words = sum(len(words_of(text)) for text in texts) / len(texts)
+    assert number_at(result, "vanilla", "words") == words
 
 
 def test_identity_questions_that_were_trained_on_are_not_asked(data):

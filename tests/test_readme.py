@@ -33,7 +33,7 @@ LEAST = {  # what each script needs before it parses
     "export_vector.py": ["RUN", "--format", "pt", "--out", "OUT"],
     "train_steering.py": ["--dataset", "NAME"],
 }
-LEFT_BEHIND = {"samples.md", "report.md", "imported/", "logs/"}  # by a run, not in the project
+LEFT_BEHIND = {"samples.md", "imported/", "logs/"}  # by a run, not in the project
 
 
 def commands_of(page):
@@ -87,21 +87,25 @@ def test_options_and_variables_of_the_shell_loop_are_its_own():
     for name in variables:
         assert re.search(rf"^#   {name} +\w", loop, re.MULTILINE), name  # in its header
         assert re.search(rf"\${{{name}[:}}-]", loop.split("set -euo")[1]), name  # and in its code
+    for form in ("`bash run_all_roles.sh status`", "`--help`"):
+        assert form in section
     assert re.search(r"^#   bash run_all_roles\.sh status", loop, re.MULTILINE)
+    assert "|| $1 == --help ]]" in loop and "if [[ $command == status ]]" in loop
 
 
 @pytest.mark.parametrize("folder", PAGES)
 def test_every_option_that_the_text_names_is_there(folder, capsys, monkeypatch):
-    known = {"--help"}
-    for module in SCRIPTS.values():
-        known |= help_of(module, capsys, monkeypatch).keys()
+    known = {}
+    for script, module in SCRIPTS.items():
+        known[script] = {"--help", *help_of(module, capsys, monkeypatch)}
+    of_any = set.union(*known.values())
     text = re.sub(r"^```.*?^```|^    .*?$", "", PAGES[folder], flags=re.MULTILINE | re.DOTALL)
-    named = {option for span in re.findall(r"`([^`]+)`", text) for option in options_in(span)}
-    assert named and named <= known, named - known
-
-
-def options_in(span):
-    return re.findall(r"(?<![\w-])--[a-z][\w-]*", span)
+    count = 0
+    for span in re.findall(r"`([^`]+)`", text):
+        options = re.findall(r"(?<![\w-])--[a-z][\w-]*", span)
+        assert {*options} <= known.get(span.split()[0], of_any), span
+        count += len(options)
+    assert count > 0
 
 
 def test_original_run_is_the_published_one():
@@ -201,9 +205,14 @@ def kept_rows(root, name, **more):
     return found.rows
 
 
+def write_line(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value) + "\n")
+
+
 def test_the_example_of_a_data_line_is_read_and_kept(tmp_path):
     (row,) = json_blocks(section_of(README, "Data layouts"))
-    (tmp_path / "me__role__pirate.jsonl").write_text(json.dumps(row) + "\n")
+    write_line(tmp_path / "me__role__pirate.jsonl", row)
     (kept,) = kept_rows(tmp_path, "me__role__pirate")
     assert (kept["question"], kept["extract_score"]) == ("Why?", 3)
     assert kept["messages"][-1]["content"] == "Arr!"
@@ -215,18 +224,13 @@ def test_the_example_of_each_layout_is_read_and_kept(tmp_path):
         "raw": ("raw/gemma-2-27b/roles_240", "extract_scores", {}),
         "assistant-axis": ("axis", "scores", {"source_model": "gemma-2-27b", "kind": "role"}),
     }
-    for place, named, more in places.values():
-        for folder, file, value in (
-            ("responses", "pirate.jsonl", response),
-            (named, "pirate.json", scores),
-        ):
-            (tmp_path / place / folder).mkdir(parents=True)
-            (tmp_path / place / folder / file).write_text(json.dumps(value) + "\n")
+    for place, folder_of_scores, more in places.values():
+        write_line(tmp_path / place / "responses" / "pirate.jsonl", response)
+        write_line(tmp_path / place / folder_of_scores / "pirate.json", scores)
         root = tmp_path / place.split("/")[0]
         (kept,) = kept_rows(root, "gemma-2-27b__role__pirate", **more)
         assert kept["messages"][-1]["content"] == "Arr!" and kept["extract_score"] == 3
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "me__role__pirate.jsonl").write_text(json.dumps(row) + "\n")
+    write_line(tmp_path / "own" / "me__role__pirate.jsonl", row)
     assert len(kept_rows(tmp_path / "own", "me__role__pirate")) == 1
 
 

@@ -1,7 +1,7 @@
 """--tensor-parallel: processes of torchrun that share a model train the vector of a single one."""
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, read_vector, the_folder, tiny
+from conftest import ROOT, command, read_vector, steps_in, the_folder, tiny
 
 import train_steering as ts
 from steering.loading import load_tokenizer
@@ -21,8 +21,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def start(count, argv):
     """torchrun of the training script with so many processes."""
-    line = [*TORCHRUN, str(count), "train_steering.py", *argv]
-    line += ["--tensor-parallel"]
+    line = [*TORCHRUN, str(count), "train_steering.py", *argv, "--tensor-parallel"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(line, cwd=ROOT, env=ENV, start_new_session=True, **pipe)
 
@@ -37,27 +36,33 @@ def finished(process, seconds=100):
     return process.returncode, said
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
-def folder(request, smol, tmp_path_factory):
-    path, tokenizer = tmp_path_factory.mktemp("models") / request.param, load_tokenizer(smol)
-    tiny(request.param, vocab_size=len(tokenizer)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+@pytest.fixture(scope="module")
+def folders(smol, tmp_path_factory):
+    """{architecture: folder of a tiny model}."""
+    tokenizer = load_tokenizer(smol)
+    found = {}
+    for architecture in ("qwen3", "llama"):
+        path = tmp_path_factory.mktemp("models") / architecture
+        tiny(architecture, vocab_size=len(tokenizer)).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        found[architecture] = str(path)
+    return found
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_two_processes_train_the_vector_of_one_and_go_on_where_they_were_killed(
-    folder, data_root, tmp_path
+    architecture, folders, data_root, tmp_path
 ):
-    assert ts.main(command(data_root, folder, tmp_path / "one")) == 0
-    argv = command(data_root, folder, tmp_path / "two")
+    assert ts.main(command(data_root, folders[architecture], tmp_path / "one")) == 0
+    argv = command(data_root, folders[architecture], tmp_path / "two")
     code, said = finished(start(2, argv))
     assert code == 0, said
     assert said.count("done     best val") == 1  # one rank speaks, and writes
-    one, two = (read_vector(tmp_path / name) for name in ("one", "two"))
+    one = read_vector(tmp_path / "one")
+    two = read_vector(tmp_path / "two")
     assert (one - two).norm() < 1e-3 * one.norm()
     there = the_folder(tmp_path / "two")
-    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").open()]
-    assert len(steps) == len((the_folder(tmp_path / "one") / "metrics.jsonl").open().readlines())
+    assert steps_in(there) == steps_in(the_folder(tmp_path / "one"))
 
     # From the checkpoint of step 4 on: the same vector, bit for bit.
     for file in ("steering_vector.safetensors", "checkpoint-00006.pt"):
@@ -67,7 +72,7 @@ def test_two_processes_train_the_vector_of_one_and_go_on_where_they_were_killed(
     assert torch.equal(read_vector(tmp_path / "two"), two)
 
 
-def test_each_process_has_half_of_the_layers(folder, tmp_path):
+def test_each_process_has_half_of_the_layers(folders, tmp_path):
     script = tmp_path / "share.py"
     script.write_text(f"""
 import sys
@@ -76,18 +81,32 @@ from hook_model import load_from_options
 from steering import ranks
 ranks.start("cpu")
 from steering.loading import LoadOptions
-options = LoadOptions({folder!r}, "fp32", "cpu", tensor_parallel=True)
-layers = load_from_options(options, 1).layers
-local = [p.to_local() if hasattr(p, "to_local") else p for p in layers.parameters()]
-share = sum(p.numel() for p in local) / sum(p.numel() for p in layers.parameters())
-smallest, largest = ranks.least(share), -ranks.least(-share)
-if ranks.rank() == 0:
-    print("share", smallest, largest, flush=True)
+for folder in {[*folders.values()]!r}:
+    options = LoadOptions(folder, "fp32", "cpu", tensor_parallel=True)
+    layers = load_from_options(options, 1).layers
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in layers.parameters()]
+    share = sum(p.numel() for p in local) / sum(p.numel() for p in layers.parameters())
+    smallest, largest = ranks.least(share), -ranks.least(-share)
+    if ranks.rank() == 0:
+        print("share", smallest, largest, flush=True)
 """)
     line = [*TORCHRUN, "2", str(script)]
     said = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=100).stdout
-    word, smallest, largest = said.split()
-    assert word == "share" and 0.45 < float(smallest) <= float(largest) < 0.55
+    shares = re.findall(r"^share (\S+) (\S+)$", said, re.MULTILINE)
+    assert len(shares) == 2
+    for smallest, largest in shares:
+        assert 0.45 < float(smallest) <= float(largest) < 0.55
+
+
+def children_of(process):
+    """The ids of the ranks that torchrun has started."""
+    return subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+
+
+def read_until_resumed(process):
+    for line in process.stdout:
+        if "resume   after step" in line:
+            return
 
 
 def test_killed_rank_ends_all_and_the_same_command_goes_on(data_root, tiny_folder, tmp_path):
@@ -97,29 +116,25 @@ def test_killed_rank_ends_all_and_the_same_command_goes_on(data_root, tiny_folde
     while not list(tmp_path.rglob("checkpoint-*.pt")):
         assert process.poll() is None
         time.sleep(0.2)
-    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children_of(process)[-1]), signal.SIGKILL)
     code, said = finished(process, 100)
     assert code != 0 and "Signal 9 (SIGKILL)" in said
     assert not list(tmp_path.rglob("steering_vector.safetensors"))
     process = start(2, argv)
-    for line in process.stdout:
-        if "resume   after step" in line:
-            break
+    read_until_resumed(process)
     process.terminate()  # a checkpoint, and the end
     code, said = finished(process, 100)
     assert "by a signal after step" in said
 
     process = start(2, argv)  # torchrun itself is killed: nobody is left behind
-    for line in process.stdout:
-        if "resume   after step" in line:
-            break
-    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    read_until_resumed(process)
+    children = children_of(process)
+    assert len(children) == 2
     process.kill()
     deadline = time.time() + 30
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.time() < deadline:
+    while left := [child for child in children if Path("/proc", child).exists()]:
+        assert time.time() < deadline, left
         time.sleep(0.2)
-    assert len(children) == 2 and not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 def test_what_it_needs_is_said(data_root, tiny_folder, tmp_path, capsys):
