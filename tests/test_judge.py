@@ -8,7 +8,6 @@ import re
 import signal
 import time
 
-import numpy as np
 import pytest
 from conftest import serve
 
@@ -505,13 +504,3 @@ def test_spearman_is_that_of_scipy_and_its_interval_covers_it():
     assert found["mean"] == pytest.approx(scipy_stats.spearmanr(first, second).statistic)
     assert -1 < found["low"] < found["mean"] < found["high"] < found["low"] + 0.5
     assert es.spearman(first[:9], second[:9], names[:9])["low"] is None  # of three questions
-
-
-def test_drift_is_the_second_half_of_a_talk_minus_its_first():
-    found = es.drift_by_turn(np.array([[1.0, 0.9, 0.8, 0.7]] * 8))
-    assert found["by_turn"] == pytest.approx([1.0, 0.9, 0.8, 0.7])
-    assert list(found["drift"].values()) == pytest.approx([-0.2, -0.2, -0.2, 8])
-    odd = es.drift_by_turn(np.array([[1.0, 0.5, 0.0]] * 8))
-    assert odd["drift"]["mean"] == pytest.approx(0.0 - 0.75)
-    gone = es.drift_by_turn(np.array([[1.0, np.nan, np.nan, np.nan]]))
-    assert gone == {"by_turn": [1.0, None, None, None], "drift": None}
