@@ -483,19 +483,22 @@ function shade(colors, share) {
   return [0, 1, 2].map((k) => Math.round(part(colors[i], k) + (place - i) * (part(colors[i + 1], k) - part(colors[i], k))));
 }
 
-// The number that two bytes of a heat map are (IEEE 754, half precision); NaN for what is none.
-function half(bits) {
-  const sign = bits >> 15 ? -1 : 1, exponent = bits >> 10 & 31, fraction = (bits & 1023) / 1024;
-  if (exponent === 31) return NaN;
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction);
+// The numbers of a heat map, two bytes each (IEEE 754, half precision); NaN for what is none.
+function numbersOf(text) {
+  const numbers = new Float32Array(text.length / 2), bits = new Uint32Array(numbers.buffer);
+  for (let i = 0; i < numbers.length; i++) {
+    const half = text.charCodeAt(2 * i) | text.charCodeAt(2 * i + 1) << 8;
+    bits[i] = (half & 0x8000) << 16 | (half & 0x7fff) << 13; // as a float of 32 bits, but for the bias of the exponent
+    numbers[i] = (half & 0x7c00) === 0x7c00 ? NaN : numbers[i] * 2 ** 112;
+  }
+  return numbers;
 }
 
 function showHeat(map) {
   const count = map.names.length, named = count <= 40, size = Math.max(1, Math.min(46, Math.floor(640 / count)));
   const side = count * size, longest = Math.max(...map.names.map((name) => name.length));
   const left = named ? Math.min(240, 6.5 * longest + 12) : 0, below = named ? .75 * left + 6 : 6, top = 4;
-  const text = atob(map.cells), numbers = new Float32Array(count * count);
-  for (let i = 0; i < numbers.length; i++) numbers[i] = half(text.charCodeAt(2 * i) | text.charCodeAt(2 * i + 1) << 8);
+  const numbers = numbersOf(atob(map.cells));
 
   // The colours: zero in the middle, or from the lowest to the highest off the diagonal, which is 1 by itself.
   let low = Infinity, high = -Infinity;
@@ -528,8 +531,10 @@ function showHeat(map) {
     picture.append(el("text", { x: left + (j + .5) * size, y: top + (i + .5) * size + 4, "text-anchor": "middle", style: `fill:${dark ? "#fff" : "#222"}` },
       Number.isNaN(number) ? "×" : number.toFixed(2)));
   }
+  const inside = Math.max(2, size - 2), stroke = size > 8 ? 2.5 : 1;
   for (const j of map.lost)
-    picture.append(el("rect", { class: "lost", x: left + j * size + 1, y: top + j * size + 1, width: Math.max(2, size - 2), height: Math.max(2, size - 2), fill: "none", stroke: "#222", "stroke-width": size > 8 ? 2.5 : 1 }));
+    picture.append(el("rect", { class: "lost", x: left + j * size + 1, y: top + j * size + 1, width: inside, height: inside,
+      fill: "none", stroke: "#222", "stroke-width": stroke }));
 
   const bar = left + side + 18, steps = 64; // the scale
   for (let k = 0; k < steps; k++)

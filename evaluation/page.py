@@ -7,7 +7,6 @@ run that is read when the run is opened. Texts are data there and never markup.
 import base64
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +32,17 @@ class Entry:
     direction: np.ndarray | None = None
 
 
-def plain_numbers(data):
-    """The data with as many digits as a page shows, and None for NaN, which JSON does not have."""
-    if isinstance(data, float):
-        return float(f"{data:.5g}") if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: plain_numbers(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [plain_numbers(value) for value in data]
-    return data
+def short_float(text):
+    """A number of JSON with as many digits as a page shows."""
+    return float(f"{float(text):.5g}")
 
 
 def block(name, data):
-    """A data block of the page. "<" is escaped, so that no text in it can end the block."""
-    text = json.dumps(plain_numbers(data), separators=(",", ":"), allow_nan=False)
+    """A data block of the page. NaN, which JSON does not have, becomes null; "<" is escaped, so
+    that no text in it can end the block."""
+    text = json.dumps(data)
+    data = json.loads(text, parse_float=short_float, parse_constant=lambda constant: None)
+    text = json.dumps(data, separators=(",", ":"))
     text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 

@@ -39,22 +39,22 @@ def draw(result, steps):
     shown = [name for name in result["measures"] if len(numbers_of(result, name)) > 1]
     rows = len(shown) // COLUMNS + 1
     height = 0.8 + 0.2 * len(result["conditions"])
-    figure = Figure(figsize=(3.2 * COLUMNS, rows * height + 0.6), layout="constrained")
+    size = (3.2 * COLUMNS, rows * height + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     title = f"{result['dataset']}   (ring: {condition_to_use(result)}, the one to use; flags: "
     title += f"{', '.join(result['flags']) or 'none'})"
     figure.suptitle(textwrap.fill(title, 150))
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.locator_params(nbins=4)
-    for axis in axes[len(shown) + 1 :]:
-        axis.set_visible(False)
 
     for i, measure in enumerate(shown):
-        draw_measure(axes[i], result, measure)
+        axis = figure.add_subplot(rows, COLUMNS, i + 1)
+        draw_measure(axis, result, measure)
         if i % COLUMNS:
-            axes[i].set_yticklabels([])
-    draw_losses(axes[len(shown)], steps)
+            axis.set_yticklabels([])
+    axis = figure.add_subplot(rows, COLUMNS, len(shown) + 1)
+    draw_losses(axis, steps)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.locator_params(axis="x", nbins=4)
     return figure
 
 
@@ -80,7 +80,8 @@ def colors_of(result):
         colors[condition] = colormaps["tab20"](2 + i % 18)  # The first two are blue.
         if "scale" in row:
             rank = scales.index(row["scale"]) + 1
-            colors[condition] = colormaps["Blues"](0.3 + 0.7 * rank / len(scales))
+            shade = 0.3 + 0.7 * rank / len(scales)
+            colors[condition] = colormaps["Blues"](shade)
     return colors
 
 

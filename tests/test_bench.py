@@ -122,13 +122,13 @@ def test_sweep_scores_every_run_on_the_same_rows_of_questions_that_none_trained_
 ):
     out = tmp_path / "runs"
     scored = []
-    real = sweep.mean_nll
+    real = sweep.nll_under
 
-    def spy(model, rows, vectors, limit):
+    def spy(model, rows, limit):
         scored.append([row.row["question"] for row in rows])
-        return real(model, rows, vectors, limit)
+        return real(model, rows, limit)
 
-    monkeypatch.setattr(sweep, "mean_nll", spy)
+    monkeypatch.setattr(sweep, "nll_under", spy)
     sweep.run_plan(plan, out)
     assert len(scored) == 2 and scored[0] == scored[1] and len(scored[0]) >= 2
     for path in out.rglob("run.json"):

@@ -172,8 +172,9 @@ def test_a_browser_sorts_filters_opens_a_run_and_runs_no_text(driver, finished):
     assert "dataset" not in texts("#runs th[data-key^=at]")
     change("#measure", "words", "change")
     place = texts("#runs tr:last-child th").index("dataset")
-    words = number_at(read_json(finished / "eval.json"), "dataset", "words")
-    assert texts("#runs tbody tr:first-child td")[place] == f"{words:.1f}"
+    result = read_json(finished / "eval.json")
+    words = result["measures"]["words"]["form"].format(number_at(result, "dataset", "words"))
+    assert texts("#runs tbody tr:first-child td")[place] == words
 
     button = one('button[data-flag="no better than vanilla"]')
     button.click()

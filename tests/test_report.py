@@ -21,10 +21,19 @@ SHOUTS = Measure("shouts", "answers", "{:.2f}", "signs", "lower")
 
 def evaluation(gain, **more):
     """An eval.json whose vector lowers vanilla's NLL by `gain`, with a measure of no output's."""
-    result = {"dataset": "src__role__$5_or_$6", "measures": {}, "flags": []}
-    result["conditions"] = {"vanilla": {}, "steered x1": {"scale": 1.0}}
-    result["conditions"]["steered x1.2"] = {"scale": 1.2}
-    result["recommended"] = {"scale": 1.2}
+    result = {
+        "dataset": "src__role__$5_or_$6",
+        "measures": {},
+        "conditions": {"vanilla": {}, "steered x1": {"scale": 1.0}, "steered x1.2": {"scale": 1.2}},
+        "heldout": {"rows": 12, "questions": 9},
+        "recommended": {"scale": 1.2, "kl_budget": 1, "chosen_on": "questions", "candidates": []},
+        "probe": {"withheld": "too few rows"},
+        "missing": {},
+        "recovered_undefined": None,
+        "samples": [],
+        "identity": [],
+        "flags": [],
+    }
     paired = {"mean": -gain, "low": -gain - 0.1, "high": -gain + 0.1, "n": 9}
     add_column(result, Measure("steered_minus", "likelihood", "{:+.3f}"), {"vanilla": paired})
     add_column(result, Measure("nll", "likelihood", "{:.4f}"), {"steered x1": 3.0})
@@ -89,7 +98,7 @@ def test_flags_name_the_status_the_evaluation_and_the_code(tmp_path):
     assert report.report_row(crashed)["flags"] == "failed"
     assert "norm" in report.report_row(make_run(tmp_path / "new", final={}))["flags"]
     result = evaluation(0.2, flags=["collapse at x1", "NaN"])
-    old = make_run(tmp_path / "old", result=result, code={"train_steering.py": "another"})
+    old = make_run(tmp_path / "old", result=result, final={}, code={"hook_model.py": "0"})
     assert report.report_row(old)["flags"] == "collapse at x1; NaN; other code"
 
 
@@ -140,23 +149,24 @@ def test_cosines_say_who_is_alike_and_leave_out_what_has_no_direction(tmp_path):
 
 
 def test_specificity_marks_the_diagonals_that_are_not_the_best_and_nan_never_is():
-    nll = [[3.0, 4.0, 2.0], [2.5, math.nan, math.nan], [math.nan, 4.5, 1.5]]
+    nll = [[3.0, 4.0, 2.0], [2.5, math.nan, math.nan], [math.nan, 1.0, 1.5]]
     about = {"model": "org/m", "layer": 3, "names": ["a", "b", "c"], "vanilla": [4.0, 4.0, 4.0]}
     heat = report.specificity_map(about | {"nll": nll})
     assert heat["lost"] == [0, 1] and heat["title"] == "Specificity, m, layer 3"
     assert "1 of 3" in heat["note"]
-    assert "not a (better by b), b (better by a)" in heat["note"]
+    assert "not a (better by b), b (better by c)" in heat["note"]
 
 
 def panels_of(result, steps=()):
     """{measure: axis} of eval.png; and of the losses, "training"."""
     figure = plots.draw(result, steps)
-    return {axis.get_title().split("\n")[0]: axis for axis in figure.axes if axis.get_visible()}
+    return {axis.get_title().split("\n")[0]: axis for axis in figure.axes}
 
 
 def test_picture_has_a_panel_for_each_measure_of_two_conditions(tmp_path):
     result = evaluation(0.2)
     result["conditions"]["vanilla"]["nll"] = {"mean": 3.5, "low": 3.25, "high": 3.75, "n": 9}
+    result["conditions"]["steered x1"]["steered_minus"] = math.nan
     steps = [{"step": 0, "val_loss": 4.0}, {"step": 1, "loss": 3.0}]
     panels = panels_of(result, steps)
     assert panels.keys() == {"nll", "shouts", "training"}  # steered_minus has one number
