@@ -44,6 +44,7 @@ from evaluation.probe import MEAN_TOKENS, response_means, train_probe
 from evaluation.rows import EvalData, first_rows, first_tokens, questions_of
 from evaluation.scale import ScaleSearch
 from evaluation.specificity import specificity
+from evaluation.table import steered_name
 from hook_model import load_from_options
 from interop.capability import Tasks, add_capability, losses
 from interop.formats import import_vector
@@ -150,7 +151,7 @@ def add_own_answers(data, writer):
     data.plain_source = "the model's own answers"
 
     def answered(rows):
-        texts = writer.plain([row["messages"][:-1] for row in rows])
+        texts = writer.answers(Condition("vanilla"), rows)
         return answer_examples(writer.chat, rows, texts)
 
     seen = first_rows(data.train, OWN_ANSWERS) + first_rows(data.validation, OWN_ANSWERS // 4)
@@ -189,7 +190,7 @@ def list_conditions(data, vector, difference, coefficients, recommended, args):
         answered.add(recommended)
     likeliest = coefficients["steered"]["chosen"]
     for scale in sorted({*answered, 1.0, likeliest}):
-        name = f"steered x{scale:g}"
+        name = steered_name(scale)
         steered = Condition(name, (vector * scale,), scale=scale, answered=scale in answered)
         conditions.append(steered)
     return conditions, missing
@@ -254,7 +255,7 @@ def evaluate(reader, writer, data, vector, args):
 
     system_prompt = data.heldout[0].row["system_prompt"]
     if args.turns:
-        used = Condition(f"steered x{scale or 1:g}", (vector * (scale or 1.0),))
+        used = next(c for c in conditions if c.scale == (scale or 1.0))
         result["conversation"] = conversations(
             reader, writer, args.turns, system_prompt, used, probe
         )
@@ -398,8 +399,10 @@ def compare_personas(folders, args, shelf, path):
         return [under(vector) for vector in vectors]
 
     matrices = specificity(runs, args.specificity_runs, nll)
+    datasets = {str(run.folder): run.dataset for run in runs}
     for matrix in matrices:  # by group: the same persona may be in another
-        matrix["names"] = report.short_names([report.report_row(Path(r)) for r in matrix["runs"]])
+        rows = [{"dataset": datasets[folder], "run": folder} for folder in matrix["runs"]]
+        matrix["names"] = report.short_names(rows)
     write_json(path, {"config": config, "matrices": matrices})
     return matrices
 

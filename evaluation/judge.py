@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from evaluation.kept import Kept
 from evaluation.stats import mean_interval, spearman
-from evaluation.table import Measure, add_column, bounds_of, text_of
+from evaluation.table import Measure, add_column, bounds_of, drop_columns, text_of
 from steering.data_layouts import parse_name, pooled_names
 
 RUBRICS = Path(__file__).parent / "rubrics"
@@ -390,10 +390,7 @@ def add_scores(result, judges, kept, workers=8, dry_run=False):
 
     scored = [judge for judge in judges if judge.failed < len(prompts)]
     if scored:
-        for name in [name for name in result["measures"] if name.startswith("judge")]:
-            del result["measures"][name]
-            for row in result["conditions"].values():
-                row.pop(name, None)
+        drop_columns(result, lambda name, about: name.startswith("judge"))
         prefixes = ["judge", "judge2"]
         pairs = zip(scored, prefixes, strict=False)
         result["judges"] = [add_judge(result, judge, prefix) for judge, prefix in pairs]

@@ -24,12 +24,11 @@ from evaluation.stats import (
     repeated,
     word_count,
 )
-from evaluation.table import Measure, add_column
+from evaluation.table import TRAINED, Measure, add_column
 from steering.chat_format import label_count
 from steering.fast_path import FastPath, example_sums
 
 PLAIN_TOKENS = 8_000  # of plain rows that side effects are measured on, at most
-TRAINED = "steered x1"  # the vector as it was trained; always among the conditions
 # Text has collapsed if, of its answers, more than this share are empty or repeat themselves more
 # than this, or if the median is this many times less likely than real rows of the persona.
 MAX_EMPTY = 0.2

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.summary import tables_text
-from evaluation.table import bounds_of, condition_to_use, number_of
+from evaluation.table import TRAINED, bounds_of, condition_to_use, number_of
 from steering.files import read_json_lines, write_atomically
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def index_row(entry, title):
     use = condition_to_use(entry.result)
     conditions = {}
     for name, values in entry.result.get("conditions", {}).items():
-        if "scale" not in values or name in ("steered x1", use):
+        if "scale" not in values or name in (TRAINED, use):
             conditions[name] = cells_of(values)
     return {"title": title, "facts": entry.facts, "use": use, "conditions": conditions}
 

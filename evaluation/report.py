@@ -11,7 +11,14 @@ import numpy as np
 
 from evaluation.page import Entry, heat_map, write_page
 from evaluation.summary import training_flags
-from evaluation.table import bounds_of, condition_to_use, number_at, number_of, text_of
+from evaluation.table import (
+    TRAINED,
+    bounds_of,
+    condition_to_use,
+    number_at,
+    number_of,
+    text_of,
+)
 from steering.files import read_json, write_atomically
 from steering.run import changed_sources
 from steering.tables import aligned
@@ -41,7 +48,7 @@ def read_entry(folder):
         "steps": final.get("steps"),
         "seconds": final.get("seconds"),
         "best_val": final.get("best_val"),
-        "heldout_nll": number_at(result, "steered x1", "nll"),
+        "heldout_nll": number_at(result, TRAINED, "nll"),
         "nll_gain": number_at(result, "vanilla", "steered_minus"),
         "norm": final.get("vector_norm"),
         "norm_ratio": final.get("ratio"),

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from evaluation.answers import Writer, announce
+from evaluation.conditions import Condition
 from evaluation.likelihood import CHOOSE_TOKENS, Reader, nll_of
 from evaluation.measures import answer_columns
 from evaluation.rows import first_rows, first_tokens, questions_of
-from evaluation.table import number_of
+from evaluation.table import number_of, steered_name
 from steering.fast_path import FastPath, token_mean
 
 STEP = 0.1  # Scales are multiples of it.
@@ -117,10 +118,10 @@ class ScaleSearch:
         yardstick = math.exp(min(nll, 700.0))
 
         scales = {multiple(max(1, round(top * share / STEP))) for share in FRACTIONS}
-        conversations = [row["messages"][:-1] for row in rows]
         texts = {}
         for scale in sorted(scales):
-            texts[scale] = self.writer.steered(conversations, self.vector * scale)
+            steered = Condition(steered_name(scale), (self.vector * scale,))
+            texts[scale] = self.writer.answers(steered, rows)
         columns = answer_columns(self.reader, rows, texts, self.probe, yardstick)
 
         found = []

@@ -51,6 +51,16 @@ def add_column(result, measure, column):
             result["conditions"].setdefault(condition, {})[measure.name] = value
 
 
+def drop_columns(result, is_stale):
+    """Take the measures out of an evaluation's dict for which is_stale(name, what is known of it)
+    holds, with their values."""
+    stale = [name for name, about in result["measures"].items() if is_stale(name, about)]
+    for name in stale:
+        del result["measures"][name]
+        for row in result["conditions"].values():
+            row.pop(name, None)
+
+
 def value_at(result, condition, measure):
     """A value of the table as it stands there, or None."""
     return result.get("conditions", {}).get(condition, {}).get(measure)
@@ -94,6 +104,14 @@ def scale_of(result, condition):
     return value_at(result, condition, "scale")
 
 
+def steered_name(scale):
+    """What the condition of the trained vector at a scale is called."""
+    return f"steered x{scale:g}"
+
+
+TRAINED = steered_name(1)  # the vector as it was trained; always among the conditions
+
+
 def condition_to_use(result):
     """The condition of the recommended scale, or of the vector as it is where there is none."""
-    return f"steered x{result.get('recommended', {}).get('scale') or 1:g}"
+    return steered_name(result.get("recommended", {}).get("scale") or 1)

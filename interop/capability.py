@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.answers import announce
 from evaluation.kept import code_of, kept_beside
-from evaluation.table import Measure, add_column, condition_to_use
+from evaluation.table import Measure, add_column, condition_to_use, drop_columns
 from steering.vector_file import vector_digest
 
 SURE = 1.96  # standard errors to either side of a mean in which the truth is, 95 times of 100
@@ -161,11 +161,7 @@ def add_capability(result, run, tasks, shelf):
 
 def add_columns(result, scores, rows):
     """Put {condition: scores of `run_tasks`} into the table, in place of those of other tasks."""
-    for name, measure in list(result["measures"].items()):
-        if measure["table"] == "capability":
-            del result["measures"][name]
-            for row in result["conditions"].values():
-                row.pop(name, None)
+    drop_columns(result, lambda name, about: about["table"] == "capability")
     for task, plain in scores["vanilla"].items():
         better = "higher" if plain["higher"] else "lower"
         about = f"of lm-evaluation-harness, {rows} rows at most"
