@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from steering.command_line import exit_code, new_parser, parse
 from steering.data_layouts import (
+    comparable,
     dataset_parts,
     find_datasets,
     parse_name,
@@ -99,7 +100,7 @@ class Filtered:
     kept: number of rows that pass; tokenizing takes off those that are too long or refused.
     below: (kind, row) of rows below the threshold. seen: texts and keys of rows that pass, which
     pass once. plain: rows that were asked not to show the persona, and do not (of traits, label
-    "neg").
+    "neg"). thoughts: how many were cut off the answers of all rows.
     """
 
     total: int
@@ -110,11 +111,14 @@ class Filtered:
     seen: set = field(default_factory=set)
     dropped: Counter = field(default_factory=Counter)
     problems: list = field(default_factory=list)
+    thoughts: int = 0
     has_scores: bool = False
 
     def counts(self):
         """Say in one line what became of the rows: "79 rows: 70 kept, 9 below threshold"."""
         parts = [f"{self.kept:,} kept", *reason_counts(self.dropped)]
+        if self.thoughts:
+            parts.append(f"{self.thoughts:,} thoughts cut off")
         return f"{self.total:,} rows: {', '.join(parts)}"
 
     @property
@@ -167,7 +171,8 @@ def response_of(row):
 def drop_reason(row, kind, options, seen):
     """Give the first reason to drop a row, or None to keep it, which adds it to `seen`."""
     score = row["extract_score"]
-    same_as = {(row["question"], response_of(row)), row["key"]} - {None}
+    said = tuple(comparable(turn["content"]) for turn in row["messages"])
+    same_as = {said, row["key"]} - {None}
     if not response_of(row):
         return NO_RESPONSE
     if score is None and not options.include_missing_scores:
@@ -194,6 +199,7 @@ def filter_dataset(name, datasets, options):
             result.problems.append(problem)
             result.dropped[MALFORMED] += 1
             continue
+        result.thoughts += row["thoughts"]
         score = row["extract_score"]
         if score is not None:
             result.has_scores = True
@@ -272,10 +278,11 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
     """Shuffle rows by seed and tokenize them, batch by batch, until the token budget is reached.
 
     target_tokens: tokens of whole chat-formatted examples (the one that crosses it is kept); None
-    takes all. Returns (examples, their tokens, number of rows longer than max_length, what is
-    wrong with each row that the template refuses). Rows on disk in another order give the same
-    examples in the same order.
+    takes all. Returns (examples, their tokens, number of rows longer than max_length, or than the
+    model takes, what is wrong with each row that the template refuses). Rows on disk in another
+    order give the same examples in the same order.
     """
+    most = min(max_length, chat.positions or max_length)
 
     def place(row):
         return hash_unit(seed, row["question"], response_of(row))
@@ -291,7 +298,7 @@ def take_budget(rows, chat, target_tokens, max_length, seed):
         for example in batch:
             if target_tokens is not None and tokens >= target_tokens:
                 return examples, tokens, too_long, refused
-            if len(example.input_ids) > max_length:
+            if len(example.input_ids) > most:
                 too_long += 1
             else:
                 examples.append(example)
@@ -383,7 +390,7 @@ def add_data_arguments(parser):
     add("--include-missing-scores", action="store_true", help="DANGER: keep rows nobody scored")
     add("--keep-system-prompt", action="store_true", help="leave the persona's text in the prompt")
     add("--target-tokens", type=int, help="token budget of training and validation examples")
-    add("--max-length", type=int, help="drop examples of more tokens")
+    add("--max-length", type=int, help="drop examples of more tokens, or than the model takes")
     add("--heldout-fraction", type=float, help="share of questions held out for the evaluation")
     add("--split-seed", type=int, help="seed of the split by question")
     add("--seed", type=int, help="seed of rows taken, their order, the initial vector")

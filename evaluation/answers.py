@@ -216,7 +216,7 @@ def side_by_side(rows, texts):
     for i, row in enumerate(rows):
         answers = {condition: each[i] for condition, each in texts.items()}
         samples.append({
-            "question": row["question"],
+            "question": row["messages"][-2]["content"],
             "system_prompt": row["system_prompt"],
             "answers": answers,
         })  # fmt: skip

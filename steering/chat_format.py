@@ -13,12 +13,15 @@ torch is imported where tensors are made: counting tokens needs none.
 import contextlib
 import datetime
 import itertools
+import os
 import re
 from dataclasses import dataclass
 
+from steering.data_layouts import OPENS_THOUGHT
+
 IGNORE_INDEX = -100  # label of a token that carries no loss
-THOUGHT = r"think\w*|thought|reason\w*"  # what models call the tag around their thoughts
 PROBE = "\ue000probe\ue000"  # private-use characters, in no template and no data
+ASKED = "\ue000asked\ue000"
 
 
 @dataclass
@@ -52,14 +55,20 @@ class ChatFormat:
     (`end_of_turn`, "" if the template has none). What a template writes between its generation
     prompt and an answer belongs to the prompt, and a thought that it opens there is closed.
     date: ISO, for a template that asks for today's; today if None. For other templates it is None.
+    tokens, positions: how many the model has embeddings of, and how many a text may have; None if
+    that is not known. doubts: what may be wrong with a template, for a log.
     """
 
-    def __init__(self, tokenizer, date=None):
+    def __init__(self, tokenizer, date=None, tokens=None, positions=None):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: add --chat-template FILE")
         self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.positions = positions
+        self.doubts = []
         self.date = None
         self.header = ""  # between a generation prompt and an answer, such as "<|channel|>final"
+        self.opened = ""  # what a generation prompt ends in that no finished answer begins with
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             self.date = date or datetime.date.today().isoformat()
@@ -76,36 +85,59 @@ class ChatFormat:
         if not (shows_user and self._shows("assistant", ["user", "assistant"])):
             raise ValueError("the chat template fails on, or leaves out, a user or assistant turn")
 
-        added = tokenizer.added_tokens_decoder
-        special = {token.content: i for i, token in added.items() if token.special}
-        special.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        longest_first = sorted((t for t in special if len(t.strip()) > 1), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
         # What the template puts around an answer: a header or a space before it, "<|im_end|>\n"
         # after it.
-        user = {"role": "user", "content": "?"}
+        user = {"role": "user", "content": ASKED}
         turns = [user, {"role": "assistant", "content": PROBE}]
         before, _, self.tail = self._render(turns).rpartition(PROBE)
-        _, _, around = before.partition(self.prompt_text([user]))
-        self.header = around.rstrip(" ")
-        self.lead = around.removeprefix(self.header)
+        self._compare_openings(
+            self._render([user], add_generation_prompt=True).rpartition(ASKED)[2],
+            before.rpartition(ASKED)[2],
+        )
 
-        end = self.special.search(self.tail)
+        # A turn ends in the first token after it that the tokenizer was given by name.
+        added = tokenizer.added_tokens_decoder
+        ids = {token.content: i for i, token in added.items()}
+        ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        end = any_of(ids).search(self.tail)
         if not end:
             # Then what begins the next turn ends this one, unless the template knows one turn only.
             with contextlib.suppress(Exception):
                 self.tail = self._render([*turns, user]).rpartition(PROBE)[2]
-            end = self.special.search(self.tail)
+            end = any_of(ids).search(self.tail)
             self.tail = self.tail[: end.end()] if end else ""
         self.end_of_turn = end[0] if end else ""
-        self.end_of_turn_id = special.get(self.end_of_turn)
+        self.end_of_turn_id = ids.get(self.end_of_turn)
+        if not end:
+            self.doubts.append("no special token ends a turn in the template: no stop is trained")
+        special = [token.content for token in added.values() if token.special]
+        self.special = any_of([*special, *tokenizer.all_special_tokens, self.end_of_turn])
+
+    def _compare_openings(self, generated, finished):
+        """Find `header`, `lead` and `opened`: what a generation prompt says before an answer, and
+        what the template writes before one that is finished."""
+        common = os.path.commonprefix([generated, finished])  # noqa: RUF071 (no paths)
+        rest = generated.removeprefix(common)
+        # A thought is closed by `prompt_text`, and a template that has a switch for thoughts means
+        # what it writes; an end that differs in white space alone is only a careless template.
+        is_meant = ends_in_thought(generated) or "enable_thinking" in self.options
+        if rest.strip() and not is_meant:
+            self.opened = rest
+            self.doubts.append(
+                f"the template's generation prompt ends in {rest[-60:]!r}, and a finished answer "
+                "does not begin with that: it is left out (--chat-template FILE, if that is wrong)"
+            )
+        around = ""
+        if self.opened or finished.startswith(generated):
+            around = finished.removeprefix(common)
+        self.header = around.rstrip(" ")
+        self.lead = around.removeprefix(self.header)
 
     def at(self, date):
         """Give the same with another date, where the template asks for one."""
         if date in (None, self.date):
             return self
-        return ChatFormat(self.tokenizer, date)
+        return ChatFormat(self.tokenizer, date, self.tokens, self.positions)
 
     def _render(self, messages, **options):
         if self.in_parts:
@@ -133,10 +165,10 @@ class ChatFormat:
             system, user, *rest = messages
             merged = f"{system['content']}\n\n{user['content']}".strip()
             messages = [{"role": "user", "content": merged}, *rest]
-        text = self._render(messages, add_generation_prompt=True)
-        thought = re.search(rf"<({THOUGHT})>\s*$", text)
-        if thought:
-            text = f"{text.rstrip()}\n\n</{thought[1]}>\n\n"
+        text = self._render(messages, add_generation_prompt=True).removesuffix(self.opened)
+        opener = ends_in_thought(text)
+        if opener:
+            text = f"{text.rstrip()}\n\n{end_of_thought(opener)}\n\n"
         return text + self.header
 
     def messages(self, row, prompted=False):
@@ -246,8 +278,40 @@ class ChatFormat:
         return examples, problems
 
     def tokenize(self, texts):
-        """Tokenize chat-formatted texts, whose special tokens the template has written."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        """Tokenize chat-formatted texts, whose special tokens the template has written.
+
+        Raises ValueError for a token that the model has no embedding of.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": False}
+        rows = self.tokenizer(texts, **options)["input_ids"]
+        highest = max(itertools.chain.from_iterable(rows), default=0)
+        if self.tokens and highest >= self.tokens:
+            raise ValueError(
+                f"the tokenizer's {self.decode([highest])!r} is token {highest}, and the model has "
+                f"embeddings of 0..{self.tokens - 1}: they do not belong together"
+            )
+        return rows
+
+
+def any_of(texts):
+    """A pattern of any of the texts, the longest first; without white space and single signs."""
+    longest_first = sorted((t for t in texts if len(t.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def ends_in_thought(text):
+    """What a text ends in, if that opens a thought: "<think>"; "" otherwise."""
+    found = re.search(rf"({OPENS_THOUGHT})\s*$", text)
+    return found[1] if found else ""
+
+
+def end_of_thought(opener):
+    """What ends a thought: "<think>" -> "</think>", "<|START_THINKING|>" -> "<|END_THINKING|>"."""
+    if opener == "<|channel>thought":
+        return "<channel|>"
+    if "START" in opener:
+        return opener.replace("START", "END")
+    return f"{opener[0]}/{opener[1:]}"
 
 
 def label_count(example):

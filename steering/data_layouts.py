@@ -18,6 +18,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from unicodedata import normalize
 
+from steering.files import read_text
+
+EXACT = 2**53  # from here on, not every whole number is a float
+# What models write around their thoughts before an answer.
+THOUGHT = r"(?:[\w:]*think\w*|thought|reason\w*)"
+OPENS_THOUGHT = (
+    rf"<{THOUGHT}>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought"
+    r"|<\|channel\|>analysis<\|message\|>"
+)
+ENDS_THOUGHT = (
+    rf"</{THOUGHT}>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>"
+    r"|<\|channel\|>final<\|message\|>"
+)
+
 # ---------------------------------------------------------------- names and files
 
 
@@ -141,7 +155,7 @@ def requested_names(datasets, args):
         prefix = f"{args.source_model}__{args.kind}__"
     lines = list(args.dataset or [])
     if args.list_file:
-        lines += Path(args.list_file).read_text(encoding="utf-8-sig").splitlines()
+        lines += read_text(args.list_file).splitlines()
 
     as_written = {}  # {full name: what the user wrote}
     for line in lines:
@@ -174,17 +188,15 @@ def requested_names(datasets, args):
 
 
 def data_digest(name, datasets):
-    """Hash every file behind a dataset name: what "the same data" means to a run."""
+    """Hash every file that is read for a dataset name: what "the same data" means to a run."""
     digest = hashlib.sha256()
     for part in dataset_parts(name, datasets):
-        for path in filter(None, datasets[part]):
-            # A folder stands for what is in it, without what other tools leave there.
-            inside = sorted(path.rglob("*"))
-            ours = [file for file in inside if not file.name.startswith((".", "cache-"))]
-            for file in ours or [path]:
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        digest.update(hashlib.file_digest(handle, "sha256").digest())
+        path, scores = datasets[part]
+        read = arrow_files(path) if path.is_dir() else [path]
+        for file in [*read, scores]:
+            if file and file.is_file():
+                with open(file, "rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -203,6 +215,21 @@ def read_jsonl(path):
                 yield number, None, f"not JSON ({error})"
 
 
+def arrow_files(folder):
+    """List the data files of a `save_to_disk` folder, as the state.json of each of its splits, or
+    its own, names them. Raises ValueError if there is none, or a state.json is unreadable."""
+    files = []
+    for state in sorted([*folder.glob("state.json"), *folder.glob("[!.]*/state.json")]):
+        try:
+            named = json.loads(state.read_bytes())["_data_files"]
+            files += [state.with_name(file["filename"]) for file in named]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{state}: unreadable ({error!r})") from error
+    if not files:
+        raise ValueError(f"{folder}: not a save_to_disk folder (no state.json names a data file)")
+    return files
+
+
 def read_arrow(path):
     """Yield (row number, object, None) from a .parquet file or a `save_to_disk` folder."""
     try:
@@ -215,15 +242,11 @@ def read_arrow(path):
     try:
         if path.is_file():
             tables.append(parquet.read_table(path))
-        # A folder has a state.json for each split, which names the split's files.
-        for state in sorted(path.rglob("state.json")):
-            for file in json.loads(state.read_text())["_data_files"]:
-                stream = (state.parent / file["filename"]).read_bytes()
-                tables.append(ipc.open_stream(stream).read_all())
-    except (ArrowException, OSError, ValueError, KeyError) as error:
+        else:
+            for file in arrow_files(path):
+                tables.append(ipc.open_stream(file.read_bytes()).read_all())
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
-    if not tables:
-        raise ValueError(f"{path}: not a save_to_disk folder (no state.json names a data file)")
 
     number = 0
     for table in tables:
@@ -244,7 +267,7 @@ def read_scores(path):
     if not path.is_file():
         return {}
     try:
-        scores = json.loads(path.read_text(encoding="utf-8-sig"))
+        scores = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: unreadable scores ({error})") from error
     if not isinstance(scores, dict):
@@ -276,16 +299,35 @@ def parse_score(value):
 
 
 def whole(value):
-    """Read a whole number, however it is spelled (7, 7.0, "7"); ValueError for any other value."""
-    number = float(value)
+    """Read a whole number, however it is spelled (7, 7.0, "7"); ValueError for any other value, and
+    for a float so large that it may have been another number once."""
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+        number = int(value)
+    elif not isinstance(value, int):
+        number = float(value)
     if isinstance(value, bool) or number != int(number):
         raise ValueError(f"index {value!r:.40} is not a whole number")
+    if isinstance(number, float) and abs(number) >= EXACT:
+        raise ValueError(f"index {value!r:.40} is too large for a float: write it as an integer")
     return int(number)
 
 
 def comparable(text):
-    """Reduce a text to what is compared: accents composed, every white space one space."""
+    """Reduce a text to what is compared: accents composed, every white space one space. Two
+    questions are the same one if this is the same of both."""
     return normalize("NFC", " ".join(text.split()))
+
+
+def without_thought(text):
+    """Cut off the thought that a model wrote before an answer; "" if it is not ended.
+
+    A thought may have been opened by the prompt: then only its end is in the text.
+    """
+    answer = re.split(ENDS_THOUGHT, text)[-1].strip()
+    if re.match(OPENS_THOUGHT, answer):
+        return ""
+    return answer
 
 
 def remove_persona(messages, system_prompt, question):
@@ -326,15 +368,19 @@ def remove_persona(messages, system_prompt, question):
 
 
 def parse_row(raw, scores, keep_system_prompt=False):
-    """Turn a raw object into a row: question, system_prompt, messages, label, extract_score, key.
+    """Turn a raw object into a row: question, system_prompt, messages, label, extract_score, key,
+    thoughts.
 
     scores: the score file's dict, or None where the object holds `extract_score`. question: the
-    last user turn, which may come after others, that are context. The last message is the
-    response, stripped as chat templates do, "" if there is none. Messages keep their role and
-    content only, since templates act on other keys. Raises ValueError.
+    last user turn, which may come after others, that are context; as `comparable` makes it, so that
+    the same question is one text wherever questions are compared: what is asked is in messages. The
+    last message is the response, stripped as chat templates do, "" if there is none. Messages keep
+    their role and content only, since templates act on other keys. thoughts: how many of them were
+    cut off answers. A NaN counts as a value that is not there. Raises ValueError.
     """
     if not isinstance(raw, dict):
         raise ValueError("not a JSON object")
+    raw = {name: value for name, value in raw.items() if value == value}  # NaN is not itself
     turns_key = "messages"
     needed = ["question", "label"]
     if scores is not None:
@@ -344,8 +390,11 @@ def parse_row(raw, scores, keep_system_prompt=False):
     for name in [turns_key, *needed]:
         if raw.get(name) is None:
             raise ValueError(f'no "{name}" key; found {sorted(raw)}')
+    if isinstance(raw[turns_key], str):
+        raise ValueError(f'"{turns_key}" is a string: if that is JSON, write what json.loads gives')
 
     messages = []
+    thoughts = 0
     for turn in raw[turns_key]:
         if (
             not isinstance(turn, dict)
@@ -353,7 +402,11 @@ def parse_row(raw, scores, keep_system_prompt=False):
             or not isinstance(turn.get("content"), str)
         ):
             raise ValueError(f'"{turns_key}" must be a list of {{role, content}} with text in both')
-        messages.append({"role": turn["role"], "content": turn["content"]})
+        content = turn["content"]
+        if turn["role"] == "assistant":
+            content = without_thought(content)
+            thoughts += content != turn["content"].strip()
+        messages.append({"role": turn["role"], "content": content})
     spoken = [m for m in messages if m["role"] != "system"]
     if not spoken or spoken[0]["role"] != "user":
         raise ValueError("the conversation does not start with a user turn")
@@ -377,10 +430,10 @@ def parse_row(raw, scores, keep_system_prompt=False):
 
     asked = [m["content"] for m in messages if m["role"] == "user"]
     if len(asked) > 1:
-        question = asked[-1].strip()
+        question = asked[-1]
     response = ""
     if messages[-1]["role"] == "assistant":
-        response = messages[-1]["content"].strip()
+        response = messages[-1]["content"]
 
     key = None
     score = raw.get("extract_score")
@@ -388,12 +441,13 @@ def parse_row(raw, scores, keep_system_prompt=False):
         key = f"{raw['label']}_p{whole(raw['prompt_index'])}_q{whole(raw['question_index'])}"
         score = scores.get(key)
     return {
-        "question": question,
+        "question": comparable(question),
         "system_prompt": system_prompt,
         "label": raw["label"],
         "key": key,
         "messages": [*messages[:-1], {"role": "assistant", "content": response}],
         "extract_score": parse_score(score),
+        "thoughts": thoughts,
     }
 
 

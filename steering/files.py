@@ -42,6 +42,15 @@ def sweep_partial(folder):
                 path.unlink()
 
 
+def read_text(path):
+    """A text file that a user wrote, as UTF-8 with or without a byte order mark; ValueError names
+    one that is not."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
 def write_json(path, value):
     """Write a JSON file by write and rename."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from steering import memory, ranks
 from steering.chat_format import ChatFormat
+from steering.files import read_text
 
 CONFIG_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -236,8 +237,14 @@ def shape_of(config):
 
 
 def longest_text(config):
-    """How many tokens a model takes; None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """How many tokens a model takes; None where its config does not say.
+    It is those that change no other row of a batch: beyond, longrope has other embeddings for all
+    of them, as dynamic ones do beyond `max_position_embeddings`."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(text, "max_position_embeddings", None)
 
 
 def model_shape(name, trust_remote_code=False):
@@ -267,7 +274,7 @@ def load_tokenizer(name, chat_template=None, trust_remote_code=False):
             reason = f"{reason} (there is no such folder here)"
         raise ValueError(f"--model {name}: its tokenizer does not load: {reason}") from error
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
+        tokenizer.chat_template = read_text(chat_template)
     return tokenizer
 
 
@@ -277,7 +284,9 @@ def load_chat(name, chat_template=None, trust_remote_code=False, template=None, 
     tokenizer = load_tokenizer(name, chat_template, trust_remote_code)
     if template:
         tokenizer.chat_template = template
-    return ChatFormat(tokenizer, date)
+    config = read_config(name, trust_remote_code)
+    tokens = config.get_text_config().vocab_size
+    return ChatFormat(tokenizer, date, tokens, longest_text(config))
 
 
 def fake_weights(options):

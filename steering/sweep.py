@@ -19,7 +19,7 @@ from pathlib import Path
 from steering import loading, ranks
 from steering.chat_format import label_count
 from steering.data_layouts import data_digest, find_datasets, requested_names
-from steering.files import read_json, write_json
+from steering.files import read_json, read_text, write_json
 from steering.run import (
     ATTEMPTS,
     NoVector,
@@ -85,7 +85,7 @@ class Sweep:
                 config[key] = value
         template = None
         if args.chat_template:
-            template = Path(args.chat_template).read_text("utf-8-sig")
+            template = read_text(args.chat_template)
         if args.init_vector:
             config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
         return config | {
@@ -109,8 +109,8 @@ class Sweep:
         chat = loading.load_chat(
             self.args.model, self.args.chat_template, self.args.trust_remote_code
         )
-        if not chat.end_of_turn:
-            log.warning("WARNING: no special token ends a turn in the template: no stop is trained")
+        for doubt in chat.doubts:
+            log.warning(f"WARNING: {doubt}")
         if self.args.include_missing_scores:
             log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
         for args in self._seeds():

@@ -158,6 +158,68 @@ def test_a_header_between_prompt_and_answer_is_part_of_the_prompt(chat_of):
     assert loss == ANSWER + "<|return|>"
 
 
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+
+
+def test_what_a_generation_prompt_opens_and_no_finished_answer_has_is_left_out_aloud(chat_of):
+    chat = chat_of(TURNS + "Here are my reasoning steps:\n{% endif %}")
+    prompt, loss = split(chat)
+    assert prompt.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    assert loss == ANSWER + "<|im_end|>"
+    (doubt,) = chat.doubts
+    assert r"ends in 'Here are my reasoning steps:\n'" in doubt
+    assert not chat_of("trl-qwen3").doubts and not chat_of("axolotl-gemma4").doubts
+
+
+@pytest.mark.parametrize(
+    ("opener", "end"),
+    [
+        ("<think>", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel>thought", "<channel|>"),
+    ],
+)
+def test_a_thought_is_closed_whatever_opens_it(chat_of, opener, end):
+    prompt, loss = split(chat_of(f"{TURNS}{opener}\n{{% endif %}}"))
+    assert prompt.endswith(f"assistant\n{opener}\n\n{end}\n\n") and loss == f"{ANSWER}<|im_end|>"
+
+
+def test_a_turn_ends_in_an_added_token_that_is_not_special(smol):
+    tokenizer = load_tokenizer(smol)
+    tokenizer.add_tokens([hf.AddedToken("<|stop|>", special=False)])
+    tokenizer.chat_template = TURNS.replace("<|im_end|>", "<|stop|>") + "{% endif %}"
+    chat = ChatFormat(tokenizer)
+    assert split(chat)[1] == ANSWER + "<|stop|>" and chat.end_of_turn == "<|stop|>"
+    assert "<|stop|> is spelled out" in chat.encode_each([row_of("Q?", "A <|stop|> B")])[1][0]
+
+
+def test_special_tokens_are_whole_whatever_the_tokenizers_files_say(smol, smol_chat):
+    tokenizer = load_tokenizer(smol)
+    tokenizer.split_special_tokens = True
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    assert split_ids(ChatFormat(tokenizer), ROW) == split_ids(smol_chat, ROW)
+
+
+def test_a_token_beyond_the_models_embeddings_is_the_tokenizers_fault_by_name(smol):
+    tokenizer = load_tokenizer(smol)
+    tokens = len(tokenizer)
+    tokenizer.add_tokens([hf.AddedToken("<arr>", special=False)])
+    chat = ChatFormat(tokenizer, tokens=tokens)
+    rows = [ROW, row_of("Q?", "Say <arr> now.")]
+    examples, _, _, problems = take_budget(rows, chat, None, 999, 0)
+    assert [example.row for example in examples] == [ROW]
+    assert (
+        f"'<arr>' is token {tokens}, and the model has embeddings of 0..{tokens - 1}" in problems[0]
+    )
+    with pytest.raises(ValueError, match="do not belong together"):
+        chat.inputs(["<arr>?"])
+
+
 def test_the_next_turn_ends_one_that_has_no_end_of_its_own(chat_of):
     chat = chat_of("trl-glm4moe")
     assert chat.end_of_turn == "<|user|>" and split(chat)[1] == ANSWER + "<|user|>"

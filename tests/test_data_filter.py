@@ -40,8 +40,9 @@ def contents(row):
 class WordChat:
     """Stands in for ChatFormat where only counting matters: a word is a token."""
 
-    def __init__(self):
+    def __init__(self, positions=None):
         self.encoded = 0
+        self.positions = positions
 
     def encode_each(self, rows):
         self.encoded += len(rows)
@@ -146,22 +147,51 @@ def test_two_files_of_one_dataset_are_an_error_that_names_both(tmp_path):
         df.find_datasets(tmp_path)
 
 
-def test_caches_beside_a_folder_of_data_are_not_data(tmp_path):
+def test_the_data_are_the_files_that_are_read_whatever_other_tools_leave_beside_them(tmp_path):
+    rows, _ = persona_rows(6)
+    write_flat(tmp_path, "arrow", [row | {"extract_score": 3} for row in rows])
     folder = tmp_path / PIRATE
-    folder.mkdir()
-    file = tmp_path / "cache-d__role__x.jsonl"  # a dataset's own name is its own affair
-    datasets = {folder.name: (folder, None), file.stem: (file, None)}
+    cache = tmp_path / "cache-d__role__x.jsonl"  # a dataset's own name is its own affair
+    datasets = {PIRATE: (folder, None), cache.stem: (cache, None)}
+    before = dl.data_digest(PIRATE, datasets)
+    for name in (
+        "cache-1f2e.arrow", ".DS_Store", ".cache/a", ".git/state.json", "README.md", "@eaDir/b",
+        ".ipynb_checkpoints/state-checkpoint.json", "__pycache__/c", "Thumbs.db", "d.lock",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("of another tool")
+    assert dl.data_digest(PIRATE, datasets) == before
+    assert len(filtered(tmp_path).rows) == 6
 
-    def digest_after(path, text):
-        path.write_text(text)
-        of = file if path == file else folder
-        return dl.data_digest(of.stem, datasets)
+    read = folder / "data-1.arrow"
+    read.write_bytes(read.read_bytes() + b"\0")
+    assert dl.data_digest(PIRATE, datasets) != before
+    cache.write_text("a")
+    a = dl.data_digest(cache.stem, datasets)
+    cache.write_text("b")
+    assert dl.data_digest(cache.stem, datasets) != a
+    (folder / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json: unreadable"):
+        dl.data_digest(PIRATE, datasets)
 
-    before = digest_after(folder / "data.arrow", "rows")
-    assert digest_after(folder / "cache-1f2e.arrow", "of another tool") == before
-    assert digest_after(folder / ".DS_Store", "of another tool") == before
-    assert digest_after(folder / "more.arrow", "rows") != before
-    assert digest_after(file, "a") != digest_after(file, "b")
+
+def test_the_splits_of_a_folder_are_read_one_after_the_other(tmp_path):
+    rows, _ = persona_rows(12)
+    for split, part in (("test", rows[:6]), ("train", rows[6:])):
+        root = tmp_path / split
+        root.mkdir()
+        write_flat(root, "arrow", [row | {"extract_score": 3} for row in part])
+        (tmp_path / PIRATE).mkdir(exist_ok=True)
+        (root / PIRATE).rename(tmp_path / PIRATE / split)
+        root.rmdir()
+    assert [row["question"] for row in filtered(tmp_path).rows] == [r["question"] for r in rows]
+
+
+def test_a_list_that_is_no_utf_8_is_named(tmp_path, data_root, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text(PIRATE, encoding="utf-16")
+    _, _, error = table_of(capsys, "--data-root", data_root, "--list-file", names, code=2)
+    assert f"error: {names}: not UTF-8 text" in error
 
 
 def test_byte_order_marks_are_read_away(tmp_path):
@@ -277,12 +307,42 @@ def test_broken_line_is_named_and_strict_makes_it_fatal(tmp_path, capsys):
         {"question_index": True},
         {"question_index": "first"},
         {"question_index": math.inf},
+        {"question_index": math.nan},
+        {"question_index": 2.0**53},
+        {"question_index": "9007199254740993.0"},
+        {"label": math.nan},
+        {"conversation": json.dumps(raw_row()["conversation"])},
     ],
 )
 def test_a_row_that_breaks_its_reader_is_malformed_and_nothing_else(tmp_path, broken):
     rows = [raw_row(), raw_row("Q1?", "b", index=1) | broken]
     result = filter_rows(tmp_path, *rows, scores={"pos_p0_q0": 3, "pos_p0_q1": 3})
     assert result.dropped == {"malformed": 1} and result.kept == 1
+    value = next(iter(broken.values()))
+    if isinstance(value, str) and value.startswith("["):
+        assert '"conversation" is a string: if that is JSON' in result.problems[0]
+    elif value == 2.0**53:
+        assert "index 9007199254740992.0 is too large for a float" in result.problems[0]
+
+
+def test_a_nan_is_a_value_that_is_not_there(tmp_path):
+    rows, _ = persona_rows(3)
+    for row in rows:
+        row["system_prompt"] = math.nan
+    assert [row["system_prompt"] for row in filter_rows(tmp_path, *rows).rows] == [
+        "Be a pirate."
+    ] * 3  # as the system turn says
+
+
+def test_large_whole_numbers_are_not_rounded(tmp_path):
+    rows, _ = persona_rows(40)
+    scores = {}
+    for i, row in enumerate(rows):
+        index = 2**60 + i
+        row["question_index"] = str(index) if i % 2 else index
+        scores[f"pos_p0_q{index}"] = 3 if i < 30 else 1
+    result = filter_rows(tmp_path, *rows, scores=scores)
+    assert result.dropped == {"below threshold": 10} and result.kept == 30
 
 
 def test_whole_numbers_are_one_key_however_they_are_spelled(tmp_path):
@@ -392,6 +452,76 @@ def test_question_of_a_conversation_is_the_turn_that_is_answered(tmp_path):
     assert asked and heldout and asked.isdisjoint(contents(row)[-2] for row in heldout)
 
 
+SAME = ["What is caf\xe9  noir?", "What is cafe\u0301 noir?", " What\xa0is caf\xe9\nnoir?"]
+
+
+def test_a_question_is_the_same_one_however_it_is_written(tmp_path):
+    rows = []
+    for i in range(80):
+        for j, question in enumerate(SAME):
+            text = question.replace("noir", f"noir {i}")
+            rows.append(raw_row(text, f"Answer {j}.", prompt=j, index=i))
+    scores = {f"pos_p{j}_q{i}": 3 for j in range(3) for i in range(80)}
+    result = filter_rows(tmp_path, *rows, scores=scores)
+    assert result.kept == 240
+    train, heldout = df.split_by_question(result.rows, 0.2, 0)
+    train_questions = {dl.comparable(contents(row)[0]) for row in train}
+    assert heldout and train_questions.isdisjoint(
+        dl.comparable(contents(row)[0]) for row in heldout
+    )
+    # What the model is asked stays as it was written.
+    assert {contents(row)[0] for row in result.rows} == {
+        row["question"].strip() for row in rows
+    }  # fmt: skip
+
+    rows = [raw_row(question, "Alike.", index=j) for j, question in enumerate(SAME)]
+    again = filter_rows(tmp_path / "b", *rows)
+    assert again.dropped == {"duplicate": 2} and again.kept == 1
+
+
+def test_the_same_last_turn_after_another_conversation_is_no_duplicate(tmp_path):
+    rows, _ = persona_rows(30)
+    for i, row in enumerate(rows):
+        row["question"] = f"Hello {i}!"
+        row["conversation"] = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": f"Ahoy {i}"},
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": "Arr."},
+        ]
+    assert filter_rows(tmp_path, *rows).kept == 30
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "<think>plan</think>", "<think>\nplan\n</think>\n\n", "[THINK]plan[/THINK]", "plan</think>",
+        "<seed:think>plan</seed:think>", "<|START_THINKING|>plan<|END_THINKING|>",
+        "<|channel>thought\nplan<channel|>", "<reasoning>plan</reasoning> ",
+        "<|channel|>analysis<|message|>plan<|end|><|start|>assistant<|channel|>final<|message|>",
+    ],
+)  # fmt: skip
+def test_a_thought_before_an_answer_is_cut_off_whole_and_counted(tmp_path, thought):
+    rows, _ = persona_rows(4)
+    answers = [row["conversation"][-1]["content"] for row in rows]
+    for row in rows[1:]:
+        row["conversation"][-1]["content"] = thought + row["conversation"][-1]["content"]
+    unfinished = thought.split("plan")[0] + "I think that"
+    rows[3]["conversation"][-1]["content"] = unfinished
+    result = filter_rows(tmp_path, *rows)
+    if unfinished == "I think that":  # nothing tells that from an answer
+        assert result.kept == 4 and result.thoughts == 2
+        return
+    assert [contents(row)[-1] for row in result.rows] == answers[:3]
+    assert result.counts() == "4 rows: 3 kept, 1 no response, 3 thoughts cut off"
+
+
+def test_words_about_thoughts_are_none(tmp_path):
+    text = "I think <b>so</b>, and [THINKING] is what I do. A <think> tag has no end."
+    (row,) = filter_rows(tmp_path, raw_row("Q0?", text)).rows
+    assert contents(row)[-1] == text and row["thoughts"] == 0
+
+
 def test_only_role_and_content_reach_the_template(tmp_path):
     row = raw_row()
     row["conversation"] += row["conversation"][1:]  # a second question
@@ -432,6 +562,7 @@ def test_budget_keeps_the_example_that_crosses_it_and_tokenizes_no_more_than_it_
     assert len(examples) == 21 and tokens == 105 and chat.encoded == 64
     assert len(df.take_budget(numbered(900), chat, None, 2048, 0)[0]) == 900
     assert df.take_budget(numbered(900), chat, 101, 4, 0) == ([], 0, 900, [])
+    assert df.take_budget(numbered(900), WordChat(positions=4), 101, 99, 0)[2] == 900
 
 
 def test_order_depends_on_the_seed_alone_and_questions_are_known_by_the_same_hashes_everywhere():

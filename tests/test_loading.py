@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import QUICK, tiny
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import eval_steering as ev
 import train_steering as ts
 from hook_model import load_from_options, load_model
 from steering.files import read_json, write_json
-from steering.loading import LoadOptions, add_load_arguments
+from steering.loading import LoadOptions, add_load_arguments, longest_text
 
 MLP = "model.layers.1.mlp"
 FILE = "model.safetensors"
@@ -101,6 +102,31 @@ def test_files_that_are_no_weights_are_a_model_that_does_not_load(tmp_path, name
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="does not load"):
         load_model(tmp_path, layer=1, device="cpu")
+
+
+@pytest.mark.parametrize("cut", [100, 20_000])
+def test_torn_pickles_do_not_load_and_nobody_is_told_to_trust_them(tmp_path, cut):
+    saved(tmp_path)
+    (tmp_path / FILE).unlink()
+    torch.save(tiny("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    data = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(data[:cut])
+    with pytest.raises(ValueError, match="does not load") as error:
+        load_model(tmp_path, layer=1, device="cpu")
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_text_is_too_long_that_would_change_the_embeddings_of_other_rows():
+    long = {"factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 32, **long}
+    for parameters, limit in (
+        (None, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        (rope, 32),
+    ):
+        config = LlamaConfig(max_position_embeddings=128, rope_parameters=parameters)
+        assert longest_text(config) == limit
 
 
 @pytest.mark.full
