@@ -298,6 +298,8 @@ def evaluation_config(args, run):
     digest = model_digest(name)
     trained_on = run.record["config"].get("model_digest")
     config["model_digest"] = trained_on if same_files(name, digest, trained_on) else digest
+    # What ends an answer is in a file that says nothing about a training.
+    config["stop_tokens"] = read_json(Path(name, "generation_config.json")).get("eos_token_id")
     return config
 
 
@@ -317,9 +319,7 @@ def evaluate_folder(folder, args, shelf):
             args.judge, args.judge_model, run.dataset, args.rubric_dir, args.judge_tokens
         )
 
-    before = read_json(path)
-    if "conditions" not in before:
-        before = {}
+    before = report.read_result(path)
     result = before
     other = differences(config, before.get("config", {}), option_defaults())
     if args.restart or other or not before:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -47,12 +48,21 @@ class Printer(TextStreamer):
         print(text, end="", flush=True)
 
 
+def read_scale(text):
+    """The number that a scale such as 2, -0.5, .7 or 1e-3 is; ValueError for any other text, which
+    `float` may take (nan, 1_0)."""
+    if not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", text.lower()):
+        raise ValueError(f'"{text}" is no scale')
+    return float(text)
+
+
 def match_personas(words, known):
     """[(name, scale or None), ...] of words such as ["travel", "agent", "0.7", "poet"].
     known: the names there are, in whatever case. Raises ValueError for any other word, and for a
     name that comes twice."""
     found = []
-    names = {name.lower(): name for name in known} | {name: name for name in known}
+    typed = {" ".join(name.split()): name for name in known}
+    names = {text.lower(): name for text, name in typed.items()} | typed
 
     def name_of(count):
         text = " ".join(words[:count])
@@ -70,7 +80,7 @@ def match_personas(words, known):
         scale = None
         if words:
             with contextlib.suppress(ValueError):
-                scale = float(words[0])
+                scale = read_scale(words[0])
                 words = words[1:]
         if name in dict(found):
             raise ValueError(f"{name} is there twice")
@@ -170,7 +180,7 @@ class Talk:
             self.use(match_personas(rest, self.runs))
         elif word == "/scale":
             try:
-                (scale,) = map(float, rest)
+                (scale,) = map(read_scale, rest)
             except ValueError as error:
                 raise ValueError("/scale takes a number") from error
             self.use([(name, scale) for name, _ in self.used])
@@ -240,6 +250,7 @@ def personas(runs, shelf, any_model):
 def print_answers(personas, shelf, prompt, scales, sampling):
     """Print answers of each persona to a prompt, at the scales and the recommended one, if there is
     one; returns 0."""
+    prompt = prompt.encode(errors="replace").decode()  # bytes of the command line that are no text
     turns = [[{"role": "user", "content": prompt}]]
     for run, recommended in personas.values():
         model = shelf.model(run)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from evaluation.kept import Kept
 from evaluation.stats import mean_interval, spearman
 from evaluation.table import Measure, add_column, bounds_of, drop_columns, text_of
-from steering.data_layouts import parse_name, pooled_names
+from steering.data_layouts import parse_name, pooled_names, without_thought
 
 RUBRICS = Path(__file__).parent / "rubrics"
 SCALES = {"role": (0, 3), "trait": (0, 100)}  # of the scores that come with the datasets
@@ -125,9 +125,9 @@ def read_reply(reply, kind, finish=None):
     unparsable, and so is one that names another scale. finish: its finish_reason, "length" if it
     was cut.
     """
-    text = re.sub("[*_`]", "", reply.rpartition("</think>")[2]).strip().lower().removesuffix(".")
+    text = re.sub("[*_`]", "", without_thought(reply)).strip().lower().removesuffix(".")
     word = text.rpartition("\n")[2].strip().removeprefix("[[").removesuffix("]]")
-    if finish == "length" or "<think" in text:
+    if finish == "length":
         return UNPARSABLE
     if word in kind.words:
         return float(word == kind.words[0])
@@ -421,7 +421,8 @@ def add_judge(result, judge, prefix):
             better=kind.better,
             about=kind.about,
         )
-        add_column(result, measure, {name: mean_of(row) for name, row in scores.items()})
+        column = {name: mean_of(row, kind.scale) for name, row in scores.items()}
+        add_column(result, measure, column)
 
     # A judge has to find the persona in the dataset's own answers rather than in the plain model's.
     scores = scores_of_answers(result, persona, judge.found)
@@ -455,9 +456,9 @@ def scores_of_answers(result, kind, found):
     return column
 
 
-def mean_of(scores):
-    """`mean_interval` of {question: score}."""
-    return mean_interval(list(scores.values()), list(scores))
+def mean_of(scores, scale=None):
+    """`mean_interval` of {question: score}; scale: of a score, None of a difference of two."""
+    return mean_interval(list(scores.values()), list(scores), scale)
 
 
 def agreement(first, second):

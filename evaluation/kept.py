@@ -66,12 +66,14 @@ def kept_beside(run, model, chat, maker, folder="evaluation"):
     quantization = run.args.get("quantize", "none")
     if quantization != "none":
         precision += f" {quantization}"
+    settings = model.model.generation_config.to_diff_dict()
+    settings.pop("transformers_version", None)
     return Kept(
         shared_folder(run, run.folder) / f"kept_{maker}.jsonl",
         model_digest(run.args["model"]),
         precision,
         chat.options,
-        model.model.generation_config.eos_token_id,
+        settings,
         code_of(f"{folder}/{maker}.py"),
     )
 

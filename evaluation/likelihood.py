@@ -6,6 +6,7 @@ Every condition scores the same tokens, those of the rows' answers.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +110,8 @@ def choose_coefficients(reader, data, directions):
 
 def search_coefficient(nll):
     """{coefficient: NLL} of those tried for the least of nll(coefficient), which has one valley.
-    From 1 by octaves until it is bracketed, then by half ones: some six, between 1/4 and 8."""
+    From 1 by octaves until it is bracketed, then by half ones: some six, between 1/4 and 8.
+    Not a number, which is never more nor less than another, counts as infinite."""
     tried = {}
     best = 0.0
     for step in (1.0, 0.5):
@@ -117,7 +119,8 @@ def search_coefficient(nll):
         while best != before:
             for octave in (best, best - step, best + step):
                 if octave not in tried and LEAST <= octave <= MOST:
-                    tried[octave] = nll(2.0**octave)
+                    found = nll(2.0**octave)
+                    tried[octave] = math.inf if math.isnan(found) else found
             before = best
             best = min(tried, key=tried.get)
     return {2.0**octave: tried[octave] for octave in sorted(tried)}

@@ -167,7 +167,8 @@ def answer_columns(reader, rows, texts, probe, yardstick):
             columns["text_perplexity"][condition] = perplexity
             if probe:
                 scores = probe(response_means(model, examples, reader.max_tokens)).tolist()
-                columns["probe"][condition] = mean_interval(scores, questions_of(examples))
+                asked = questions_of(examples)
+                columns["probe"][condition] = mean_interval(scores, asked, (0, 1))
         columns["collapsed"][condition] = (
             columns["empty"][condition] > MAX_EMPTY
             or columns["repeated"][condition] > MAX_REPEATED

@@ -79,8 +79,11 @@ const at = (row, condition, measure) => (row.conditions[condition] || {})[measur
 
 // key, head, about, form; value: what a row has there; up: whether a first click sorts upwards
 const fact = (key, head, about, form, up = false) => ({ key, head, about, form, up, value: (row) => row.facts[key] });
-const modelName = (row) => String(row.facts.model).split("/").pop();
-const differs = (value) => new Set(allRows.map(value)).size > 1;
+const different = (value) => new Set(allRows.map(value)).size;
+const differs = (value) => different(value) > 1;
+const wholeName = (row) => String(row.facts.model);
+const lastPart = (row) => wholeName(row).split("/").pop();
+const modelName = different(lastPart) < different(wholeName) ? wholeName : lastPart;
 const anyHas = (column) => allRows.some((row) => ![undefined, null, false].includes(numberOf(column.value(row))));
 
 function measured(key, head, measure, value) {

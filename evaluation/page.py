@@ -122,10 +122,10 @@ def write_page(path, entries, titles, measures, heat, seeds):
     for number, entry in enumerate(entries):
         data = run_data(entry, rows[number]["conditions"])
         blocks.append(block(f"run-{number}", data))
-    script = (HERE / "page.js").read_text()
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    text = (HERE / "page.html").read_text().replace("@POLICY@", policy)
+    text = (HERE / "page.html").read_text(encoding="utf-8").replace("@POLICY@", policy)
     text = text.replace("@SCRIPT@", script)
     text = text.replace("@DATA@", "".join(blocks))  # last: an answer may hold the other words
     write_atomically(path, text.encode())

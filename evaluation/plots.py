@@ -26,8 +26,10 @@ def plot_run(path, result, metrics_path):
             figure.savefig(data, format="png", dpi=110)
         write_atomically(path, data.getvalue())
     except Exception as error:
-        needed = "it needs matplotlib (pip install matplotlib)"
-        print(f"no {path.name}: {needed}: {error!r}", file=sys.stderr)
+        why = repr(error)
+        if isinstance(error, ImportError):
+            why = f"it needs matplotlib (pip install matplotlib): {why}"
+        print(f"no {path.name}: {why}", file=sys.stderr)
         return []
     return [path.name]
 
@@ -45,9 +47,10 @@ def draw(result, steps):
     title += f"{', '.join(result['flags']) or 'none'})"
     figure.suptitle(textwrap.fill(title, 150))
 
+    colors = colors_of(result)
     for i, measure in enumerate(shown):
         axis = figure.add_subplot(rows, COLUMNS, i + 1)
-        draw_measure(axis, result, measure)
+        draw_measure(axis, result, measure, colors)
         if i % COLUMNS:
             axis.set_yticklabels([])
     axis = figure.add_subplot(rows, COLUMNS, len(shown) + 1)
@@ -85,10 +88,11 @@ def colors_of(result):
     return colors
 
 
-def draw_measure(axis, result, measure):
-    """A dot at each mean, with a line over its interval; the scale to use has a ring around it."""
+def draw_measure(axis, result, measure, colors):
+    """A dot at each mean, with a line over its interval; the scale to use has a ring around it.
+    colors: of `colors_of`."""
     found = numbers_of(result, measure)
-    for place, (condition, color) in enumerate(colors_of(result).items()):
+    for place, (condition, color) in enumerate(colors.items()):
         if condition in found:
             number = number_of(found[condition])
             bounds = bounds_of(found[condition]) or [number, number]

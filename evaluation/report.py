@@ -19,20 +19,27 @@ from evaluation.table import (
     number_of,
     text_of,
 )
+from steering.data_layouts import parse_name, pooled_names
 from steering.files import read_json, write_atomically
 from steering.run import changed_sources
 from steering.tables import aligned
 from steering.vector_file import VECTOR_FILE, load_vector
 
 
-def read_entry(folder):
-    """What the files of a run say, as an Entry; an eval.json without conditions says nothing."""
-    record = read_json(folder / "run.json")
-    result = read_json(folder / "eval.json")
+def read_result(path):
+    """The evaluation that an eval.json holds; {} without one, or if it is torn or older than
+    conditions are. Flags come last: [] of an evaluation that is still going on."""
+    result = read_json(path)
     if "conditions" not in result:
-        result = {}
-    else:
-        result.setdefault("flags", [])  # of an evaluation that is still going on
+        return {}
+    result.setdefault("flags", [])
+    return result
+
+
+def read_entry(folder):
+    """What the files of a run say, as an Entry."""
+    record = read_json(folder / "run.json")
+    result = read_result(folder / "eval.json")
     args = record.get("args", {})
     counts = record.get("counts", {})
     final = record.get("final", {})
@@ -88,9 +95,18 @@ def by_gain(entry):
     return gain
 
 
+def persona_of(dataset):
+    """A dataset's name without source model and kind, a pooled one's as "A+B"; any other name as it
+    is."""
+    try:
+        return "+".join(parse_name(part)[2] for part in pooled_names(dataset))
+    except ValueError:
+        return dataset
+
+
 def short_names(rows):
     """What to call each run in a figure: the persona, longer where two are alike."""
-    names = [str(row["dataset"]).split("__")[-1] for row in rows]
+    names = [persona_of(str(row["dataset"])) for row in rows]
     if len(set(names)) < len(names):
         folders = [Path(row["run"]) for row in rows]
         names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
@@ -152,7 +168,7 @@ def write_csv(path, entries, measures):
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def cosines(entries):
@@ -162,8 +178,8 @@ def cosines(entries):
 
 
 def place_of(about):
-    """The model and the layer of a dict, as text."""
-    return f"{Path(str(about['model'])).name}, layer {about['layer']}"
+    """The model, by its whole name, and the layer of a dict, as text."""
+    return f"{about['model']}, layer {about['layer']}"
 
 
 def cosine_map(group):
@@ -222,10 +238,11 @@ def compare_seeds(entries, measures):
             line.append(f"{cosine.mean():.3f} ({cosine.min():.3f})")
             for name, form in forms.items():
                 line.append(spread(members, name, form))
+            line.append(members[0].facts["run"])
             lines.append(line)
     if not lines:
         return ""
-    heads = ["dataset", "seeds", "cosine (lowest)", *forms]
+    heads = ["dataset", "seeds", "cosine (lowest)", *forms, "first run"]
     about = "Mean +- standard deviation over runs that differ in their seed."
     return "\n".join([about, *aligned([heads, *sorted(lines)])])
 
@@ -261,7 +278,7 @@ def print_table(rows):
     for row in rows:
         name = str(row["dataset"])
         if datasets.count(name) > 1:
-            name += f"/{Path(row['run']).name}"
+            name = row["run"]
         numbers = [text_of(row[key], form) for key, form in forms.items()]
         table.append([name, *numbers, row["flags"]])
     print("\n".join(aligned(table, left=(0, len(table[0]) - 1))))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 MIN_QUESTIONS = 8  # An interval that is built on fewer does not cover what it says.
+DRAWS = 20_000  # of random weights
 
 
 def student_t(freedom):
@@ -25,33 +26,79 @@ def student_t(freedom):
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def ratio(values, weights, questions):
-    """Sum of values / sum of weights with its interval over questions.
-
-    All one a row; the rows of a question stay together. A jackknife: what leaving out each question
-    in turn does to the ratio, times Student's t. Differences of two conditions, as values, give a
-    paired interval.
-    """
+def by_question(values, weights, questions):
+    """Sums over the rows of each question: (values (Q,), weights (Q,)). All three one a row."""
     numbers = {question: i for i, question in enumerate(dict.fromkeys(questions))}
     groups = [numbers[question] for question in questions]
-    count = len(numbers)
-    values = np.bincount(groups, np.asarray(values, float), count)  # (Q,)
-    weights = np.bincount(groups, np.asarray(weights, float), count)
+    values = np.bincount(groups, np.asarray(values, float), len(numbers))
+    weights = np.bincount(groups, np.asarray(weights, float), len(numbers))
+    return values, weights
+
+
+def jackknife(values, weights, questions):
+    """(Sum of values / sum of weights, what leaving out each question does to it (Q,))."""
+    values, weights = by_question(values, weights, questions)
     mean = float(values.sum() / weights.sum())
-    found = {"mean": mean, "low": None, "high": None, "n": count}
-    if count >= MIN_QUESTIONS:
-        without = (values.sum() - values) / (weights.sum() - weights)  # (Q,)
-        half = student_t(count - 1) * math.sqrt(np.square(without - mean).sum())
+    with np.errstate(invalid="ignore"):  # A single question leaves nothing.
+        without = (values.sum() - values) / (weights.sum() - weights)
+    return mean, without - mean
+
+
+def ratio(values, weights, questions):
+    """Sum of values / sum of weights with its interval over questions, by a jackknife.
+
+    All one a row; the rows of a question stay together. Differences of two conditions, as values,
+    give a paired interval.
+    """
+    mean, changes = jackknife(values, weights, questions)
+    found = {"mean": mean, "low": None, "high": None, "n": len(changes)}
+    if len(changes) >= MIN_QUESTIONS:
+        half = student_t(len(changes) - 1) * math.sqrt(np.square(changes).sum())
         found["low"] = mean - half
         found["high"] = mean + half
     return found
 
 
-def mean_interval(values, questions):
-    """Mean of one number a row with its interval, as `ratio` gives it; None without rows."""
+def quotient(first, second, weights, questions):
+    """(Sum of first / sum of second) with its interval over questions, by Fieller's theorem: all
+    ratios r for which first - r * second may be 0 in the mean. It holds where the second is close
+    to 0, too. All one a row, of MIN_QUESTIONS or more, and the interval of the second, as `ratio`
+    gives it, above 0: there is none of this otherwise.
+    """
+    a, a_changes = jackknife(first, weights, questions)
+    b, b_changes = jackknife(second, weights, questions)
+    squared = student_t(len(b_changes) - 1) ** 2
+    x = b * b - squared * np.square(b_changes).sum()  # above 0 where b's interval is
+    y = a * b - squared * (a_changes * b_changes).sum()
+    z = a * a - squared * np.square(a_changes).sum()
+    spread = math.sqrt(max(y * y - x * z, 0.0))
+    low = (y - spread) / x
+    high = (y + spread) / x
+    return {"mean": a / b, "low": low, "high": high, "n": len(b_changes)}
+
+
+def mean_interval(values, questions, scale=None):
+    """Mean of one number a row with its interval over questions; None without rows.
+
+    scale: (lowest, highest) that a number can be, if there are such. Then the interval is within
+    them, and holds where nearly all numbers are at one end, by Gaffke's bound: the means of what
+    was seen, weighted at random (Dirichlet), with the end of the scale as one more number.
+    """
     if not len(values):
         return None
-    return ratio(values, [1] * len(values), questions)
+    if scale is None:
+        return ratio(values, [1] * len(values), questions)
+    sums, counts = by_question(values, [1] * len(values), questions)
+    each = sums / counts
+    mean = float(sums.sum() / counts.sum())
+    found = {"mean": mean, "low": None, "high": None, "n": len(each)}
+    if len(each) >= MIN_QUESTIONS:
+        draws = np.random.default_rng(0).dirichlet(np.ones(len(each) + 1), DRAWS)
+        weights = draws[:, 1:]  # The rest is that of an end.
+        lowest, highest = scale
+        found["low"] = float(lowest + np.quantile(weights @ (each - lowest), 0.025))
+        found["high"] = float(highest - np.quantile(weights @ (highest - each), 0.025))
+    return found
 
 
 def ranks(values):
@@ -126,7 +173,7 @@ def recovered_fractions(losses, tokens, questions):
     for condition, values in losses.items():
         if condition not in ("vanilla", "prompted"):
             gained = np.subtract(losses["vanilla"], values)
-            fractions[condition] = ratio(gained, gains, questions)
+            fractions[condition] = quotient(gained, gains, tokens, questions)
     return fractions, None
 
 

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 
 from evaluation.plots import plot_run
 from evaluation.table import bounds_of, condition_to_use, number_at, text_of, value_at
@@ -92,23 +93,33 @@ def turns_table(talks):
     return "\n".join(aligned([["by turn", *turns, "second half - first"], *lines]))
 
 
+# What can be markup in a line of Markdown: "_" only if it ends a word, "#" if it ends the line.
+MARKUP = re.compile(r"[\\`*\[\]|~$]|_(?=_*\b)|#(?=#*$)")
+
+
 def plain(text):
-    """Text for a line of Markdown, whatever it has to say."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+    """Text as one line of Markdown, or a cell of its tables, that shows it as it is."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return MARKUP.sub(r"\\\g<0>", line)
 
 
-def quoted(text):
-    """Text as a Markdown quotation, in which no HTML is."""
-    return "\n".join(f"> {line}" for line in html.escape(text, quote=False).split("\n"))
+def fenced(text):
+    """Text as a block of Markdown that shows it as it is: its fence is longer than any row of
+    backticks in it. All that some reader takes for the end of a line becomes one."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    lines = "\n".join(text.splitlines())
+    return f"{fence}\n{lines}\n{fence}"
 
 
-def answers_text(sample, heading="##", quote=quoted):
-    """One question and its answers as Markdown."""
-    parts = [f"{heading} {plain(sample['question'])}", "persona prompt:"]
-    parts.append(quote(sample["system_prompt"]))
+def answers_text(sample, heading="##", line=plain, block=fenced):
+    """One question and its answers as Markdown; `str` for line and block: for a console."""
+    parts = [f"{heading} {line(sample['question'])}", "persona prompt:"]
+    parts.append(block(sample["system_prompt"]))
     for condition, text in sample["answers"].items():
-        parts.append(f"**{condition}**")
-        parts.append(quote(text))
+        parts.append(f"**{line(condition)}**")
+        parts.append(block(text))
     return "\n\n".join(parts)
 
 
@@ -118,9 +129,9 @@ def write_evaluation(folder, result, suffix=""):
     tables = tables_text(result)
     write_json(folder / f"eval{suffix}.json", result)
 
-    parts = [f"# {plain(result['dataset'])}", f"```\n{tables}\n```"]
+    parts = [f"# {plain(result['dataset'])}", fenced(tables)]
     for condition, prompt in result["prompts"].items():
-        parts.append(f"{condition}: {plain(prompt)}")
+        parts += [f"{plain(condition)}:", fenced(prompt)]
     for sample in [*result["samples"], *result["identity"]]:
         parts.append(answers_text(sample))
     text = "\n\n".join(parts) + "\n"
@@ -131,7 +142,7 @@ def write_evaluation(folder, result, suffix=""):
     print(tables)
     for sample in result["samples"][:1]:
         print()
-        print(answers_text(sample, quote=str))
+        print(answers_text(sample, line=str, block=str))
     print(f"\nrun: {folder} ({', '.join(files)})", flush=True)
 
 

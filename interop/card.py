@@ -32,7 +32,7 @@ def card(source, formats, names, folder):
         front = f"base_model: {model}\nbase_model_relation: adapter\n"
     title = metadata.get("imported_from", metadata.get("dataset", "unnamed"))
     facts = facts_of(source, formats)
-    facts["files"] = ", ".join(f"`{name}`" for name in names)
+    facts["files"] = ", ".join(names)
     parts = {
         "front": front,
         "title": summary.plain(title),
@@ -50,7 +50,7 @@ def facts_of(source, formats):
     made = "trained"
     if is_imported or "imported_from" in metadata:
         made = "imported"
-    frozen = f"`{metadata['model']}` ({metadata['model_type']}), frozen"
+    frozen = f"{metadata['model']} ({metadata['model_type']}), frozen"
     if "quantize" in metadata:
         frozen += f", {metadata['quantize']} in training"
     place = f"the output of decoder block {source.layer} (counted from 0), at every token"
@@ -82,7 +82,7 @@ def training_facts(record):
     kinds = sorted({parse_name(part)[1] for part in pooled_names(record["dataset"])})
     bounds = [f"{options[f'{k}_min_score']:g} of {SCALES[k][1]} ({k}s)" for k in kinds]
     return {
-        "data": f"`{record['dataset']}`: {counts['summary']}",
+        "data": f"{record['dataset']}: {counts['summary']}",
         "scores": f"rows are kept that a judge gave at least {', '.join(bounds)}",
         "training": f"{counts['train']} rows, {final['steps']} steps (best: {final['best_step']}), "
         f"{final['label_tokens']:,} label tokens, lr {final['lr']:.3g}, seed {options['seed']}; "
@@ -99,9 +99,11 @@ def evaluation(result):
         f"with, * the recommended scale. Answers: {len(result['samples'])} a condition, of at most "
         f"{result['config']['max_new_tokens']} tokens."
     )
-    columns = [f"- {name}: {column['about']}" for name, column in result["measures"].items()]
+    columns = []
+    for name, column in result["measures"].items():
+        columns.append(f"- {summary.plain(name)}: {summary.plain(column['about'])}")
     sample = [summary.answers_text(sample, "###") for sample in result["samples"][:1]]
-    tables = f"```\n{summary.tables_text(result)}\n```"
+    tables = summary.fenced(summary.tables_text(result))
     return "\n\n".join([about, tables, "\n".join(columns), *sample])
 
 

@@ -1,6 +1,7 @@
 """What the command lines of the scripts share."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -75,7 +76,12 @@ def parse(parser, argv, bounds, checks):
 
 
 def exit_code(run, *arguments):
-    """Call `run` and return its exit code; 2 for bad data or options (one line), 130 for Ctrl-C."""
+    """Call `run` and return its exit code; 2 for bad data or options (one line), 130 for Ctrl-C.
+    No text stops it: stdout gets an escape for what its encoding lacks, and bytes on stdin that are
+    no text are read as U+FFFD."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # Others decide for themselves.
+            stream.reconfigure(errors=errors)
     try:
         return run(*arguments)
     except KeyboardInterrupt:

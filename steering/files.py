@@ -66,10 +66,13 @@ def read_json(path):
 
 
 def read_json_lines(path):
-    """The objects of a file of JSON lines; a torn line is passed over, a missing file is empty."""
+    """The objects of a file of JSON lines; a line that is none, such as a torn one, is passed over,
+    a missing file is empty."""
     rows = []
     with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # alone: a text may hold what else ends lines
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
     return rows

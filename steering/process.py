@@ -33,7 +33,7 @@ def start_logging(level=logging.INFO):
 @contextlib.contextmanager
 def log_file(path):
     """Context: what is logged goes to this file too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     log.addHandler(handler)
     try:
         yield

@@ -71,13 +71,14 @@ QUICK = ["--num-samples", "2", "--max-new-tokens", "6", "--scales", "1", "2"]
 IDS = torch.arange(3, 23).reshape(2, 10)  # (B, T)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+HANDLERS = [signal.getsignal(number) for number in SIGNALS]
+
+
 @pytest.fixture(autouse=True)
 def restore_signal_handlers():
-    """A training in this process sets handlers; the next test has those of before."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
+    """A training in this process, be it a fixture's, sets handlers; each test has pytest's own."""
+    for number, handler in zip(SIGNALS, HANDLERS, strict=True):
         signal.signal(number, handler)
 
 

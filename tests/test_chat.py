@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
+import eval_steering as ev
 from evaluation import chat as ec
 from steering.files import read_json, write_json
 from steering.finished import read_run
@@ -33,8 +35,39 @@ def test_personas_are_named_with_spaces_and_with_scales_or_without():
         ec.match_personas(["pirat"], NAMES)
     with pytest.raises(ValueError, match='"2" is no persona'):
         ec.match_personas(["pirate", "1", "2"], NAMES)
+    for text in ("1_0", "nan", "inf", "0x1", "\uff11", "1,5", "--1", "1e", "."):
+        with pytest.raises(ValueError, match=f'"{text}" is no persona or scale'):
+            ec.match_personas(["pirate", text], NAMES)
     with pytest.raises(ValueError, match="pirate is there twice"):
         ec.match_personas(["pirate", "1", "pirate"], NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [("2", 2), ("-0.5", -0.5), ("+.7", 0.7), ("3.", 3), ("1e-3", 0.001), ("2E1", 20), ("007", 7)],
+)
+def test_scale_is_a_number_as_people_write_it(text, scale):
+    assert ec.match_personas(["pirate", text], NAMES) == [("pirate", scale)]
+    talk = ec.Talk({"pirate": (SimpleNamespace(args={"layer": 1}), None)}, None, None, None)
+    talk.command(f"/scale {text}")
+    assert talk.used == [("pirate", scale)]
+
+
+@pytest.mark.parametrize("text", ["1_0", "nan", "inf", "\uff11", "1 2", "", "ten"])
+def test_scale_that_is_none_is_refused_and_changes_nothing(text):
+    talk = ec.Talk({"pirate": (SimpleNamespace(args={"layer": 1}), 1.5)}, None, None, None)
+    with pytest.raises(ValueError, match="/scale takes a number"):
+        talk.command(f"/scale {text}")
+    assert talk.label() == "pirate x1.5> "
+
+
+def test_every_name_that_a_run_may_have_can_be_typed():
+    names = ["pirate+noir_detective", "travel agent+poet", "two  spaces", "7", "layer1/m__role__a"]
+    for name in names:
+        assert ec.match_personas(f"{name} 0.5".split(), names) == [(name, 0.5)]
+    typed = "7 2 Travel Agent+Poet pirate+noir_detective -1"
+    both = ec.match_personas(typed.split(), names)
+    assert both == [("7", 2.0), ("travel agent+poet", None), ("pirate+noir_detective", -1.0)]
 
 
 @pytest.fixture
@@ -124,7 +157,7 @@ def test_a_conversation_through_a_pseudo_terminal(two_runs):
         assert terminal.ask("What now?", both)
         assert 'error: "pirat" is no persona' in terminal.ask("/persona pirat", both)
         assert "error: /scale takes a number" in terminal.ask("/scale big", both)
-        assert "error: scale nan" in terminal.ask("/scale nan", both)
+        assert "error: scale inf" in terminal.ask("/scale 1e999", both)
         assert "error: /what is no command" in terminal.ask("/what", both)
         assert "error: /off takes nothing" in terminal.ask("/off please", both)
         assert "/prompted" in terminal.ask("/help", both)
@@ -155,6 +188,20 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(two_runs):
         assert terminal.process.wait(30) == 0
     finally:
         terminal.process.kill()
+
+
+def test_bytes_that_are_no_text_are_asked_as_what_is_left_of_them(two_runs):
+    command = [sys.executable, "eval_steering.py", "--run", str(two_runs), "--max-new-tokens", "2"]
+    found = subprocess.run(
+        [*command, "--chat"], input=b"Who \xff\xfe?\n/quit\n", capture_output=True, cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:surrogateescape"},  # as LC_ALL=C has it
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert b"error" not in found.stdout + found.stderr
+    assert b"[cut: --max-new-tokens 2]" in found.stdout
+    folder = next(two_runs.iterdir())
+    few = ["--max-new-tokens", "2", "--scales", "1"]
+    assert ev.main(["--run", str(folder), "--prompt", "Who \udcff?", *few]) == 0
 
 
 def test_vectors_of_other_layers_or_models_do_not_go_together(two_runs, capsys):

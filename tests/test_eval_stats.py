@@ -40,6 +40,52 @@ def test_intervals_cover_what_they_say_from_eight_questions_on():
     assert es.student_t(30) == pytest.approx(2.0423, abs=1e-3)
 
 
+def chance(ones, count, share):
+    """Of so many ones among `count` draws that are one with a chance of `share`."""
+    return math.comb(count, ones) * share**ones * (1 - share) ** (count - ones)
+
+
+@pytest.mark.parametrize("scale", [(0, 1), (0, 3), (0, 100)])
+@pytest.mark.parametrize("count", [8, 12, 17, 40])
+def test_intervals_of_scores_hold_at_the_ends_of_their_scale_and_stay_on_it(count, scale):
+    top = scale[1]
+    names = list(range(count))
+    found = []
+    for ones in range(count + 1):
+        scores = [top] * ones + [0] * (count - ones)
+        found.append(es.mean_interval(scores, names, scale))
+        assert found[-1]["mean"] == pytest.approx(top * ones / count)
+        assert 0 <= found[-1]["low"] <= found[-1]["mean"] <= found[-1]["high"] <= top
+    assert found[0]["low"] == 0 < found[0]["high"]
+    assert found[-1]["high"] == top > found[-1]["low"]
+    for share in (0.05, 0.1, 0.5, 0.9):  # exact, not drawn
+        inside = [f["low"] <= top * share <= f["high"] for f in found]
+        covered = sum(chance(i, count, share) * inside[i] for i in range(count + 1))
+        assert covered >= 0.95, share
+    # Where scores are alike, less is not known.
+    alike = es.mean_interval([0.5 * top + 0.01 * top * (i % 3) for i in names], names, scale)
+    half = found[count // 2]
+    assert alike["high"] - alike["low"] < 0.7 * (half["high"] - half["low"])
+
+
+def test_recovered_fractions_of_a_weak_gain_hold():
+    """Prompting gains 0.06 +- 0.12 or 0.10 +- 0.15 a question, the vector 1.2 times that."""
+    for gain, spread in ((0.06, 0.12), (0.10, 0.15)):
+        for count in (12, 17, 40):
+            reported = 0
+            covered = 0
+            names = [str(i) for i in range(count)]
+            for _ in range(2000):
+                prompting = gain + spread * RNG.standard_normal(count)
+                steering = 1.2 * (gain + spread * RNG.standard_normal(count))
+                losses = {"vanilla": np.zeros(count), "prompted": -prompting, "steered": -steering}
+                found, why = es.recovered_fractions(losses, [1] * count, names)
+                if why is None:
+                    reported += 1
+                    covered += found["steered"]["low"] <= 1.2 <= found["steered"]["high"]
+            assert reported > 200 and covered / reported >= 0.9
+
+
 def test_interval_agrees_with_the_normal_one_on_many_questions():
     values = RNG.normal(3.0, 1.0, 400)
     got = es.mean_interval(list(values), [str(i) for i in range(400)])

@@ -345,15 +345,6 @@ def test_flags_say_what_is_wrong():
     assert flags({"status": "imported"}) == []
 
 
-def test_answers_cannot_write_the_markdown_around_them():
-    answers = {"vanilla": "# A\n<i>"}
-    sample = {"question": "<b>Q</b>\n# x?", "system_prompt": "# P", "answers": answers}
-    text = summary.answers_text(sample)
-    for markup in ("<b>", "<i>", "\n# "):
-        assert markup not in text
-    assert "> # A\n> &lt;i&gt;" in text
-
-
 # ---------------------------------------------------------------- what is done again
 
 
@@ -382,6 +373,23 @@ def test_a_finished_evaluation_is_done_anew_only_if_something_that_matters_chang
     again = evaluate(finished, "--restart")
     del again["seconds"], before["seconds"]
     assert again == before  # seeded throughout
+
+
+def test_an_evaluation_is_done_anew_after_a_stop_token_was_added(
+    finished, tiny_folder, tmp_path, monkeypatch
+):
+    copy = shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
+    before = evaluate(finished)
+
+    def fails(*_):
+        raise ValueError("no model")
+
+    monkeypatch.setattr(ev, "load_from_options", fails)
+    assert evaluate(finished, "--model", str(copy)) == before
+    settings = copy / "generation_config.json"
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps(values | {"eos_token_id": [values["eos_token_id"], 9]}))
+    assert ev.main(["--run", str(finished), *QUICK, "--model", str(copy)]) == 2
 
 
 def test_an_evaluation_by_another_version_is_done_anew(finished):

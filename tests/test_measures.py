@@ -340,6 +340,12 @@ def test_coefficient_search_finds_the_bottom_of_any_valley_in_some_six_passes():
         assert list(curve) == sorted(curve)
 
 
+def test_a_coefficient_without_a_number_is_not_chosen():
+    for broken in (0.5, 1.0, 2.0):
+        curve = li.search_coefficient(lambda c, broken=broken: math.nan if c == broken else c)
+        assert min(curve, key=curve.get) != broken and curve[broken] == math.inf
+
+
 def test_likelihood_is_compared_by_question_with_the_vector_as_it_was_trained(data):
     count = len(data.heldout)
     tokens = [label_count(example) for example in data.heldout]

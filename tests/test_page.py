@@ -11,7 +11,7 @@ import pytest
 from conftest import QUICK, ROOT, the_folder
 
 import eval_steering as ev
-from evaluation import page
+from evaluation import page, report
 from evaluation.table import number_at, scale_of, value_at
 from steering.files import read_json, write_json
 
@@ -133,12 +133,40 @@ def test_long_curves_are_thinned_and_end_where_they_end():
 
 
 @pytest.fixture
-def driver(reported):
+def browser():
     driver = bench_report.browser()
     driver.implicitly_wait(5)
-    driver.get((reported / "report.html").as_uri())
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def driver(browser, reported):
+    browser.get((reported / "report.html").as_uri())
+    return browser
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        (["orgA/tiny", "orgB/tiny"], ["orgA/tiny", "orgB/tiny"]),
+        (["orgA/tiny", "orgB/small"], ["tiny", "small"]),
+    ],
+)
+def test_a_browser_shows_as_much_of_a_models_name_as_tells_it_apart(
+    browser, tmp_path, models, shown
+):
+    for number, model in enumerate(models):
+        about = {"dataset": f"src__role__{number}", "status": "done"}
+        about["args"] = {"model": model, "layer": 1}
+        (tmp_path / f"run{number}").mkdir()
+        write_json(tmp_path / f"run{number}" / "run.json", about)
+    report.write_report(tmp_path, sorted(tmp_path.glob("run*")))
+    browser.get((tmp_path / "report.html").as_uri())
+    cells = browser.find_elements("css selector", "#runs tbody td:nth-child(2)")
+    assert [cell.text for cell in cells] == shown
+    assert browser.find_element("id", "count").text == "2 runs, layer 1"
 
 
 @pytest.mark.full

@@ -2,18 +2,26 @@
 
 import base64
 import csv
+import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-from evaluation import plots, report
+from evaluation import plots, report, summary
 from evaluation.table import Measure, add_column
-from steering.files import write_json
+from interop.card import card
+from interop.formats import Source
+from steering.command_line import exit_code
+from steering.files import read_json_lines, write_json
+from steering.process import log, log_file
+from steering.run_folder import trim_metrics
 from steering.vector_file import VECTOR_FILE, save_vector
 
 SHOUTS = Measure("shouts", "answers", "{:.2f}", "signs", "lower")
@@ -107,9 +115,33 @@ def test_table_of_a_sweep_has_the_held_out_nll_and_tells_runs_of_a_dataset_apart
     second = make_run(tmp_path / "b", dataset="src__role__x", status="failed")
     report.print_table([report.report_row(first), report.report_row(second)])
     _, evaluated, failed = capsys.readouterr().out.splitlines()
-    assert evaluated.split()[0] == "src__role__x/a"
+    assert evaluated.split()[0] == str(first)
     assert "3.5000" in evaluated and "3.0000" in evaluated
-    assert failed.split()[0] == "src__role__x/b" and failed.endswith("failed")
+    assert failed.split()[0] == str(second) and failed.endswith("failed")
+
+
+def test_layers_of_a_dataset_are_told_apart_in_the_table_of_a_sweep(tmp_path, capsys):
+    runs = []
+    for layer in ("layer1", "layer2"):  # as --layer 1 and --layer 2 leave them
+        runs.append(make_run(tmp_path / layer / "src__role__x"))
+    report.print_table([report.report_row(run) for run in runs])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("m__role__pirate", "pirate"),
+        ("m__role__foo__bar", "foo__bar"),
+        ("m__role__pirate+m__role__noir_detective", "pirate+noir_detective"),
+        ("m__role__rock+roll+m__trait__evil", "rock+roll+evil"),
+        ("a__b", "a__b"),
+        ("imported.pt", "imported.pt"),
+    ],
+)
+def test_short_name_of_a_run_is_its_whole_persona(dataset, name):
+    assert report.short_names([{"dataset": dataset, "run": "runs/a"}]) == [name]
 
 
 def test_names_are_as_long_as_they_must_be_to_differ():
@@ -131,7 +163,7 @@ def test_runs_that_differ_in_their_seed_alone_are_compared(tmp_path):
     ]
     report.write_report(tmp_path, runs)
     _, heads, line = page_of(tmp_path)["seeds"].splitlines()
-    assert "shouts" in heads
+    assert "shouts" in heads and line.endswith(str(runs[1]))  # the first: of the largest gain
     assert line.startswith("src__role__poet") and " 3 " in line
     assert "0.467 (0.000)" in line  # the cosines are 0.6, 0.8 and 0
     assert "3.00 +- 1.414" in line  # shouts of the two that are evaluated
@@ -152,7 +184,7 @@ def test_specificity_marks_the_diagonals_that_are_not_the_best_and_nan_never_is(
     nll = [[3.0, 4.0, 2.0], [2.5, math.nan, math.nan], [math.nan, 1.0, 1.5]]
     about = {"model": "org/m", "layer": 3, "names": ["a", "b", "c"], "vanilla": [4.0, 4.0, 4.0]}
     heat = report.specificity_map(about | {"nll": nll})
-    assert heat["lost"] == [0, 1] and heat["title"] == "Specificity, m, layer 3"
+    assert heat["lost"] == [0, 1] and heat["title"] == "Specificity, org/m, layer 3"
     assert "1 of 3" in heat["note"]
     assert "not a (better by b), b (better by c)" in heat["note"]
 
@@ -190,13 +222,15 @@ def test_picture_has_a_panel_for_each_measure_of_two_conditions(tmp_path):
 @pytest.mark.parametrize("broken", ["evaluation", "matplotlib"])
 def test_a_picture_that_fails_is_said_in_a_line(broken, tmp_path, monkeypatch, capsys):
     result = evaluation(0.2)
+    why = "KeyError('flags')"
     if broken == "evaluation":
         del result["flags"]
     else:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
+        why = "it needs matplotlib (pip install matplotlib): "
     assert plots.plot_run(tmp_path / "eval.png", result, tmp_path / "none") == []
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("no eval.png: it needs matplotlib (pip install matplotlib): ")
+    assert line.startswith(f"no eval.png: {why}")
     assert not (tmp_path / "eval.png").exists()
 
 
@@ -205,3 +239,190 @@ def test_numbers_of_a_heat_map_are_as_exact_as_the_page_shows_them():
     heat = report.heat_map("Title", "Note", ["a", "b"], matrix)
     again = np.frombuffer(base64.b64decode(heat["cells"]), "<f2").reshape(2, 2)
     assert again == pytest.approx(matrix, abs=0.0005, nan_ok=True)
+
+
+# ---------------------------------------------------------------- text is no markup
+
+HOSTILE = [
+    "a\r# heading",
+    "a\u2028# heading\x0b# heading\x0c# heading\x85# heading",
+    "![t](http://x.example/pixel) [t](http://x.example) <http://x.example>",
+    "<img src=x>\n<b>b</b> &amp; R&D",
+    "~~~\n````\n```\n# heading",
+    "- item\n1. item\n> quote\n| a | b |\n|---|---|\n| 1 | 2 |",
+    "*a* **b** __c__ _d_ ~~e~~ `f` ``g`` \\\\* $h$ C #",
+    "[r]: http://x.example\n[r]",
+    "    code\n***\ntitle\n=====",
+    "",
+]
+
+
+def markdown(text):
+    """(Types of what a page of Markdown holds, [its blocks of code], [its lines of text])."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    kinds = set()
+    blocks = []
+    lines = []
+    for token in parser.enable(["table", "strikethrough"]).parse(text):
+        kinds.add(token.type)
+        if token.type == "fence":
+            blocks.append(token.content)
+        if token.type == "inline":
+            kinds.update(child.type for child in token.children)
+            lines.append("".join(child.content for child in token.children))
+    return kinds, blocks, lines
+
+
+def evaluated_with(texts, **more):
+    """An evaluation in which all that comes from elsewhere is one of these texts."""
+    samples = []
+    for text in texts:
+        answers = {"vanilla": text, "steered x1": text}
+        samples.append({"question": text, "system_prompt": text, "answers": answers})
+    result = evaluation(0.2, samples=samples, flags=["loses a|b `c`", *texts[2:]], **more)
+    result["prompts"] = {"prompt 1": texts[0]}
+    result["config"] = {"max_new_tokens": 9}
+    return result
+
+
+def as_code(text):
+    return "".join(f"{line}\n" for line in text.splitlines() or [""])
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def test_nothing_of_an_answer_is_markup_in_samples(tmp_path, capsys):
+    result = evaluated_with(HOSTILE, dataset="R&D_x_ `a` |b| <i>")
+    summary.write_evaluation(tmp_path, result)
+    text = (tmp_path / "samples.md").read_bytes().decode()
+    assert not any(end in text for end in "\r\x0b\x0c\x85\u2028")
+    kinds, blocks, lines = markdown(text)
+    headings = {"heading_open", "heading_close"}
+    strong = {"strong_open", "strong_close"}  # of a condition's name
+    paragraphs = {"paragraph_open", "paragraph_close"}
+    assert kinds <= headings | strong | paragraphs | {"fence", "inline", "text", "text_special"}
+    tables, prompt, *others = blocks
+    assert "steered_minus" in tables and "```" in tables
+    assert prompt == as_code(HOSTILE[0])
+    assert others == [as_code(text) for text in HOSTILE for _ in range(3)]
+    assert lines[0] == "R&D_x_ `a` |b| <i>"
+    assert [one_line(text) for text in HOSTILE if text] == [
+        line for line in lines[2:] if line not in ("persona prompt:", "vanilla", "steered x1", "")
+    ]
+    said = capsys.readouterr().out  # is no Markdown
+    assert f"## {HOSTILE[0]}\n" in said and "R&D_x_ `a` |b| <i>" in said
+
+
+def test_nothing_of_a_run_is_markup_in_its_card():
+    dataset = "src__role__R&D _a_ |b `c` <i> C #"
+    result = evaluated_with(HOSTILE, dataset=dataset)
+    result["measures"]["shouts"]["about"] = "![t](http://x.example) a|b"
+    metadata = {"model": "/my|models/R&D_`x`", "model_type": "llama", "model_is_local": True}
+    record = {
+        "dataset": dataset,
+        "args": {"role_min_score": 3, "seed": 0},
+        "counts": {"summary": "9 of 9 | rows", "train": 9},
+        "final": {"steps": 1, "best_step": 1, "label_tokens": 9, "lr": 1.0, "ratio": 0.3},
+    }
+    metadata |= {"layer": 1, "dataset": dataset}
+    source = Source(Path("x"), torch.ones(2), metadata, record=record, result=result)
+    text = card(source, [], ["layer_1.pt"], "pirate").split("---\n", 2)[2]
+    kinds, blocks, lines = markdown(text)
+    assert not [kind for kind in kinds if kind.startswith(("image", "html", "link", "em_", "s_"))]
+    assert lines[0] == f"Steering vector: {dataset}"
+    assert "/my|models/R&D_`x` (llama), frozen" in lines
+    assert f"{dataset}: 9 of 9 | rows" in lines
+    assert "shouts: ![t](http://x.example) a|b" in lines
+    assert blocks[1:] == [as_code(HOSTILE[0])] * 3
+
+
+# ---------------------------------------------------------------- lines of JSON
+
+
+def test_lines_that_are_no_objects_are_passed_over_by_all_who_read_them(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 1, "loss": 3.0, "note": "a\u2028b\x85c"}'.encode(),
+        b"12",
+        b"[1]",
+        b"null",
+        b'"step"',
+        b"\0\0\0",
+        '{"step": 2, "note": "\u00e9'.encode()[:-1],  # torn within a letter
+        b'{"step": 3, "loss": 2.0}\r',
+        b'{"step": 4, "lo',
+    ]
+    metrics.write_bytes(b"\n".join(lines))
+    rows = read_json_lines(metrics)
+    assert [row["step"] for row in rows] == [1, 3]
+    assert rows[0]["note"] == "a\u2028b\x85c"
+    assert read_json_lines(tmp_path / "none") == []
+
+    run = make_run(tmp_path / "run", result=evaluation(0.2))
+    (run / "metrics.jsonl").write_bytes(metrics.read_bytes())
+    report.write_report(tmp_path, [run])
+    assert '"loss":[[1,3.0],[3,2.0]' in (tmp_path / "report.html").read_text()
+    assert plots.plot_run(tmp_path / "eval.png", evaluation(0.2), metrics) == ["eval.png"]
+    trim_metrics(metrics, 2)
+    assert [row["step"] for row in read_json_lines(metrics)] == [1]
+
+
+def test_an_evaluation_is_read_if_this_version_wrote_it(tmp_path):
+    path = tmp_path / "eval.json"
+    assert report.read_result(path) == {}
+    for text in ('{"conditions": {', "[1]", '{"likelihood": {}}'):
+        path.write_text(text)
+        assert report.read_result(path) == {}
+    result = evaluation(0.2)
+    write_json(path, result)
+    assert report.read_result(path) == result
+    del result["flags"]  # it is still going on
+    write_json(path, result)
+    assert report.read_result(path) == result | {"flags": []}
+
+
+# ---------------------------------------------------------------- what a console cannot show
+
+
+def piped(code, **env):
+    """stdout, as bytes, of a script whose `run` is this code; stdin is "a\\xffb"."""
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    script = "import sys\nfrom steering.command_line import exit_code\ndef run():\n"
+    script += f"{lines}    return 0\nsys.exit(exit_code(run))\n"
+    found = subprocess.run(
+        [sys.executable, "-c", script], input=b"a\xffb\n", capture_output=True, cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_an_emoji_on_a_console_that_has_none_does_not_stop_a_script():
+    shown = piped(r"print('caf\xe9 \U0001f600')", PYTHONIOENCODING="latin-1")
+    assert shown == b"caf\xe9 \\U0001f600\n"
+    code = r"from steering.process import log, start_logging" + "\n"
+    code += r"start_logging(); log.info('\U0001f600'); log.info('on')"
+    assert piped(code, PYTHONIOENCODING="ascii") == b"\\U0001f600\non\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8:surrogateescape"])
+def test_bytes_on_stdin_that_are_no_text_are_replaced(encoding):
+    assert piped("print(ascii(input()))", PYTHONIOENCODING=encoding) == b"'a\\ufffdb'\n"
+
+
+def test_a_script_runs_where_a_notebook_has_put_its_own_streams(monkeypatch):
+    for stream in ("stdin", "stdout"):
+        for other in (io.StringIO(), None):
+            monkeypatch.setattr(sys, stream, other)
+            assert exit_code(lambda: 5) == 5
+
+
+def test_names_of_folders_that_are_no_text_stop_neither_log_nor_report(tmp_path):
+    with log_file(tmp_path / "train.log"):
+        log.warning("caf\udce9")
+    assert (tmp_path / "train.log").read_text() == "caf\\udce9\n"
+    report.write_report(tmp_path, [make_run(tmp_path / "caf\udce9", dataset="src__role__x")])
+    (line,) = lines_of(tmp_path)
+    assert line["run"].endswith("caf\\udce9")
