@@ -44,16 +44,15 @@ def announce(what):
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(ValueError):
     """A condition's texts are longer than the model takes; the message says by how much."""
 
 
-def check_length(model, prompts, more=0):
-    """DoesNotFit if lists of token ids, and so many more tokens, are too long for the model."""
+def check_length(model, tokens):
+    """DoesNotFit if a text of so many tokens is too long for the model."""
     limit = longest_text(model.config)
-    longest = max(map(len, prompts)) + more
-    if limit and longest > limit:
-        raise DoesNotFit(f"{longest} tokens are more than the {limit} that the model takes")
+    if limit and tokens > limit:
+        raise DoesNotFit(f"{tokens} tokens are more than the {limit} that the model takes")
 
 
 def answer_examples(chat, rows, texts):
@@ -113,7 +112,8 @@ def generate_answers(model, chat, conversations, sampling, streamer=None):
     """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
 
     Sampled from the model's whole distribution at the temperature, 0: greedily. streamer: a
-    transformers streamer, that sees the tokens of a single conversation as they come.
+    transformers streamer, that sees the tokens of a single conversation as they come. DoesNotFit if
+    prompts, with the answers, may be too long for the model.
     """
     from transformers import GenerationConfig
 
@@ -142,6 +142,7 @@ def generate_answers(model, chat, conversations, sampling, streamer=None):
             if sampling.temperature:
                 options["logits_processor"] = [seeded_noise(batch, sampling)]
             inputs = chat.inputs(batch, model.input_device)
+            check_length(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
             answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
     finally:
         model.model.generation_config = own
@@ -159,15 +160,12 @@ class Writer:
     kept: Kept
 
     def answers(self, condition, rows):
-        """An answer to the question of each row under a condition. DoesNotFit if prompts are too
-        long for the model."""
+        """An answer to the question of each row under a condition. DoesNotFit as of
+        `generate_answers`."""
         conversations = [row["messages"][:-1] for row in rows]
         if condition.prompt:
             prompted = condition.prompt(rows)
             conversations = [self.chat.messages(row, prompted=True)[:-1] for row in prompted]
-            prompts = [self.chat.prompt_text(turns) for turns in conversations]
-            more = self.sampling.max_new_tokens
-            check_length(self.model, self.chat.tokenize(prompts), more)
         if not condition.vectors:
             return self.plain(conversations)
         return self.steered(conversations, *condition.vectors)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from transformers import TextStreamer
 
-from evaluation.answers import DoesNotFit, check_length, generate_answers
+from evaluation.answers import DoesNotFit, generate_answers
 from evaluation.conditions import most_frequent, system_prompts
 from evaluation.report import short_names
 from steering.files import read_json
@@ -138,15 +138,12 @@ class Talk:
         turns = self.turns
         if self.how == "prompted":
             turns = [{"role": "system", "content": self.prompt()}, *turns]
-        tokens = chat.tokenize([chat.prompt_text(turns)])
-        try:
-            check_length(model, tokens, self.sampling.max_new_tokens)
-        except DoesNotFit as error:
-            raise ValueError(f"this conversation is too long: {error}; /new forgets it") from error
         printer = Printer(chat.tokenizer)
         try:
             with model.scaled(1 if self.how == "steered" else 0):
                 text = generate_answers(model, chat, [turns], self.sampling, printer)[0]
+        except DoesNotFit as error:
+            raise ValueError(f"this conversation is too long: {error}; /new forgets it") from error
         except KeyboardInterrupt:  # of this answer, not of the program
             text = printer.text.strip()
             print(" ...", end="")

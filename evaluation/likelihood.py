@@ -86,7 +86,7 @@ def prompted_losses(reader, condition, examples):
     """Nats of each example's answer under a condition's prompt, of the plain model."""
     prompted = reader.chat.encode(condition.prompt([e.row for e in examples]), prompted=True)
     check_prompted(reader.chat, examples, prompted)
-    check_length(reader.model, [example.input_ids for example in prompted])
+    check_length(reader.model, max(len(example.input_ids) for example in prompted))
     with reader.model.steering_off():
         shared = after_shared_prefix(reader.model.model, prompted, token_nll, reader.max_tokens)
         if shared:

@@ -272,6 +272,15 @@ def test_a_prompt_that_is_longer_than_the_model_takes_is_missing_for_that(reader
     assert f"more than the {longest + 20} that the model takes" in missing["few_shot"]
 
 
+def test_an_answer_that_may_be_longer_than_the_model_takes_is_not_written(steered, smol_chat):
+    steered.model.config.max_position_embeddings = 60
+    tokens = smol_chat.inputs(["Hi?"])["input_ids"].shape[1]
+    turns = [[{"role": "user", "content": "Hi?"}]]
+    assert len(an.generate_answers(steered, smol_chat, turns, an.Sampling(60 - tokens, 0))) == 1
+    with pytest.raises(an.DoesNotFit, match="61 tokens are more than the 60"):
+        an.generate_answers(steered, smol_chat, turns, an.Sampling(61 - tokens, 0))
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_shared_beginning_changes_no_loss(architecture):
     model = tiny(architecture)
