@@ -104,6 +104,56 @@ def test_files_that_are_no_weights_are_a_model_that_does_not_load(tmp_path, name
         load_model(tmp_path, layer=1, device="cpu")
 
 
+def write_gguf(path, change):
+    """The tiny Llama as a GGUF file, its weights changed."""
+    gguf = pytest.importorskip("gguf")
+    model = tiny("llama", tie_word_embeddings=False)
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weights[f"{names.get_name(name.removesuffix('.weight'))}.weight"] = tensor
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, tensor in change(weights).items():
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+UP = "blk.1.ffn_up.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict, None),
+        (without("output."), None),  # a tied head
+        (without(UP), rf"lack 1 weight \({MLP}.up_proj.weight"),
+        (renamed, "lack 39 weights"),
+        (lambda w: w | {UP: w[UP][:10]}, rf"another shape of 1 weight \({MLP}.up_proj.weight"),
+    ],
+)
+def test_gguf_files_that_do_not_fit_are_refused_by_name(tmp_path, change, said):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, change)
+    options = LoadOptions(str(path), dtype="fp32", device="cpu")
+    if said is None:
+        assert len(load_from_options(options, 1).layers) == 4
+        return
+    with pytest.raises(ValueError, match=f"does not load: .*{said}"):
+        load_from_options(options, 1)
+
+
 @pytest.mark.parametrize("cut", [100, 20_000])
 def test_torn_pickles_do_not_load_and_nobody_is_told_to_trust_them(tmp_path, cut):
     saved(tmp_path)

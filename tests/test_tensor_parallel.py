@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, command, read_vector, steps_in, the_folder, tiny
+from safetensors.torch import load_file, save_file
 
 import train_steering as ts
 from steering.loading import load_tokenizer
@@ -145,3 +147,13 @@ def test_what_it_needs_is_said(data_root, tiny_folder, tmp_path, capsys):
         ts.parse_args([*argv, "--quantize", "4bit"])
     code, said = finished(start(3, argv[:-1]))
     assert code != 0 and "3 processes do not divide num_attention_heads, 4" in said
+
+
+def test_a_model_that_lacks_weights_is_refused_by_all_processes(folders, data_root, tmp_path):
+    broken = shutil.copytree(folders["llama"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, said = finished(start(2, command(data_root, str(broken), tmp_path / "out")))
+    assert code != 0 and "lack 1 weight (model.layers.1.mlp.up_proj.weight)" in said
+    assert not list(tmp_path.rglob("steering_vector.safetensors"))
