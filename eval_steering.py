@@ -435,7 +435,7 @@ def make_parser():
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--run", nargs="+", metavar="DIR", help="run folders, or folders of runs")
-    add("--vector", metavar="FILE", help="instead: a vector file of any tool, as it is")
+    add("--vector", metavar="FILE", help="instead: a vector file as it is, ours or another's")
     add("--dataset", metavar="NAME", help="with --vector: the dataset of its persona")
     add("--layer", type=int, help="with --vector: 0-based, needed where the file does not say one")
     add("--any-model", action="store_true", help="with --vector: whatever model it was made for")

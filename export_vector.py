@@ -9,8 +9,9 @@
 Each folder gets a README.md, a card that says what the vector is and how each tool loads it. Layers
 are 0-based decoder blocks whose output gets the vector, whatever the format calls them. lora and
 lora-gguf are adapters, which servers swap by request: fitted and checked on rows of the data, with
-the model, which is loaded once; peft is exact, for PEFT alone. No pickle is run. Exit codes: 0
-done, 1 a file could not be written, 2 bad input, 130 Ctrl-C.
+the model, which is loaded once; peft is exact, for PEFT alone. A format that cannot hold a vector
+is an error, and the others are written. No pickle is run. Exit codes: 0 done, 1 a file could not be
+written, 2 bad input, 130 Ctrl-C.
 """
 
 import contextlib
@@ -50,6 +51,7 @@ from steering.loading import DTYPES
 from steering.run_folder import find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, load_vector, vector_digest
 
+REFUSALS = (ValueError, OSError, ImportError, RuntimeError)  # others may do better
 FIT_DATASETS = 64  # datasets to fit an input row on at most
 FIT_TOKENS = 16  # of them, a feature
 CHECK_TOKENS = 20_000  # held-out, to check the adapters of all runs together
@@ -120,28 +122,32 @@ class Workshop:
         self.check_tokens = max(MIN_CHECK_TOKENS, CHECK_TOKENS // runs)
         self.shelf = Shelf(load_from_options)
 
-    def prepare(self, source, run, formats, force):
-        """Add to a Source what these formats need of the model. Raises ValueError, with the reason,
-        where adapters do not fit the model, or lose too much of the vector; not if forced."""
-        formats = {*formats}
-        if formats <= {*VECTOR_ALONE}:
+    def prepare(self, source, run, name, args):
+        """Add to a Source what a format, by name, needs of the model, if another has not done so.
+        Raises ValueError, with the reason, where adapters do not fit the model, or lose too much of
+        the vector; not if forced."""
+        if name in VECTOR_ALONE:
             return
-        if formats.isdisjoint(WITH_MODEL):  # lm-eval asks for the name of a layer alone
+        if {*args.format}.isdisjoint(WITH_MODEL):  # lm-eval asks for the name of a layer alone
             run.args["device"] = "fake"
         model = self.shelf.model(run)
-        source.block = adapter.name_of(model.layers[model.layer], model.model.base_model)
-        if formats.isdisjoint(WITH_MODEL):
+        if name == "lm-eval":  # it loads the class that we load
+            source.block = adapter.name_of(model.layers[model.layer], model.model.base_model)
             return
         source.site = adapter.find_site(model)
-        if formats.isdisjoint(WITH_ROW):
+        if name != "lora-gguf":  # llama.cpp has names of its own
+            trusted = run.args.get("trust_remote_code", False)
+            source.module = adapter.served_name(model, source.site, trusted)
+        if name not in WITH_ROW:
             return
-        source.row, source.fitted = self.input_row(run, model, source.site)
-        examples = self.splits_of(run.dataset, run, 0, self.check_tokens).heldout
-        if not examples:
-            raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
-        model.set_vector(source.vector)
-        source.measured = compare_with_adapter(model, source.site, source.row, examples)
-        if not force:
+        if not source.measured:
+            source.row, source.fitted = self.input_row(run, model, source.site)
+            examples = self.splits_of(run.dataset, run, 0, self.check_tokens).heldout
+            if not examples:
+                raise ValueError(f"{run.dataset}: no held-out row to check an adapter on")
+            model.set_vector(source.vector)
+            source.measured = compare_with_adapter(model, source.site, source.row, examples)
+        if not args.force:
             check_loss(source.fitted, source.measured)
 
     def input_row(self, run, model, site):
@@ -203,15 +209,15 @@ class Workshop:
 # ---------------------------------------------------------------- writing
 
 
-def export(source, formats, out, overwrite):
-    """Write a Source and its card to the folder `out`; returns the files' names.
+def export(source, formats, files, out, overwrite):
+    """Write the files {name: bytes} of a Source, and its card, to the folder `out`.
 
     A folder holds one vector. Raises ValueError, with nothing written, where files of other formats
     or layers would stay there, or where what is not the same would be replaced.
     """
     if (out / "run.json").exists():
         raise ValueError(f"--out {out} is a run folder: name another one")
-    files = contents(source, formats, out.absolute().name)  # bad input leaves no folder
+    files["README.md"] = card_of(source, formats, files, out)  # bad input leaves no folder
     with lock_folder(out) as held:
         if not held:
             raise ValueError(f"{out}: another process is writing there")
@@ -228,20 +234,15 @@ def export(source, formats, out, overwrite):
         for name, data in files.items():
             (out / name).parent.mkdir(exist_ok=True)
             write_atomically(out / name, data)
-    return list(files)
 
 
-def contents(source, formats, folder):
-    """{file name: bytes} of a Source in these formats, and of their card; folder: its name."""
-    files = {}
-    for name in formats:
-        files |= files_of(name, source)
+def card_of(source, formats, names, out):
+    """The card of the files of a Source in the folder `out`, as bytes."""
     try:
-        text = card(source, formats, list(files), folder)
+        return card(source, formats, [*names], out.absolute().name).encode()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"run.json or eval.json is not as this version writes it ({error!r:.80})"
         raise ValueError(f"{source.path}: {why}") from error
-    return {**files, "README.md": text.encode()}
 
 
 def targets(args):
@@ -270,21 +271,40 @@ def targets(args):
 
 
 def export_one(folder, out, workshop, args):
-    """Export a run folder, or the vector of --from, to the folder `out`, and say so."""
+    """Export a run folder, or the vector of --from, to the folder `out`, and say so; returns the
+    exit code. A format that cannot be written does not stop the others."""
     if folder is None:
         source, run = from_elsewhere(args, out)
     else:
         run = read_run(folder, changes_of(args))
         source = from_run(run, args)
     source = scaled(source, args.scale)
-    workshop.prepare(source, run, args.format, args.force)
-    names = export(source, args.format, out, args.overwrite)
-    print(f"exported {out}: {', '.join(names)}")
-    if source.measured:
+    files = {}
+    written = []
+    codes = [0]
+    for name in args.format:
+        try:
+            workshop.prepare(source, run, name, args)
+            files |= files_of(name, source)
+            written.append(name)
+        except REFUSALS as error:
+            codes.append(complain(f"{out}: no {name}: {error}", error))
+    if not written:
+        return max(codes)
+    export(source, written, files, out, args.overwrite)
+    print(f"exported {out}: {', '.join(files)}")
+    if {*written} & {*WITH_ROW}:
         print(f"         {adapter_words(source.measured)}")
     if source.metadata["model_is_local"]:
         print(f"NOTE: the files name the model {source.metadata['model']}, a folder here")
         print("      before you publish them, give its public name with --model")
+    return max(codes)
+
+
+def complain(text, error):
+    """Print what an error is about; returns the exit code that stands for it."""
+    print(f"error: {text}", file=sys.stderr)
+    return 1 if isinstance(error, OSError | RuntimeError) else 2
 
 
 def changes_of(args):
@@ -305,10 +325,9 @@ def run(args):
     codes = [0]
     for folder, out in every:
         try:
-            export_one(folder, out, workshop, args)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:  # others may do better
-            print(f"error: {error}", file=sys.stderr)
-            codes.append(1 if isinstance(error, OSError | RuntimeError) else 2)
+            codes.append(export_one(folder, out, workshop, args))
+        except REFUSALS as error:
+            codes.append(complain(error, error))
     return max(codes)
 
 
@@ -320,7 +339,8 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what to export").add_argument
     add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
-    add("--from", dest="source", metavar="PATH", help="instead: a vector file of any of the tools")
+    text = "instead: a vector file, ours or another tool's (safetensors, gguf, pt, chatspace)"
+    add("--from", dest="source", metavar="PATH", help=text)
     add("--model", help="HF id or folder; for a run: the name that the files give the model")
     add("--layer", type=int, help="with --from: 0-based, needed where the file does not say one")
     add("--dataset", metavar="NAME", help="with --from and lora: rows of its persona, to check it")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from steering.chat_format import IGNORE_INDEX, Example, collate
 from steering.fast_path import FastPath, by_example, in_batches, replaced_forwards
 from steering.files import read_json_lines, write_atomically
-from steering.loading import is_same_model, model_digest
+from steering.loading import is_same_model, model_digest, read_config
 from steering.memory import free_memory
 from steering.vector_file import load_vector, vector_bytes
 
@@ -47,8 +47,8 @@ SAMPLE = Path(__file__).with_name("calibration")
 
 @dataclass
 class Site:
-    """The linear layer that an adapter is for: the module, and its name in the transformers model,
-    such as model.layers.12.mlp.down_proj."""
+    """The linear layer that an adapter is for: the module, and its name in the transformers model
+    as it is loaded here, such as model.layers.12.mlp.down_proj."""
 
     module: nn.Linear
     name: str
@@ -78,6 +78,40 @@ def find_site(model):
 def name_of(module, model):
     """The name of a module in a model."""
     return next(name for name, other in model.named_modules() if other is module)
+
+
+def served_name(model, site, trust_remote_code=False):
+    """The name of a Site's module in the class that the model's config names, which vLLM and others
+    load. It may be one with an image tower, of which we load the text part alone.
+    Raises ValueError where transformers does not have that class, or not with this layer."""
+    loaded = type(model.model).__name__
+    served = (read_config(model.name, trust_remote_code).architectures or [loaded])[0]
+    if served == loaded:
+        return site.name
+    layer = model.layers[model.layer]
+    modules = modules_of(served, model.name, trust_remote_code)
+    alike = [name for name, kind in modules.items() if kind is type(layer)]
+    there = [name for name in alike if name.endswith(f".{model.layer}")]
+    if len(there) != 1:
+        what = f"layer {model.layer} of {loaded} is not in {served}, which its config names"
+        raise ValueError(f"no adapter for {model.name}: {what}")
+    return f"{there[0]}.{name_of(site.module, layer)}"
+
+
+@functools.cache  # an export of many runs asks for the same model again and again
+def modules_of(architecture, name, trust_remote_code):
+    """{name: class} of the modules of a model by name, built as a class of transformers by name.
+    ValueError where that is not possible."""
+    import transformers
+
+    config = read_config(name, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, architecture)(config)
+    except Exception as error:  # whatever the code of an architecture runs into
+        what = f"transformers does not make the {architecture} that its config names"
+        raise ValueError(f"no adapter for {name}: {what} ({error!r:.200})") from error
+    return {path: type(module) for path, module in model.named_modules()}
 
 
 @torch.no_grad()

@@ -112,7 +112,11 @@ def snippets(sections, source, formats, folder):
     model = source.metadata["model"]
     turns = [{"role": "user", "content": "How was your day?"}]
     request = json.dumps({"model": folder, "messages": turns}, ensure_ascii=False)
+    loader = "AutoModelForCausalLM"
+    if "language_model" in source.module:  # one that also sees images
+        loader = "AutoModelForImageTextToText"
     fill = {
+        "loader": loader,
         "model": json.dumps(model, ensure_ascii=False),
         "layer": source.layer,
         "key": json.dumps(re.sub(r"\W", "_", folder)),

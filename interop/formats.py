@@ -21,7 +21,7 @@ from safetensors.torch import save
 from interop.adapter import Site
 from steering.files import read_json
 from steering.loading import is_same_model, model_digest, read_config, shape_of
-from steering.vector_file import VECTOR_FILE, load_vector, vector_bytes
+from steering.vector_file import NOT_READ, VECTOR_FILE, load_vector, vector_bytes
 
 GGUF_FILE = "steering_vector.gguf"
 CHATSPACE_FILE = "steering_vector.pt"
@@ -40,8 +40,9 @@ class Source:
     path: where it was found. metadata: the header of our own format, with model, model_type, layer
     and, for the card, model_is_local. scale: of the trained vector, or of that of the tool it was
     imported from. record, result: run.json and eval.json, empty for a vector from elsewhere.
-    block: what lm-eval calls the layer. site: where an adapter goes; row: its lora_A (features,);
-    measured: what the adapter loses, of `compare_with_adapter`; fitted: how the row was fitted.
+    block: what lm-eval calls the layer. site: where an adapter goes; module: what servers call it;
+    row: its lora_A (features,); measured: what the adapter loses, of `compare_with_adapter`;
+    fitted: how the row was fitted.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Source:
     result: dict = field(default_factory=dict)
     block: str = ""
     site: Site | None = None
+    module: str = ""
     row: torch.Tensor | None = None
     measured: dict | None = None
     fitted: dict | None = None
@@ -166,7 +168,7 @@ def lora_contents(source, row, b_tensors):
 
     row: lora_A (features,); b_tensors: {"weight": (n, 1), "bias": (n,) if it has one}.
     """
-    module = source.site.name
+    module = source.module
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -192,13 +194,14 @@ def lora_gguf_bytes(source):
     llama.cpp does not know, or has no such module in."""
     gguf = import_gguf()
     kind = source.metadata["model_type"]
-    architecture = {"mistral": "llama", "gpt_neox": "gptneox"}.get(kind, kind.replace("_", ""))
+    architecture = kind.removesuffix("_text").replace("_", "")
+    architecture = {"mistral": "llama", "qwen25vl": "qwen2vl"}.get(architecture, architecture)
     known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    module = source.site.name.replace("language_model.", "")  # as llama.cpp's own converter does
     try:
-        name = gguf.get_tensor_name_map(known[architecture], source.layer + 1)[source.site.name]
+        name = gguf.get_tensor_name_map(known[architecture], source.layer + 1)[module]
     except KeyError as error:
-        what = f"the gguf package knows no {kind} with such a layer"
-        raise ValueError(f"--format lora-gguf: {what}") from error
+        raise ValueError(f"the gguf package knows no {kind} with such a layer") from error
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 1.0}
     tensors = {
         f"{name}.weight.lora_a": source.row[None],
@@ -251,15 +254,16 @@ def import_vector(path, model, layer=None, any_model=False, trust_remote_code=Fa
     if row.shape != (width,) or not row.is_floating_point():
         there = f"{row.dtype} of shape {list(row.shape)}"
         raise ValueError(f"{here}: {there}, where {width} floating-point numbers belong")
-    if not row.isfinite().all():
-        raise ValueError(f"{here}: NaN or infinity")
     vector = row.detach().to(torch.float32, copy=True)
+    if not vector.isfinite().all():
+        raise ValueError(f"{here}: {row.dtype} with NaN or infinity as fp32")
     print(f"read     {here}, norm {vector.norm():.4g}")
 
     header = found.metadata
     check_same_model(path, {"model": model, **header}, model, any_model)
     kind = header.get("model_type", config.model_type)
-    if kind != config.model_type:  # tools name some architectures differently
+    known = (config.model_type, config.get_text_config().model_type)
+    if kind not in known:  # tools name some architectures differently
         print(f"WARNING: {path} is for a {kind!r:.40}, not a {config.model_type!r}")
     if path.suffix != ".safetensors":
         header["imported_from"] = f"{path.name} ({found.kind})"
@@ -311,6 +315,8 @@ def read_gguf_file(path, layers):
         says = {"model_type": hint.contents()} if hint else {}
     except Exception as error:  # the parser runs into whatever broken bytes make it
         raise ValueError(f"not a readable GGUF file ({error!r:.200})") from error
+    if reader.get_field("adapter.type"):
+        raise ValueError(f"a LoRA adapter, {NOT_READ}")
     if architecture != "controlvector":
         raise ValueError(f"a GGUF file of architecture {architecture!r:.40}, not 'controlvector'")
     rows = {}
@@ -341,6 +347,8 @@ def read_pickle_file(path, layers):
     if isinstance(value, dict) and "vector" in value:
         kind = "assistant-axis"
         value = value["vector"]
+    if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
+        raise ValueError(f"a dict of dicts, as lm-eval has it, {NOT_READ}")
     tensor = tensor_of(value)
     if tensor.dim() == 1:
         number = re.fullmatch(r"layer_([0-9]{1,6})", path.stem)
@@ -375,7 +383,7 @@ def load_tensors(path):
 
 def tensor_of(value):
     """The value, if it is a plain dense tensor; ValueError otherwise."""
-    is_tensor = isinstance(value, torch.Tensor)
+    is_tensor = isinstance(value, torch.Tensor) and not value.is_nested
     if is_tensor and value.layout == torch.strided and value.device.type == "cpu":
         return value
     kind = type(value).__name__

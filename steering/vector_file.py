@@ -19,6 +19,7 @@ from steering.files import write_atomically
 VECTOR_FILE = "steering_vector.safetensors"
 FORMAT_VERSION = "1"
 OTHER_TOOLS = (".pt", ".pth", ".bin", ".gguf")
+NOT_READ = "which is not read: name the run folder, or an export of it in --format safetensors"
 
 
 def vector_bytes(vector, metadata, name="steering_vector"):
@@ -61,10 +62,12 @@ def load_vector(path, name="steering_vector"):
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
     vector = tensors.get(name)
+    if vector is None and any("lora_" in key for key in tensors):
+        raise ValueError(f"{path}: of a LoRA adapter, {NOT_READ}")
     fits = vector is not None and vector.dim() == 1 and vector.is_floating_point()
-    if not fits or not vector.isfinite().all():
+    if not fits or not vector.float().isfinite().all():  # of some dtypes there is no isfinite
         found = {key: f"{t.dtype} {list(t.shape)}" for key, t in tensors.items()}
-        raise ValueError(f'{path}: no finite 1-D float tensor "{name}"; found {found}')
+        raise ValueError(f'{path}: no 1-D float tensor "{name}", finite as fp32; found {found}')
     return vector.float(), metadata
 
 

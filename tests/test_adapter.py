@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 import transformers as hf
-from conftest import IDS, ROOT, SMALL, VECTOR, command, export, rows_of, the_folder, tiny
+from conftest import HEADS, IDS, ROOT, SMALL, VECTOR, command, export, rows_of, the_folder, tiny
 from safetensors.torch import load_file
 
 import export_vector as ex
@@ -19,7 +19,7 @@ import hook_model as hm
 import train_steering as ts
 from interop import adapter as ad
 from interop import adapter_check
-from interop.formats import Source, files_of
+from interop.formats import Source, files_of, import_vector
 from steering.loading import load_tokenizer
 from steering.vector_file import VECTOR_FILE, load_vector, vector_bytes
 
@@ -37,10 +37,51 @@ def steered(architecture, layer=1, **changes):
 
 
 def source_of(model, row=None):
-    """A Source of VECTOR at the layer of a model."""
+    """A Source of VECTOR at the layer of a model, which servers load as we do."""
     kind = model.config.model_type
     metadata = {"model": "org/model", "model_type": kind, "layer": model.layer}
-    return Source(Path("x"), VECTOR, metadata, site=ad.find_site(model), row=row)
+    site = ad.find_site(model)
+    return Source(Path("x"), VECTOR, metadata, site=site, module=site.name, row=row)
+
+
+TEXT = {**SMALL, **HEADS}
+COMPOSITES = {  # models that see images, (config, class that it names)
+    "qwen3_5": lambda: (
+        hf.Qwen3_5Config(
+            text_config={
+                **TEXT,
+                "layer_types": ["linear_attention", "full_attention"] * 2,
+                **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+                **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+            },
+            vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        ),
+        hf.Qwen3_5ForConditionalGeneration,
+    ),
+    "mistral3": lambda: (
+        hf.Mistral3Config(
+            text_config={"model_type": "mistral", **TEXT},
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 8,
+            },
+        ),
+        hf.Mistral3ForConditionalGeneration,
+    ),
+}
+
+
+def save_composite(architecture, folder):
+    """Save a tiny random model that sees images; returns it."""
+    torch.manual_seed(0)
+    config, kind = COMPOSITES[architecture]()
+    model = kind(config).eval()
+    model.save_pretrained(folder)
+    return model
 
 
 def logits_with_lora(model, path, ids):
@@ -137,6 +178,69 @@ def test_models_that_the_trick_does_not_fit_are_refused_with_the_reason(
     with pytest.raises(ValueError, match=f"no adapter for .*{reason}"):
         ad.find_site(model)
     assert torch.equal(model(input_ids=IDS).logits, before)  # the check leaves no trace
+
+
+@pytest.mark.parametrize("architecture", COMPOSITES)
+def test_adapters_are_for_the_class_that_the_config_names_and_lm_eval_for_the_one_it_loads(
+    architecture, tmp_path, capsys
+):
+    served = hm.SteerModel(save_composite(architecture, tmp_path / "model"), 1)
+    torch.save(VECTOR, tmp_path / "layer_1.pt")
+    source = ["--from", tmp_path / "layer_1.pt", "--model", tmp_path / "model", "--dtype", "fp32"]
+    formats = ["--format", "peft", "--format", "lm-eval"]
+    assert export(*source, *formats, "--out", tmp_path / "out") == 0
+    plain = served(input_ids=IDS).logits
+    adapted = logits_with_lora(served, tmp_path / "out" / "peft" / WEIGHTS, IDS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "model = AutoModelForImageTextToText.from_pretrained(" in card
+    served.set_vector(VECTOR)
+    assert torch.allclose(adapted, served(input_ids=IDS).logits, atol=1e-5)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+
+    config = torch.load(tmp_path / "out" / "lm_eval_steered.pt", weights_only=True)
+    loaded = hm.load_model(tmp_path / "model", 1, dtype="fp32", device="cpu")
+    assert loaded.model.base_model.get_submodule(*config) is loaded.layers[1]
+    assert torch.allclose(loaded(input_ids=IDS).logits, plain, atol=1e-5)
+
+    loaded.save_vector(tmp_path / VECTOR_FILE)  # says the model type of the class that is loaded
+    capsys.readouterr()
+    import_vector(tmp_path / VECTOR_FILE, str(tmp_path / "model"))
+    assert "WARNING" not in capsys.readouterr().out
+
+    (data,) = files_of("lora-gguf", source_of(loaded, torch.arange(48.0))).values()
+    (tmp_path / "a.gguf").write_bytes(data)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    kind = reader.get_field("general.architecture").contents()
+    assert kind == architecture.replace("_", "")
+    assert reader.tensors[0].name == "blk.1.ffn_down.weight.lora_a"
+
+
+@pytest.mark.parametrize(
+    "named, reason",
+    [
+        ("NobodysModel", "does not make the NobodysModel that its config names"),
+        ("Qwen3ForCausalLM", "does not make the Qwen3ForCausalLM that its config names"),
+        ("MistralForCausalLM", "layer 1 of LlamaForCausalLM is not in MistralForCausalLM"),
+    ],
+)
+def test_a_class_that_is_not_to_be_had_leaves_all_other_formats(named, reason, tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["architectures"] = [named]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    torch.save(VECTOR, tmp_path / "layer_1.pt")
+    source = ["--from", tmp_path / "layer_1.pt", "--model", tmp_path / "model", "--dtype", "fp32"]
+    assert export(*source, "--format", "peft", "--out", tmp_path / "no") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'no'}: no peft: no adapter for {tmp_path}")
+    assert reason in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
+    formats = ["--format", "peft", "--format", "lm-eval", "--format", "pt"]
+    assert export(*source, *formats, "--out", tmp_path / "out") == 2
+    assert reason in capsys.readouterr().err
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"layer_1.pt", "lm_eval_steered.pt", "README.md"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "### lm-evaluation-harness" in card and "PEFT" not in card and "peft/" not in card
 
 
 def test_the_row_is_the_ridge_regression_of_one_on_what_enters_the_projection():
@@ -325,6 +429,20 @@ def test_a_folder_of_runs_becomes_a_folder_of_adapters_by_one_load(
     for snippet in ('"model": "sailor"', "drop that bias", "--cache-ram 0"):
         assert snippet in card
     row = load_vector(row_file, "lora_a")[0]
+    # None of these files is read back: each says what it is, and what to name in its place.
+    model = json.loads((the_folder(runs) / "run.json").read_text())["args"]["model"]
+    lora = "of a LoRA adapter, which is not read: name the run folder, or an export"
+    for name, message in (
+        (WEIGHTS, lora),
+        (f"peft/{WEIGHTS}", lora),
+        ("adapter.gguf", "a LoRA adapter, which is not read: name the run folder"),
+        ("lm_eval_steered.pt", "a dict of dicts, as lm-eval has it, which is not read: name"),
+    ):
+        source = ["--from", out / "pirate" / name, "--model", model, "--layer", 1]
+        assert export(*source, "--format", "pt", "--out", tmp_path / "back") == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="of a LoRA adapter, which is not read"):
+        load_vector(out / "pirate" / WEIGHTS)
     for name in ("pirate", "sailor"):
         vector = 2 * load_vector(the_folder(runs, f"src__role__{name}") / VECTOR_FILE)[0]
         assert torch.equal(lora_of(out / name / WEIGHTS).b, vector)
@@ -342,6 +460,16 @@ def test_an_adapter_that_loses_too_much_is_refused_unless_forced(
     error = capsys.readouterr().err
     assert "of this vector, 10% at most" in error and "--format peft is exact" in error
     assert not (tmp_path / "out").exists()
+    more = ["--format", "lora-gguf", "--format", "peft", "--format", "all"]
+    assert export(*arguments[:-1], tmp_path / "others", *more) == 2
+    both = capsys.readouterr()
+    for name in ("lora", "lora-gguf"):
+        assert f"error: {tmp_path / 'others'}: no {name}: adapters lose" in both.err
+    names = {path.name for path in (tmp_path / "others").iterdir()}
+    assert {"peft", "layer_1.pt", VECTOR_FILE} < names
+    assert not {WEIGHTS, "adapter.gguf"} & names
+    card = (tmp_path / "others" / "README.md").read_text()
+    assert "### PEFT, exactly" in card and "### vLLM" not in card and "held-out" not in both.out
     assert export(*arguments, "--force") == 0
     assert "the adapter is off the vector by KL" in (tmp_path / "out" / "README.md").read_text()
 

@@ -7,12 +7,14 @@ import pickle
 import resource
 import shutil
 import sys
+import warnings
 
 import gguf
 import pytest
 import torch
 from conftest import IDS, QUICK, VECTOR, block_outputs, command, export, snippets, the_folder
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 import eval_steering as ev
 import export_vector as ex
@@ -160,11 +162,32 @@ def test_a_file_that_does_not_say_which_layer_must_be_told(tiny_folder, tmp_path
 def test_layer_is_counted_from_zero_and_gguf_has_no_zero(tiny_folder, tmp_path, capsys):
     torch.save(VECTOR, tmp_path / "layer_0.pt")
     base = ["--from", tmp_path / "layer_0.pt", "--model", tiny_folder, "--out", tmp_path / "out"]
-    assert export(*base, "--format", "all") == 2
-    assert "layer 0: --format gguf can hold layers 1" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert export(*base, "--format", "pt", "--format", "chatspace") == 0
+    refused = f"error: {tmp_path / 'out'}: no gguf: layer 0: --format gguf can hold layers 1"
+    assert export(*base, "--format", "gguf") == 2
+    assert refused in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert export(*base, "--format", "all") == 2  # and those that can be written are
+    assert refused in capsys.readouterr().err
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    alone = [name for key, names in file_names(0).items() if key in VECTOR_ALONE for name in names]
+    assert written == {*alone, "README.md"} - {"steering_vector.gguf"}
+    assert "gguf" not in (tmp_path / "out" / "README.md").read_text()
     assert import_vector(tmp_path / "out" / "layer_0.pt", tiny_folder).layer == 0
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float64],
+)
+def test_every_float_dtype_is_read_as_its_numbers_in_fp32(dtype, tiny_folder, tmp_path):
+    vector = VECTOR.to(dtype)
+    torch.save(vector, tmp_path / "layer_1.pt")
+    torch.save(torch.nn.Parameter(vector[None].repeat(4, 1)), tmp_path / "rows.pt")
+    save_file({"steering_vector": vector}, tmp_path / "v.safetensors")
+    for name in ("layer_1.pt", "rows.pt", "v.safetensors"):
+        found = import_vector(tmp_path / name, tiny_folder, 1).vector
+        assert torch.equal(found, vector.float()) and found.dtype == torch.float32
+        assert not found.requires_grad
+    assert torch.equal(load_vector(tmp_path / "v.safetensors")[0], vector.float())
 
 
 # ---------------------------------------------------------------- what is refused
@@ -203,6 +226,13 @@ TENSORS = [  # what torch.save is given, what the error says
     (torch.full((32,), math.nan), "NaN or infinity"),
     (torch.ones(7, 32), ROWS),
     (torch.ones(32, dtype=torch.long), NEEDS),
+    (torch.ones(32, dtype=torch.int8), f"torch.int8 of shape [32], where {NEEDS}"),
+    (torch.ones(32, dtype=torch.bool), f"torch.bool of shape [32], where {NEEDS}"),
+    (torch.ones(32, dtype=torch.complex64), f"torch.complex64 of shape [32], where {NEEDS}"),
+    (torch.full((32,), 1e39, dtype=torch.float64), "torch.float64 with NaN or infinity as fp32"),
+    (torch.full((32,), math.nan).to(torch.float8_e4m3fn), "float8_e4m3fn with NaN or infinity"),
+    (torch.nested.nested_tensor([torch.ones(32)], layout=torch.jagged), "a dense tensor"),
+    (torch.ones(32, device="meta"), "a dense tensor"),
     (torch.ones(32).to_sparse(), "a dense tensor"),
     ({"weight": torch.ones(32)}, "a dict with keys ['weight']"),
     ({"vector": torch.ones(5, 32), "type": "x"}, ROWS),
@@ -219,6 +249,12 @@ CONTROL_VECTORS = [  # the one tensor of a GGUF file, what the error says
 def bad_files(folder):
     """{name of a file that is no vector of the tiny model: what the error says}."""
     found = {"vector.npy": "no such file, or no vector file", "no.pt": "no such file"}
+    with warnings.catch_warnings(action="ignore"):  # torch is about to drop these two kinds
+        quantized = torch.quantize_per_tensor(torch.ones(32), 0.1, 0, torch.qint8)
+        torch.save(quantized, folder / "quantized.pt")
+        torch.save(torch.nested.nested_tensor([torch.ones(32)]), folder / "nested.pt")
+    found["quantized.pt"] = f"torch.qint8 of shape [32], where {NEEDS}"
+    found["nested.pt"] = "a dense tensor"
     (folder / "vector.npy").write_bytes(b"\x93NUMPY")
     for i, (value, message) in enumerate(TENSORS):
         torch.save(value, folder / f"{i}.pt")
@@ -230,6 +266,8 @@ def bad_files(folder):
     found["model.gguf"] = "architecture 'llama', not 'controlvector'"
     save_vector(folder / "wide.safetensors", torch.ones(31), {"layer": 1})
     found["wide.safetensors"] = NEEDS
+    save_file({"steering_vector": torch.ones(32).double() * 1e39}, folder / "big.safetensors")
+    found["big.safetensors"] = "finite as fp32; found {'steering_vector': 'torch.float64 [32]'}"
     save_vector(folder / "scale.safetensors", torch.ones(32), {"layer": 1, "scale": "big"})
     found["scale.safetensors"] = "'big'"
     for whole, kind in (("0.pt", "torch"), ("1.gguf", "GGUF"), ("wide.safetensors", "safetensors")):
@@ -402,7 +440,9 @@ def test_files_name_the_model_as_others_know_it_and_no_folder_of_this_machine(
     assert export(*hub[:3], "--out", tmp_path / "c") == 0
     assert "give its public name with --model" in capsys.readouterr().out
     text = (tmp_path / "c" / "README.md").read_text()
-    assert "`models/tiny-llama`" in text and "base_model" not in ModelCard(text).data.to_dict()
+    assert (
+        "| models/tiny-llama (llama)" in text and "base_model" not in ModelCard(text).data.to_dict()
+    )
 
 
 # ---------------------------------------------------------------- what is there already
