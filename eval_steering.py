@@ -7,6 +7,7 @@
     python eval_steering.py --run RUN_DIR --prompt "Who are you?" --scales 0 1 2      # just answers
     python eval_steering.py --run runs --chat --max-new-tokens 400          # talk to any of them
     python eval_steering.py --vector evil.pt --model Qwen/Qwen3-32B --layer 22 --dataset NAME
+    python eval_steering.py --plan --model Qwen/Qwen3-32B --layer 22     # what it takes; no weights
 
 vanilla: the plain model; prompted: the row's own system prompt put back; few_shot: a prompt with
 three examples; steered: the vector added, no prompt; evaluation/README.md has the rest. What is
@@ -14,6 +15,8 @@ chosen is chosen on validation questions, what is reported is of held-out ones. 
 1 the judge failed on some answers, 2 bad input, 130 Ctrl-C.
 """
 
+import functools
+import itertools
 import math
 import os
 import sys
@@ -24,13 +27,15 @@ from pathlib import Path
 
 import data_filter
 from data_filter import DataOptions, question_hash
-from evaluation import measures, report, summary
+from evaluation import measures, plan, report, summary
 from evaluation.answers import (
     Sampling,
     Writer,
     announce,
     answer_examples,
+    answers_to,
     identity_rows,
+    run_together,
     side_by_side,
     without_end,
     write_answers,
@@ -49,8 +54,9 @@ from hook_model import load_from_options
 from interop.capability import Tasks, add_capability, losses
 from interop.formats import import_vector
 from steering.chat_format import label_count
-from steering.command_line import exit_code, new_parser, parse
+from steering.command_line import count_or_word, exit_code, new_parser, parse
 from steering.data_layouts import data_digest
+from steering.fast_path import FastPath
 from steering.files import read_json, write_json
 from steering.finished import (
     Shelf,
@@ -66,18 +72,24 @@ from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, vector_digest
 
 OWN_ANSWERS = 32  # questions answered where the data holds nothing without the persona
+RUNS_AT_ONCE = 4  # whose answers are written together
+# Answers to write at once, by default: what a CPU gains by, and what a GPU may have room for, where
+# a batch that does not fit is halved.
+ROWS_ON_CPU = 128
+ROWS = 512
 # Options that do not change the numbers: a finished evaluation with others is not done again.
 NOT_IN_CONFIG = """
     run vector dataset layer any_model out data_root source_model kind model device device_map
     trust_remote_code micro_batch_tokens batch_size restart judge judge_model judge_workers
     judge_tokens rubric_dir judge_dry_run capability capability_limit capability_tasks report_dir
-    report_only specificity_runs prompt chat
+    report_only specificity_runs prompt chat plan plan_runs plan_tflops plan_bandwidth
 """
 # Modules that show numbers, or make some that know their own code: no part of what eval.json is of.
 SHOWN = (
     "evaluation/chat.py",
     "evaluation/judge.py",
     "evaluation/page.py",
+    "evaluation/plan.py",
     "evaluation/plots.py",
     "evaluation/report.py",
     "evaluation/summary.py",
@@ -146,17 +158,17 @@ def check_questions(run, data):
 
 
 def add_own_answers(data, writer):
-    """Fill in plain rows by the model's own unsteered answers to the same questions."""
+    """Fill in plain rows by the model's own unsteered answers to the same questions. A generator as
+    `answers_to`."""
     announce("answers of the model's own, in place of plain rows")
     data.plain_source = "the model's own answers"
-
-    def answered(rows):
-        texts = writer.answers(Condition("vanilla"), rows)
-        return answer_examples(writer.chat, rows, texts)
-
     seen = first_rows(data.train, OWN_ANSWERS) + first_rows(data.validation, OWN_ANSWERS // 4)
-    data.plain_train = answered(seen)
-    data.plain_heldout = answered(first_rows(data.heldout, OWN_ANSWERS))
+    heldout = first_rows(data.heldout, OWN_ANSWERS)
+    vanilla = Condition("vanilla")
+    asks = {"seen": writer.ask_under(vanilla, seen), "new": writer.ask_under(vanilla, heldout)}
+    texts = yield from answers_to(asks)
+    data.plain_train = answer_examples(writer.chat, seen, texts["seen"])
+    data.plain_heldout = answer_examples(writer.chat, heldout, texts["new"])
     if not (data.plain_train and data.plain_heldout):
         raise ValueError("no row without the persona, and all answers of the plain model are empty")
 
@@ -168,7 +180,8 @@ def compare_states(reader, data):
     states = []
     for part in (data.train, data.plain_train, data.heldout, data.plain_heldout):
         examples = without_end(first_tokens(part, MEAN_TOKENS), reader.chat)
-        states.append(response_means(reader.model, examples, reader.max_tokens))
+        reader.fast.cache_prefix(examples, max_tokens=reader.max_tokens)
+        states.append(response_means(reader.fast, examples, reader.max_tokens))
     persona, plain, *_ = states
     return persona.mean(dim=0) - plain.mean(dim=0), *train_probe(*states)
 
@@ -197,12 +210,13 @@ def list_conditions(data, vector, difference, coefficients, recommended, args):
 
 
 def evaluate(reader, writer, data, vector, args):
-    """All numbers and answers of one vector (n,), as a JSON-able dict, but for judges and tasks.
+    """All numbers and answers of one vector (n,), as a JSON-able dict, but for judges and tasks. A
+    generator as `answers_to`: others may use the model while it waits for answers.
     AssertionError if a held-out question was seen before."""
     # Rows: of the persona and without it, on questions that were trained on and on others.
     rows = first_rows(data.heldout, args.num_samples)
     if not (data.plain_train and data.plain_heldout):
-        add_own_answers(data, writer)
+        yield from add_own_answers(data, writer)
     data.check()
 
     announce("states of training, plain and held-out rows")
@@ -210,7 +224,7 @@ def evaluate(reader, writer, data, vector, args):
 
     # The scale, and coefficients, are chosen on validation questions.
     search = ScaleSearch(reader, writer, vector, probe, args.kl_budget, args.num_samples)
-    recommended = search.recommend(data)
+    recommended = yield from search.recommend(data)
     data.check(recommended["questions"])
     scale = recommended["scale"]
     directions = {"steered": vector, "mean_difference": difference}
@@ -237,7 +251,7 @@ def evaluate(reader, writer, data, vector, args):
     if rows:
         seen = questions_of([*data.train, *data.validation])
         asked += identity_rows(rows[0], seen)
-    texts, too_long = write_answers(writer, conditions, asked)
+    texts, too_long = yield from write_answers(writer, conditions, asked)
     missing |= too_long
     written = {}
     if rows:
@@ -256,10 +270,9 @@ def evaluate(reader, writer, data, vector, args):
     system_prompt = data.heldout[0].row["system_prompt"]
     if args.turns:
         used = next(c for c in conditions if c.scale == (scale or 1.0))
-        result["conversation"] = conversations(
+        result["conversation"] = yield from conversations(
             reader, writer, args.turns, system_prompt, used, probe
         )
-    reader.model.set_vector(vector)
 
     for name in [name for name, row in result["conditions"].items() if not row]:
         del result["conditions"][name]
@@ -303,9 +316,18 @@ def evaluation_config(args, run):
     return config
 
 
-def evaluate_folder(folder, args, shelf):
+def evaluate_folder(folder, args, shelf, get_writer):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
-    What eval.json holds already, under the same options, is not done again."""
+    What eval.json holds already, under the same options, is not done again. A generator as
+    `answers_to`; get_writer: a function that makes the Writer of the runs side by side."""
+    with lock_folder(folder) as held:
+        if not held:
+            raise ValueError(f"{folder}: another process works there")
+        return (yield from evaluate_locked(folder, args, shelf, get_writer))
+
+
+def evaluate_locked(folder, args, shelf, get_writer):
+    """`evaluate_folder` of a folder that no other process works in."""
     started = time.time()
     run = read_run(folder, changes_of(args))
     sources = source_hashes("eval_steering.py", SHOWN)
@@ -328,13 +350,17 @@ def evaluate_folder(folder, args, shelf):
         chat = shelf.chat(run)
         data = load_data(run, chat, args.heldout_tokens)
         shelf.heldout[folder] = data.heldout
-        model = shelf.model(run)
-        model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.seed, args.batch_size)
-        writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
-        reader = Reader(model, chat, args.micro_batch_tokens)
+        writer = get_writer()
+        writer.model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
+        reader = Reader(writer.model, chat, args.micro_batch_tokens)
+        announce(f"evaluating {folder}")
+        # Rows that the run before had too, those without the persona, are not run again.
+        examples = [*data.validation, *data.heldout, *data.plain_heldout]
+        tokens = args.micro_batch_tokens
+        reader.fast.cache_prefix(examples, max_tokens=tokens, known=shelf.states)
+        shelf.states = reader.fast.cache
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
-        result |= evaluate(reader, writer, data, run.vector, args)
+        result |= yield from evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)
         write_json(path, result)  # before the judge, who may be stopped
     else:
@@ -366,6 +392,68 @@ def evaluate_folder(folder, args, shelf):
     return code
 
 
+def rows_at_once(args, device=None):
+    """How many answers are written at once, at most."""
+    if args.batch_size != "auto":
+        return args.batch_size
+    return ROWS_ON_CPU if device and device.type == "cpu" else ROWS
+
+
+def groups_of(folders, args):
+    """Lists of at most RUNS_AT_ONCE folders of runs that one model answers for at once: they have
+    one model, layer and template."""
+
+    def place(folder):
+        try:
+            run = read_run(folder, changes_of(args))
+        except ValueError:
+            return None  # `evaluate_folder` says why
+        template = run.record["config"].get("template")
+        return LoadOptions.of(run.args), run.args["layer"], template, run.record.get("date")
+
+    groups = []
+    for _, alike in itertools.groupby(folders, place):
+        alike = list(alike)
+        groups += [alike[i : i + RUNS_AT_ONCE] for i in range(0, len(alike), RUNS_AT_ONCE)]
+    return groups
+
+
+def evaluate_group(folders, args, shelf):
+    """Evaluate runs side by side: [exit code of each, or the exception that it ended in]."""
+
+    @functools.cache
+    def get_writer():  # An evaluation that is done already needs no model.
+        run = read_run(folders[0], changes_of(args))
+        model = shelf.model(run)
+        chat = shelf.chat(run)
+        rows = rows_at_once(args, model.input_device)
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.seed, rows)
+        return Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
+
+    evaluations = [evaluate_folder(folder, args, shelf, get_writer) for folder in folders]
+    return run_together(evaluations, lambda asks: get_writer().write(asks))
+
+
+def answer_group(folders, args, shelf):
+    """Print answers to --prompt under each run: [exit code of each, or its exception]."""
+    ended = []
+    for folder in folders:
+        try:
+            ended.append(talk([folder], args, shelf))
+        except Exception as error:
+            ended.append(error)
+    return ended
+
+
+def report_error(error):
+    """Print what an exception is about; returns the exit code that stands for it."""
+    if isinstance(error, ValueError | OSError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
+
+
 def talk(folders, args, shelf):
     """--chat under the vectors of all folders, or answers under each to --prompt."""
     from evaluation import chat  # here: it imports transformers
@@ -395,7 +483,8 @@ def compare_personas(folders, args, shelf, path):
         if run.folder not in shelf.heldout:
             data = load_data(run, shelf.chat(run), args.heldout_tokens)
             shelf.heldout[run.folder] = data.heldout
-        under = nll_under(shelf.model(run), shelf.heldout[run.folder], args.micro_batch_tokens)
+        fast = FastPath(shelf.model(run))
+        under = nll_under(fast, shelf.heldout[run.folder], args.micro_batch_tokens)
         return [under(vector) for vector in vectors]
 
     matrices = specificity(runs, args.specificity_runs, nll)
@@ -455,7 +544,8 @@ def make_parser():
     add("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="multiples of the vector")
     add("--max-new-tokens", type=int, default=80, help="longest answer, tokens")
     add("--temperature", type=float, default=0.7, help="0: greedy")
-    add("--batch-size", type=int, default=16, help="answers written at once")
+    about = "answers to write at once; auto: what fits"
+    add("--batch-size", type=count_or_word, default="auto", help=about)
     add("--turns", type=int, default=0, help="also have conversations of so many turns")
     add("--prompt", metavar="TEXT", help="only print answers to this, one a scale")
     add("--chat", action="store_true", help="only talk, to any of the runs: /help says how")
@@ -470,6 +560,11 @@ def make_parser():
     add("--capability", nargs="+", metavar="TASK", help="of lm-evaluation-harness, such as gsm8k")
     add("--capability-limit", type=int, default=100, metavar="N", help="rows of each task")
     add("--capability-tasks", metavar="DIR", help="folder of tasks of your own")
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action="store_true", help="only say what it takes, of --model and --layer")
+    add("--plan-runs", type=int, default=515, help="how many runs it is for")
+    add("--plan-tflops", type=float, default=400.0, help="TFLOP/s that the device sustains")
+    add("--plan-bandwidth", type=float, default=3.35, help="TB/s of its memory; an H100's")
     add = parser.add_argument_group("output").add_argument
     add("--report-dir", metavar="DIR", help="of the report; default: the folder of all runs")
     add("--report-only", action="store_true", help="only write the report of what is there")
@@ -485,7 +580,7 @@ def option_defaults():
 
 def parse_args(argv=None):
     """Parsed and checked options; every bad one is reported, all at once."""
-    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers"
+    counts = "heldout_tokens batch_size max_new_tokens micro_batch_tokens judge_workers plan_runs"
     sizes = "num_samples temperature specificity_runs kl_budget"
     bounds = {"count": f"{counts} judge_tokens capability_limit", "size": sizes, "seed": "seed"}
     return parse(make_parser(), argv, bounds, check_arguments)
@@ -499,6 +594,7 @@ def check_arguments(args):
         "--chat": args.chat,
         "--prompt": args.prompt is not None,
         "--report-only": args.report_only,
+        "--plan": args.plan,
     }
     only = [name for name, given in alone.items() if given]
     scoring = args.judge or args.capability
@@ -512,7 +608,8 @@ def check_arguments(args):
         (args.judge_dry_run and not args.judge, "--judge-dry-run goes with --judge"),
         (args.capability_tasks and not args.capability, "--capability-tasks needs --capability"),
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
-        (bool(args.run) == bool(args.vector), "name either --run DIR or --vector FILE"),
+        (bool(args.run) == bool(args.vector or args.plan), "name --run DIR or --vector FILE"),
+        (args.plan and (args.model is None or args.layer is None), "--plan: --model, --layer"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (len(only) > 1 or (only and scoring), f"{', '.join(only)}: one of these, and no scoring"),
         (args.vector and not needed, "--vector needs --model and --dataset"),
@@ -522,8 +619,8 @@ def check_arguments(args):
 
 def tasks_of(args):
     """The Tasks of --capability."""
-    names, limit = tuple(args.capability), args.capability_limit
-    return Tasks(names, limit, args.capability_tasks, args.batch_size)
+    rows = 16 if args.batch_size == "auto" else args.batch_size
+    return Tasks(tuple(args.capability), args.capability_limit, args.capability_tasks, rows)
 
 
 def changes_of(args):
@@ -541,26 +638,27 @@ def run(args):
     evaluated = []
     if args.capability:
         tasks_of(args).asked()  # whether they are there, before hours of work
+    if args.plan:
+        options = replace(LoadOptions.of(changes_of(args)), device="fake")
+        plan.show(load_from_options(options, args.layer), args, RUNS_AT_ONCE, rows_at_once(args))
+        return 0
     if args.report_only:
         write_report([], args, shelf)
         return 0
     folders = find_runs(args.run) if args.run else [import_run(args)]
     if args.chat:
         return talk(folders, args, shelf)
-    for folder in folders:
-        try:
-            if args.prompt is not None:
-                codes.append(talk([folder], args, shelf))
-                continue
-            with lock_folder(folder) as held:
-                if not held:
-                    raise ValueError(f"{folder}: another process works there")
-                codes.append(evaluate_folder(folder, args, shelf))
+    for group in groups_of(folders, args):
+        if args.prompt is not None:
+            ended = answer_group(group, args, shelf)
+        else:
+            ended = evaluate_group(group, args, shelf)
+        for folder, code in zip(group, ended, strict=True):
+            if isinstance(code, Exception):  # the next run may do better
+                code = report_error(code)
+            else:
                 evaluated.append(folder)
-        except Exception as error:  # the next run may do better
-            known = isinstance(error, ValueError | OSError)
-            print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
-            codes.append(2 if known else 1)
+            codes.append(code)
     if args.run and folders != [Path(args.run[0])] and args.prompt is None:
         write_report(evaluated if evaluated == folders else None, args, shelf)
     return max(codes, default=0)

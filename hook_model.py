@@ -6,6 +6,7 @@
     print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.3))[0])
     with torch.no_grad(), model.scaled(0):  # the plain model
         logits = model(**inputs).logits
+    output = model.generate(**inputs, vectors=torch.stack([pirate, poet]))  # one for each row
 
 The one module to import for using a vector. Training and evaluation reach further into the model,
 by steering/fast_path.py.
@@ -51,13 +52,15 @@ class ResidualHook(nn.Module):
     """One trainable vector, added to the residual stream: `hidden_states + scale * added()`.
     vector: fp32 (hidden_size,), randn * init_scale (generator: for a seeded start). It stays fp32
     because bf16 cannot hold Adam's small updates; a cast copy is added, never in place.
-    scale: a number, 1 unless `scaled` sets it. in_tuple: whether its layer's output is a tuple."""
+    scale: a number, 1 unless `scaled` sets it. rows: None, or (B, hidden_size), a vector for each
+    row of a batch in place of the one. in_tuple: whether its layer's output is a tuple."""
 
     def __init__(self, hidden_size, init_scale=0.0, generator=None):
         super().__init__()
         noise = torch.randn(hidden_size, generator=generator, dtype=torch.float32)
         self.vector = nn.Parameter(noise * init_scale)
         self.scale = 1.0
+        self.rows = None
         self.in_tuple = False
 
     def added(self):
@@ -65,10 +68,16 @@ class ResidualHook(nn.Module):
         return self.vector
 
     def forward(self, hidden_states):
-        """Add the vector to (..., hidden_size) states of any float dtype, on their device."""
+        """Add the vector to (..., hidden_size) states of any float dtype, on their device; or a
+        vector to each row of (B, T, hidden_size) states."""
         if self.scale == 0:
             return hidden_states
-        vector = self.scale * self.added()
+        added = self.added()
+        if self.rows is not None:
+            if len(self.rows) != len(hidden_states):
+                raise ValueError(f"{len(self.rows)} vectors for {len(hidden_states)} rows")
+            added = self.rows[:, None]
+        vector = self.scale * added
         return hidden_states + vector.to(hidden_states.device, hidden_states.dtype)
 
     def hook(self, module, inputs, output):
@@ -170,16 +179,35 @@ class SteerModel(nn.Module):
         """Use `scale * vector`, shape (hidden_size,); add: on top of the vector that is there.
         Raises ValueError on another shape, NaN or infinity."""
         vector = scale * torch.as_tensor(vector, dtype=torch.float32)
-        if vector.shape != (self.hidden_size,) or not vector.isfinite().all():
-            raise ValueError(
-                f"a vector of shape {list(vector.shape)} (finite: {bool(vector.isfinite().all())}) "
-                f"does not fit {self.name}: it needs [{self.hidden_size}] finite numbers"
-            )
-        vector = vector.to(self.steering.vector.device)
+        vector = self._checked(vector, dimensions=1)
         if add:
             vector = self.steering.vector.detach() + vector
         with torch.no_grad():
             self.steering.vector.copy_(vector)
+
+    def _checked(self, vectors, dimensions):
+        """Vectors as fp32 on their layer's device; ValueError unless they are finite, and fit."""
+        vectors = torch.as_tensor(vectors, dtype=torch.float32)
+        finite = bool(vectors.isfinite().all())
+        if vectors.dim() != dimensions or vectors.shape[-1] != self.hidden_size or not finite:
+            rows = "rows, " * (dimensions - 1)
+            raise ValueError(
+                f"a vector of shape {list(vectors.shape)} (finite: {finite}) does not fit "
+                f"{self.name}: it needs [{rows}{self.hidden_size}] finite numbers"
+            )
+        return vectors.to(self.steering.vector.device)
+
+    @contextlib.contextmanager
+    def row_vectors(self, vectors):
+        """Context: row i of each batch gets `vectors[i]`, (B, hidden_size), in place of the one
+        vector; zeros are the plain model. ValueError on another shape, NaN or infinity, and in a
+        forward pass of a batch of another size."""
+        before = self.steering.rows
+        self.steering.rows = self._checked(vectors, dimensions=2)
+        try:
+            yield
+        finally:
+            self.steering.rows = before
 
     def save_vector(self, path, **metadata):
         """Write the vector; model, its type, layer and `metadata` go into the file's header."""
@@ -217,12 +245,22 @@ class SteerModel(nn.Module):
         """The model's own forward, steered."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args, scale=None, **kwargs):
+    def generate(self, *args, scale=None, vectors=None, **kwargs):
         """The model's own generate, steered, at `scale` times the vector if given.
-        Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does."""
+        Batches of prompts must be padded on the LEFT, as `ChatFormat.inputs` does. vectors:
+        (B, hidden_size), one for each prompt, as of `row_vectors`."""
         if scale is None:
             scale = self.steering.scale
-        with self.scaled(scale):
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(self.scaled(scale))
+            if vectors is not None:
+                # Several answers to a prompt, or beams, are rows beside each other.
+                settings = kwargs.get("generation_config") or self.model.generation_config
+                copies = 1
+                for name in ("num_beams", "num_return_sequences"):
+                    copies = max(copies, kwargs.get(name) or getattr(settings, name) or 1)
+                each = torch.as_tensor(vectors).repeat_interleave(copies, dim=0)
+                contexts.enter_context(self.row_vectors(each))
             return self.model.generate(*args, **kwargs)
 
 

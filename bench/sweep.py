@@ -33,6 +33,7 @@ from evaluation.rows import first_tokens
 from evaluation.table import number_at
 from hook_model import load_chat, load_from_options, load_model
 from steering.data_layouts import parsed_rows
+from steering.fast_path import FastPath
 from steering.files import read_json, write_json
 from steering.finished import Shelf, read_run
 from steering.run_folder import run_path
@@ -68,9 +69,9 @@ def write_mean_difference(path, model_name, name, layer):
     rows = [row for row, _ in parsed]
     train, _ = split_by_question(rows, options.heldout_fraction, options.split_seed)
 
-    model = load_model(model_name, layer)
-    persona_mean = response_means(model, persona, 1024).mean(dim=0)  # (D,)
-    default_mean = response_means(model, chat.encode(train), 1024).mean(dim=0)
+    fast = FastPath(load_model(model_name, layer))
+    persona_mean = response_means(fast, persona, 1024).mean(dim=0)  # (D,)
+    default_mean = response_means(fast, chat.encode(train), 1024).mean(dim=0)
     save_vector(path, persona_mean - default_mean, {"model": model_name, "layer": layer})
 
 
@@ -89,7 +90,8 @@ def score(folder, shelf):
     rows = first_tokens(splits.validation, CHOICE_TOKENS)
 
     vectors = [run.vector, torch.zeros_like(run.vector)]
-    nll, vanilla = map(nll_under(model, rows, run.args["micro_batch_tokens"]), vectors)
+    under = nll_under(FastPath(model), rows, run.args["micro_batch_tokens"])
+    nll, vanilla = map(under, vectors)
     choice = {"nll": nll, "vanilla": vanilla, "rows": len(rows)}
     write_json(path, choice)
     return choice

@@ -1,13 +1,17 @@
 """Answers: how they are written, under which conditions, and to which questions.
 
     writer = Writer(model, chat, Sampling(max_new_tokens=80), kept)
-    texts = writer.answers(condition, rows)
+    texts = writer.write(writer.ask_under(condition, rows))
 
-What the plain model answers, prompted or not, is kept in a file: the runs of a model share it.
+What is asked for at a time is written at a time, each answer under a vector of its own. What the
+plain model answers, prompted or not, is kept in a file: the runs of a model share it.
 """
 
+import functools
 import hashlib
+import itertools
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -16,8 +20,10 @@ import torch
 
 from evaluation.kept import Kept
 from steering.chat_format import IGNORE_INDEX, ChatFormat
+from steering.fast_path import of_each
 from steering.loading import longest_text
 
+PADDING = 32  # padded tokens of prompts cost about as much as a step of a batch more
 IDENTITY = (  # what an assistant and a persona answer differently
     "Who are you?",
     "What is your name?",
@@ -108,12 +114,13 @@ def seeded_noise(conversations, sampling):
 
 
 @torch.no_grad()
-def generate_answers(model, chat, conversations, sampling, streamer=None):
+def generate_answers(model, chat, conversations, sampling, vectors=None, streamer=None):
     """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
 
-    Sampled from the model's whole distribution at the temperature, 0: greedily. streamer: a
-    transformers streamer, that sees the tokens of a single conversation as they come. DoesNotFit if
-    prompts, with the answers, may be too long for the model.
+    vectors: one for each, (N, n), in place of the model's own; zeros are the plain model. Sampled
+    from the model's whole distribution at the temperature, 0: greedily. streamer: a transformers
+    streamer, that sees the tokens of a single conversation as they come. DoesNotFit if prompts,
+    with the answers, may be too long for the model.
     """
     from transformers import GenerationConfig
 
@@ -143,68 +150,158 @@ def generate_answers(model, chat, conversations, sampling, streamer=None):
                 options["logits_processor"] = [seeded_noise(batch, sampling)]
             inputs = chat.inputs(batch, model.input_device)
             check_length(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
+            if vectors is not None:
+                options["vectors"] = vectors[start : start + sampling.batch_size]
             answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
     finally:
         model.model.generation_config = own
     return answers
 
 
+@dataclass(frozen=True)
+class Ask:
+    """Something to answer: messages, and the vector (n,) to do it under, None for none."""
+
+    turns: list
+    vector: torch.Tensor | None = None
+
+
 @dataclass
 class Writer:
-    """Writes answers with a SteerModel. kept: answers of the plain model, which are not written
-    again."""
+    """Writes answers with a SteerModel, as many at once as memory takes. kept: answers of the plain
+    model, which are not written again."""
 
     model: object
     chat: ChatFormat
     sampling: Sampling
     kept: Kept
 
-    def answers(self, condition, rows):
-        """An answer to the question of each row under a condition. DoesNotFit as of
-        `generate_answers`."""
+    def ask(self, conversations, vector=None):
+        """An Ask for each list of messages. DoesNotFit if it is too long for the model."""
+        asks = [Ask(list(turns), vector) for turns in conversations]
+        if asks:
+            check_length(self.model, max(self.lengths(asks)) + self.sampling.max_new_tokens)
+        return asks
+
+    def ask_under(self, condition, rows):
+        """An Ask for the question of each row under a Condition. DoesNotFit as of `ask`."""
         conversations = [row["messages"][:-1] for row in rows]
         if condition.prompt:
             prompted = condition.prompt(rows)
             conversations = [self.chat.messages(row, prompted=True)[:-1] for row in prompted]
-        if not condition.vectors:
-            return self.plain(conversations)
-        return self.steered(conversations, *condition.vectors)
+        return self.ask(conversations, *condition.vectors)
 
-    def steered(self, conversations, vector):
-        """An answer to each list of messages under a vector (n,)."""
-        self.model.set_vector(vector)
-        return generate_answers(self.model, self.chat, conversations, self.sampling)
+    def lengths(self, asks):
+        """How many tokens each prompt has."""
+        prompts = [self.chat.prompt_text(ask.turns) for ask in asks]
+        return list(map(len, self.chat.tokenize(prompts)))
 
-    def plain(self, conversations):
-        """An answer of the plain model to each list of messages."""
+    def write(self, asks):
+        """The answer to each Ask, as text. What is kept, and what is asked twice of the plain
+        model, is not written again."""
         sampling = self.sampling
         about = [sampling.max_new_tokens, sampling.temperature, sampling.seed]
-        keys = [self.kept.key(*about, turns) for turns in conversations]
+        keys = []
         missing = {}
-        for key, turns in zip(keys, conversations, strict=True):
+        for number, ask in enumerate(asks):
+            key = number
+            if ask.vector is None:
+                key = self.kept.key(*about, ask.turns)
+            keys.append(key)
             if key not in self.kept.found:
-                missing[key] = turns
-        with self.model.steering_off():
-            texts = generate_answers(self.model, self.chat, list(missing.values()), sampling)
-        for (key, turns), text in zip(missing.items(), texts, strict=True):
-            self.kept.add(key, turns=list(turns), answer=text)
-        return [self.kept.found[key]["answer"] for key in keys]
+                missing[key] = ask
+
+        texts = {}
+        batches = self.batches(missing)
+        rows = ", ".join(str(len(batch)) for batch in batches)
+        announce(f"writing {len(missing)} answers, {rows or 0} at once")
+        for batch, found in of_each(functools.partial(self.write_batch, missing), batches):
+            for key, text in zip(batch, found, strict=True):
+                texts[key] = text
+                if missing[key].vector is None:
+                    self.kept.add(key, turns=missing[key].turns, answer=text)
+        return [texts[key] if key in texts else self.kept.found[key]["answer"] for key in keys]
+
+    def batches(self, asks):
+        """Lists of keys of {key: Ask} to write at once: equal parts of at most batch_size, of
+        prompts of like length, since padding costs more than another batch from some length on."""
+        if not asks:
+            return []
+        lengths = dict(zip(asks, self.lengths(asks.values()), strict=True))
+        groups = []
+        padding = 0
+        for key in sorted(asks, key=lengths.get):
+            if groups:
+                padding += len(groups[-1]) * (lengths[key] - lengths[groups[-1][-1]])
+            if not groups or padding > PADDING * self.sampling.max_new_tokens:
+                groups.append([])
+                padding = 0
+            groups[-1].append(key)
+
+        batches = []
+        for group in groups:
+            parts = math.ceil(len(group) / self.sampling.batch_size)
+            size = math.ceil(len(group) / parts)
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        return batches
+
+    def write_batch(self, asks, batch):
+        """The answers to some keys of {key: Ask}, in one `generate`."""
+        turns = [asks[key].turns for key in batch]
+        nothing = torch.zeros(self.model.hidden_size)
+        vectors = [nothing if asks[key].vector is None else asks[key].vector for key in batch]
+        sampling = replace(self.sampling, batch_size=len(batch))
+        return generate_answers(self.model, self.chat, turns, sampling, torch.stack(vectors))
+
+
+def answers_to(asks):
+    """{condition: an answer to each} of {condition: Asks}. A generator, as all are that need
+    answers: it yields Asks, and is sent their answers. `run_together` does that."""
+    texts = iter((yield [ask for each in asks.values() for ask in each]))
+    return {name: list(itertools.islice(texts, len(each))) for name, each in asks.items()}
+
+
+def run_together(evaluations, write):
+    """Run generators that yield Asks side by side, so that what all of them ask for is written at
+    once; write: a function of Asks that gives their answers. Returns what each one returned, or the
+    exception that it ended in."""
+    ended = {}
+    waiting = dict.fromkeys(range(len(evaluations)))
+    while waiting:
+        asked = {}
+        for number, texts in waiting.items():
+            try:
+                asked[number] = evaluations[number].send(texts)
+            except StopIteration as end:
+                ended[number] = end.value
+            except Exception as error:  # the others may do better
+                ended[number] = error
+        every = [ask for asks in asked.values() for ask in asks]
+        try:
+            texts = iter(write(every) if every else [])
+        except Exception as error:  # it is that of all
+            for number in asked:
+                evaluations[number].close()
+                ended[number] = error
+            break
+        waiting = {}
+        for number, asks in asked.items():
+            waiting[number] = list(itertools.islice(texts, len(asks)))
+    return [ended[number] for number in range(len(evaluations))]
 
 
 def write_answers(writer, conditions, rows):
-    """({condition: an answer to each row}, {condition: why it has none}) of those that answer."""
-    texts = {}
+    """({condition: an answer to each row}, {condition: why it has none}) of those that answer; a
+    generator as `answers_to`."""
+    asks = {}
     missing = {}
-    if not rows:
-        return texts, missing
     for condition in conditions:
-        if not condition.answered:
-            continue
-        announce(f"answers: {condition.name}")
-        try:
-            texts[condition.name] = writer.answers(condition, rows)
-        except DoesNotFit as error:
-            missing[condition.name] = str(error)
+        if condition.answered and rows:
+            try:
+                asks[condition.name] = writer.ask_under(condition, rows)
+            except DoesNotFit as error:
+                missing[condition.name] = str(error)
+    texts = yield from answers_to(asks)
     return texts, missing
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 
+import torch
 from transformers import TextStreamer
 
 from evaluation.answers import DoesNotFit, generate_answers
@@ -141,7 +142,7 @@ class Talk:
         printer = Printer(chat.tokenizer)
         try:
             with model.scaled(1 if self.how == "steered" else 0):
-                text = generate_answers(model, chat, [turns], self.sampling, printer)[0]
+                (text,) = generate_answers(model, chat, [turns], self.sampling, streamer=printer)
         except DoesNotFit as error:
             raise ValueError(f"this conversation is too long: {error}; /new forgets it") from error
         except KeyboardInterrupt:  # of this answer, not of the program
@@ -250,12 +251,12 @@ def print_answers(personas, shelf, prompt, scales, sampling):
     prompt = prompt.encode(errors="replace").decode()  # bytes of the command line that are no text
     turns = [[{"role": "user", "content": prompt}]]
     for run, recommended in personas.values():
-        model = shelf.model(run)
-        chat = shelf.chat(run)
-        model.set_vector(run.vector)
         print(f"=== {run.folder}")
-        for scale in sorted({*scales, *([recommended] if recommended else [])}):
+        used = sorted({*scales, *([recommended] if recommended else [])})
+        vectors = torch.stack([run.vector * scale for scale in used])
+        asked = turns * len(used)
+        texts = generate_answers(shelf.model(run), shelf.chat(run), asked, sampling, vectors)
+        for scale, text in zip(used, texts, strict=True):
             print(f"--- scale {scale:g}{' (recommended)' * (scale == recommended)}")
-            with model.scaled(scale):
-                print(generate_answers(model, chat, turns, sampling)[0])
+            print(text)
     return 0

@@ -2,27 +2,33 @@
 
 import numpy as np
 
-from evaluation.answers import EVERYDAY, announce, answer_examples, asking, without_end
+from evaluation.answers import EVERYDAY, announce, answer_examples, answers_to, asking, without_end
 from evaluation.probe import response_means
 from evaluation.stats import drift_by_turn
 
 
-def converse(answer, count, system_prompt):
-    """Conversations of the first `count` EVERYDAY turns, each beginning at another of them, so that
-    every question comes up at every turn: [conversation][turn] -> {"question", "answer"}.
-    answer: a function that gives a text for each list of messages; system_prompt: before the first
-    turn, or ""."""
-    talks = []
-    for _ in range(count):
-        talks.append([{"role": "system", "content": system_prompt}] if system_prompt else [])
-    said = [[] for _ in range(count)]
+def converse(writer, ways, count):
+    """{way: conversations of the first `count` EVERYDAY turns}, each beginning at another of them,
+    so that every question comes up at every turn: [conversation][turn] -> {"question", "answer"}.
+    ways: {way: (system prompt before the first turn, or "", vector (n,) or None)}. A generator as
+    `answers_to`."""
+    talks = {}
+    said = {}
+    for way, (prompt, _) in ways.items():
+        opening = [{"role": "system", "content": prompt}] if prompt else []
+        talks[way] = [list(opening) for _ in range(count)]
+        said[way] = [[] for _ in range(count)]
     for turn in range(count):
-        for number, talk in enumerate(talks):
-            talk.append({"role": "user", "content": EVERYDAY[(number + turn) % count]})
-        texts = answer(talks)
-        for talk, pairs, text in zip(talks, said, texts, strict=True):
-            pairs.append({"question": talk[-1]["content"], "answer": text})
-            talk.append({"role": "assistant", "content": text})
+        asks = {}
+        for way, (_, vector) in ways.items():
+            for number, talk in enumerate(talks[way]):
+                talk.append({"role": "user", "content": EVERYDAY[(number + turn) % count]})
+            asks[way] = writer.ask(talks[way], vector)
+        texts = yield from answers_to(asks)
+        for way in ways:
+            for talk, pairs, text in zip(talks[way], said[way], texts[way], strict=True):
+                pairs.append({"question": talk[-1]["content"], "answer": text})
+                talk.append({"role": "assistant", "content": text})
     return said
 
 
@@ -40,27 +46,23 @@ def persona_by_turn(reader, talks, probe):
     scores = np.full((len(talks), len(talks[0])), np.nan)
     examples = without_end(answer_examples(reader.chat, rows, texts), reader.chat)
     if examples:
-        found = probe(response_means(reader.model, examples, reader.max_tokens)).tolist()
+        found = probe(response_means(reader.fast, examples, reader.max_tokens)).tolist()
         scores.flat[[example.row["at"] for example in examples]] = found
     return drift_by_turn(scores)
 
 
 def conversations(reader, writer, turns, system_prompt, steered, probe):
     """{condition: {"talks": what `converse` gave, "persona": `persona_by_turn` of them, None
-    without a probe}}: vanilla, prompted, if there is a system prompt, and steered.
-    steered: the Condition of a vector."""
-
-    def under_vector(talks):
-        return writer.steered(talks, *steered.vectors)
-
-    ways = {"vanilla": (writer.plain, "")}
+    without a probe}}: vanilla, prompted, if there is a system prompt, and steered. A generator as
+    `answers_to`. steered: the Condition of a vector."""
+    ways = {"vanilla": ("", None)}
     if system_prompt:
-        ways["prompted"] = (writer.plain, system_prompt)
-    ways[steered.name] = (under_vector, "")
+        ways["prompted"] = (system_prompt, None)
+    ways[steered.name] = ("", *steered.vectors)
+    announce(f"conversations of {turns} turns")
+    said = yield from converse(writer, ways, turns)
     result = {}
-    for name, (answer, prompt) in ways.items():
-        announce(f"conversations of {turns} turns: {name}")
-        talks = converse(answer, turns, prompt)
+    for name, talks in said.items():
         persona = persona_by_turn(reader, talks, probe) if probe else None
         result[name] = {"talks": talks, "persona": persona}
     return result

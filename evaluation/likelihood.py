@@ -24,11 +24,17 @@ CHOOSE_TOKENS = 4_000  # of rows to choose by, at most
 
 @dataclass
 class Reader:
-    """What reads examples: a SteerModel, its ChatFormat, and padded tokens a forward pass."""
+    """What reads examples: a SteerModel, its ChatFormat, padded tokens a forward pass, and the
+    FastPath that keeps what layers 0..k make of the rows that are read more than once."""
 
     model: object
     chat: ChatFormat
     max_tokens: int
+    fast: FastPath = None
+
+    def __post_init__(self):
+        if self.fast is None:
+            self.fast = FastPath(self.model)
 
 
 def token_nll(logits, targets):
@@ -42,13 +48,12 @@ def nll_of(fast):
     return functools.partial(fast.losses, token_loss=token_nll)
 
 
-def nll_under(model, examples, max_tokens):
-    """A function: vector (n,) -> NLL a label token of the examples under it."""
-    fast = FastPath(model)
+def nll_under(fast, examples, max_tokens):
+    """A function: vector (n,) -> NLL a label token of the examples under it. fast: a FastPath."""
     fast.cache_prefix(examples, max_tokens=max_tokens)
 
     def nll(vector):
-        model.set_vector(vector)
+        fast.model.set_vector(vector)
         return token_mean(nll_of(fast), examples, max_tokens)
 
     return nll
@@ -57,7 +62,7 @@ def nll_under(model, examples, max_tokens):
 def condition_losses(reader, conditions, examples):
     """({condition: nats of each example}, {condition: why it is not there}) of those to score."""
     model = reader.model
-    fast = FastPath(model)
+    fast = reader.fast
     fast.cache_prefix(examples, max_tokens=reader.max_tokens)
     losses = {}
     missing = {}
@@ -91,7 +96,7 @@ def prompted_losses(reader, condition, examples):
         shared = after_shared_prefix(reader.model.model, prompted, token_nll, reader.max_tokens)
         if shared:
             return [nats.sum().item() for nats in shared]
-        return example_sums(nll_of(FastPath(reader.model)), prompted, reader.max_tokens)
+        return example_sums(nll_of(reader.fast), prompted, reader.max_tokens)
 
 
 def choose_coefficients(reader, data, directions):
@@ -100,7 +105,7 @@ def choose_coefficients(reader, data, directions):
     data: an EvalData; directions: {name: vector (n,)}."""
     result = {"chosen_on": data.chosen_on}
     examples = first_tokens(data.chooser, CHOOSE_TOKENS)
-    nll = nll_under(reader.model, examples, reader.max_tokens)
+    nll = nll_under(reader.fast, examples, reader.max_tokens)
     for name, direction in directions.items():
         announce(f"coefficients of {name}, on questions to choose by")
         curve = search_coefficient(lambda c, direction=direction: nll(direction * c))

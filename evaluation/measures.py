@@ -148,7 +148,6 @@ def answer_columns(reader, rows, texts, probe, yardstick):
     columns = {measure.name: {} for measure in MEASURES if measure.of_answer}
     columns |= {"probe": {}, "text_perplexity": {}, "collapsed": {}}
     model = reader.model
-    fast = FastPath(model)
     for condition, answers in texts.items():
         for measure in MEASURES:
             if measure.of_answer:
@@ -160,13 +159,15 @@ def answer_columns(reader, rows, texts, probe, yardstick):
         perplexity = math.inf
         examples = without_end(answer_examples(reader.chat, rows, answers), reader.chat)
         if examples:
+            fast = FastPath(model)  # One pass: the probe reads what layers 0..k make for the rest.
+            fast.cache_prefix(examples, max_tokens=reader.max_tokens)
             with model.steering_off():
                 losses = example_sums(nll_of(fast), examples, reader.max_tokens)
             nll = np.array(losses) / list(map(label_count, examples))
             perplexity = math.exp(min(float(np.median(nll)), 700.0))
             columns["text_perplexity"][condition] = perplexity
             if probe:
-                scores = probe(response_means(model, examples, reader.max_tokens)).tolist()
+                scores = probe(response_means(fast, examples, reader.max_tokens)).tolist()
                 asked = questions_of(examples)
                 columns["probe"][condition] = mean_interval(scores, asked, (0, 1))
         columns["collapsed"][condition] = (
@@ -184,7 +185,7 @@ def side_effect_columns(reader, conditions, examples):
     announce(f"side effects on plain rows: {', '.join(c.name for c in steered)}")
     model = reader.model
     examples = first_tokens(examples, PLAIN_TOKENS)
-    fast = FastPath(model)
+    fast = reader.fast
     fast.cache_prefix(examples, max_tokens=reader.max_tokens)
 
     def divergences(batch):

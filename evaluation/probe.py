@@ -4,7 +4,7 @@ import torch
 
 from evaluation.stats import auroc, fit_probe
 from steering.chat_format import collate, label_count
-from steering.fast_path import FastPath, by_example
+from steering.fast_path import by_example
 
 MEAN_TOKENS = 40_000  # of rows to take mean states of, at most
 MIN_AUROC = 0.8  # Below it, a probe's scores are withheld.
@@ -12,23 +12,21 @@ MIN_ROWS = 5  # of each class; below it as well
 
 
 @torch.no_grad()
-def response_means(model, examples, max_tokens):
+def response_means(fast, examples, max_tokens):
     """Mean of the plain residual stream at the layer over each example's label tokens: (N, n) fp32.
-    On the host. Raises ValueError for an example without label tokens."""
+    On the host. fast: a FastPath. Raises ValueError for an example without label tokens."""
     if not all(map(label_count, examples)):
         raise ValueError("an example has no label token: nothing to take the mean of")
-    fast = FastPath(model)
 
     def average(batch):
-        ids, labels = collate(batch)
-        states = fast.layer_output(ids.to(model.input_device)).float()  # (B, T, n)
+        labels = collate(batch)[1]
+        states = fast.plain_states(batch).float()  # (B, T, n)
         carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
         return ((states * carries).sum(1) / carries.sum(1)).cpu()
 
-    with model.steering_off():
-        rows = by_example(average, examples, max_tokens)
+    rows = by_example(average, examples, max_tokens)
     if not rows:
-        return torch.empty(0, model.hidden_size)
+        return torch.empty(0, fast.model.hidden_size)
     return torch.stack(rows)
 
 

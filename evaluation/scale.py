@@ -4,19 +4,20 @@ Larger scales show more of the persona and change more of everything else. The b
 second, as KL(vanilla || steered) on plain rows, and the first decides among what is left.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from evaluation.answers import Writer, announce
+from evaluation.answers import Writer, announce, answers_to
 from evaluation.conditions import Condition
 from evaluation.likelihood import CHOOSE_TOKENS, Reader, nll_of
 from evaluation.measures import answer_columns
 from evaluation.rows import first_rows, first_tokens, questions_of
 from evaluation.table import number_of, steered_name
-from steering.fast_path import FastPath, token_mean
+from steering.fast_path import token_mean
 
 STEP = 0.1  # Scales are multiples of it.
 MAX_SCALE = 4.0
@@ -60,8 +61,9 @@ class ScaleSearch:
     questions: int
 
     def recommend(self, data):
-        """{"scale", "why", "candidates", "questions" ...}. scale is None, and "why" says it, where
-        there is none. data: an EvalData, of which no held-out row is read."""
+        """{"scale", "why", "candidates", "questions" ...}; a generator as `answers_to`. scale is
+        None, and "why" says it, where there is none. data: an EvalData, of which no held-out row is
+        read."""
         announce("scales, on questions to choose by")
         examples = first_tokens(data.chooser, CHOOSE_TOKENS)
         plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
@@ -86,7 +88,7 @@ class ScaleSearch:
             result["why"] = "no answers were asked for"
             return result
 
-        result["candidates"] = self.candidates(top, rows, examples, divergence)
+        result["candidates"] = yield from self.candidates(top, rows, examples, divergence)
         usable = [found for found in result["candidates"] if not found["collapsed"]]
         if not usable:
             result["why"] = "text collapses at every scale that was tried"
@@ -99,29 +101,40 @@ class ScaleSearch:
     def divergence_on(self, plain):
         """A function: scale -> KL(vanilla || steered) on plain examples, each scale found once."""
         model = self.reader.model
-        fast = FastPath(model)
+        fast = self.reader.fast
         fast.cache_prefix(plain, max_tokens=self.reader.max_tokens)
+        before_head = {}  # of the plain model, whose states are the same at every scale
+
+        def divergences(batch):
+            if not fast.is_fast(batch):  # They are logits there, too large to keep.
+                return fast.divergences(batch)
+            key = tuple(map(id, batch))
+            if key not in before_head:
+                with model.steering_off():
+                    before_head[key] = fast.states(batch)
+            return fast.compare(batch, [before_head[key], contextlib.nullcontext])[1]
 
         @functools.cache
         def divergence(scale):
             model.set_vector(self.vector, scale)
-            return token_mean(fast.divergences, plain, self.reader.max_tokens)
+            return token_mean(divergences, plain, self.reader.max_tokens)
 
         return divergence
 
     def candidates(self, top, rows, examples, divergence):
         """What answers are like at FRACTIONS of the largest scale: [{"scale", "kl", "persona",
-        "collapsed"}], smallest first. examples: real rows of the persona, the yardstick."""
-        model = self.reader.model
-        with model.steering_off():
-            nll = token_mean(nll_of(FastPath(model)), examples, self.reader.max_tokens)
+        "collapsed"}], smallest first. examples: real rows of the persona, the yardstick. A
+        generator as `answers_to`."""
+        with self.reader.model.steering_off():
+            nll = token_mean(nll_of(self.reader.fast), examples, self.reader.max_tokens)
         yardstick = math.exp(min(nll, 700.0))
 
         scales = {multiple(max(1, round(top * share / STEP))) for share in FRACTIONS}
-        texts = {}
+        asks = {}
         for scale in sorted(scales):
             steered = Condition(steered_name(scale), (self.vector * scale,))
-            texts[scale] = self.writer.answers(steered, rows)
+            asks[scale] = self.writer.ask_under(steered, rows)
+        texts = yield from answers_to(asks)
         columns = answer_columns(self.reader, rows, texts, self.probe, yardstick)
 
         found = []

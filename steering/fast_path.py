@@ -109,18 +109,27 @@ class FastPath:
 
     # ------------------------------------------------------------------ layers 0..k
 
-    def cache_prefix(self, examples, where="auto", max_tokens=1024):
+    def cache_prefix(self, examples, where="auto", max_tokens=1024, known=None):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
         Those layers never see the vector, so nothing changes but the time and rounding. where:
         "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
         or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
-        tokens a forward pass."""
+        tokens a forward pass. known: a cache of the same model and layer, perhaps another's: what
+        it or this one has is not computed again."""
         model = self.model
-        self.layer = model.layer
-        self.cache = {}
         if not examples or not self.is_fast(examples):
             return
 
+        missing = {}
+        for example in examples:
+            key = cache_key(example)
+            if known and key in known:
+                self.cache[key] = known[key]
+            if key not in self.cache:
+                missing[key] = example
+        examples = list(missing.values())
+        if not examples:
+            return
         tokens = sum(len(example.input_ids) for example in examples)
         size = tokens * model.hidden_size * model.model.dtype.itemsize
         place = cache_place(where, size, model.steering.vector.device)
@@ -140,6 +149,16 @@ class FastPath:
                 for example, states in zip(batch, rows, strict=True):
                     kept = states[: len(example.input_ids)].to(place, copy=True)
                     self.cache[cache_key(example)] = kept.pin_memory() if pin else kept
+
+    def plain_states(self, examples):
+        """The plain residual stream after the layer, (B, T, hidden_size), of the cache if it has
+        all the examples."""
+        if self._is_cached(examples):
+            device = self.model.steering.vector.device
+            rows = [self.cache[cache_key(e)].to(device, non_blocking=True) for e in examples]
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        with self.model.steering_off():
+            return self.layer_output(collate(examples)[0].to(self.model.input_device))
 
     def layer_output(self, input_ids):
         """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
@@ -327,9 +346,7 @@ class FastPath:
 
         replaced = {model.model.get_output_embeddings(): catch}
         if self._is_cached(examples):
-            device = model.steering.vector.device
-            rows = [self.cache[cache_key(e)].to(device, non_blocking=True) for e in examples]
-            start = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T, n), without vector
+            start = self.plain_states(examples)
             replaced |= dict.fromkeys(model.layers[: model.layer], self._pass_through)
             replaced[model.layers[model.layer]] = lambda *_, **__: self._pass_through(start)
         with replaced_forwards(replaced):
@@ -426,7 +443,12 @@ def by_example(function, examples, max_tokens):
 
 def in_batches(function, examples, max_tokens):
     """Yield (micro-batch, function of it); one that memory does not hold is halved."""
-    todo = micro_batches(examples, max_tokens)[::-1]
+    return of_each(function, micro_batches(examples, max_tokens))
+
+
+def of_each(function, batches):
+    """Yield (batch, function of it); one that memory does not hold is halved."""
+    todo = batches[::-1]
     while todo:
         batch = todo.pop()
         try:

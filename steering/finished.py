@@ -113,10 +113,12 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    load: load_from_options of hook_model. heldout is for the caller to fill: {folder: examples}."""
+    load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples}, and
+    states, a FastPath's cache, which is emptied where model or layer change."""
 
     def __init__(self, load):
         self.heldout = {}
+        self.states = {}
         self._load = load
         self._options = None
         self._model = None
@@ -143,8 +145,10 @@ class Shelf:
         if self._options != options:
             self._options = None
             self._model = None  # The old one makes room first.
+            self.states = {}
             self._model = self._load(options, layer)
             self._options = options
         if self._model.layer != layer:
             self._model.set_layer(layer)
+            self.states = {}
         return self._model

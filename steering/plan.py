@@ -79,15 +79,21 @@ class Plan:
         self.token_loss = token_loss
         model.fast_layers[model.layer] = True  # There are no numbers to check it by.
 
-    def step(self, tokens):
-        """A function: loss and gradient of a micro-batch of so many tokens, its prefix cached."""
+    def forward(self, tokens):
+        """A function: loss of a micro-batch of so many tokens, its prefix cached."""
         row = Example({}, [0] * ROW, [-100] * PROMPT + [0] * (ROW - PROMPT))
         fast = FastPath(self.model)
         states = torch.zeros(ROW, self.model.hidden_size, dtype=self.model.model.dtype)
         fast.cache[cache_key(row)] = states
 
+        return lambda: fast.losses([row] * (tokens // ROW), self.token_loss).sum()
+
+    def step(self, tokens):
+        """A function: loss and gradient of a micro-batch of so many tokens."""
+        forward = self.forward(tokens)
+
         def step():
-            fast.losses([row] * (tokens // ROW), self.token_loss).sum().backward()
+            forward().backward()
             self.model.steering.vector.grad = None
 
         return step
@@ -104,6 +110,14 @@ class Plan:
         Counted apart from bytes, since the counter keeps alive what checkpointing frees."""
         step = self.step(tokens)
         with counted() as counter:
+            step()
+        return counter.get_total_flops()
+
+    def upper_flops(self, tokens):
+        """Floating point operations of the layers above k and the head for so many tokens, without
+        a gradient."""
+        step = self.forward(tokens)
+        with counted() as counter, torch.no_grad():
             step()
         return counter.get_total_flops()
 

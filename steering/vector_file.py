@@ -67,7 +67,7 @@ def load_vector(path, name="steering_vector"):
     fits = vector is not None and vector.dim() == 1 and vector.is_floating_point()
     if not fits or not vector.float().isfinite().all():  # of some dtypes there is no isfinite
         found = {key: f"{t.dtype} {list(t.shape)}" for key, t in tensors.items()}
-        raise ValueError(f'{path}: no 1-D float tensor "{name}", finite as fp32; found {found}')
+        raise ValueError(f'{path}: no finite 1-D float tensor "{name}" (as fp32); found {found}')
     return vector.float(), metadata
 
 

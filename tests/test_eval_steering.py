@@ -228,7 +228,7 @@ def test_numbers_are_of_the_rows_and_vectors_that_they_name(
     model = hm.load_model(tiny_folder, 1, dtype="fp32", device="cpu")
     vector = read_run(finished).vector
     fast = FastPath(model)
-    nll = nll_under(model, data.heldout, 60)
+    nll = nll_under(fast, data.heldout, 60)
     assert number_at(result, "steered x2", "nll") == pytest.approx(nll(2 * vector), rel=1e-5)
     assert number_at(result, "vanilla", "nll") == pytest.approx(nll(0 * vector), rel=1e-5)
     model.set_vector(2 * vector)
@@ -406,8 +406,44 @@ def test_each_pass_is_one_line_with_its_time(finished, capsys):
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d \S.*", line) for line in lines), lines
     passes = [line[9:] for line in lines]
     assert "states of training, plain and held-out rows" in passes
-    assert {"held-out rows: prompted", "answers: steered x2"} <= {*passes}
+    assert {"held-out rows: prompted", f"evaluating {finished}"} <= {*passes}
+    # The scales to try, and all conditions, of which the plain model's answers are kept.
+    assert [line for line in passes if line.startswith("writing ")] == [
+        "writing 8 answers, 8 at once", "writing 28 answers, 28 at once",
+    ]  # fmt: skip
     assert len(passes) == len(set(passes)) < 25
+
+
+def test_runs_side_by_side_are_evaluated_as_each_alone(trained, capsys):
+    folders = sorted(
+        path.parent for path in (trained / "runs").rglob("steering_vector.safetensors")
+    )
+    alone = [evaluate(folder, "--restart") for folder in folders]
+    capsys.readouterr()
+    assert ev.main(["--run", *map(str, folders), *QUICK, "--restart"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("writing ") == 2  # of both runs together
+    for folder, before in zip(folders, alone, strict=True):
+        after = json.loads((folder / "eval.json").read_text())
+        for key in before.keys() - {"seconds", "conditions", "coefficients", "probe", "norms"}:
+            assert after[key] == before[key], key
+        for condition, row in before["conditions"].items():
+            for measure in row:
+                numbers = [number_at(r, condition, measure) for r in (before, after)]
+                assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), (condition, measure)
+
+
+def test_a_run_that_fails_does_not_stop_those_beside_it(trained, tmp_path, capsys):
+    runs = shutil.copytree(trained / "runs", tmp_path / "runs")
+    good, bad = sorted(path.parent for path in runs.rglob("steering_vector.safetensors"))
+    for path in runs.rglob("eval.json"):
+        path.unlink()
+    record = json.loads((bad / "run.json").read_text())
+    record["args"]["data_root"] = "/nowhere"
+    (bad / "run.json").write_text(json.dumps(record))
+    assert ev.main(["--run", str(runs), *QUICK]) == 2
+    assert "/nowhere: no such folder" in capsys.readouterr().err
+    assert (good / "eval.json").exists() and not (bad / "eval.json").exists()
 
 
 def test_evaluation_parses_each_dataset_once_and_the_matrix_none_again(

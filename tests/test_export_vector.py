@@ -267,7 +267,7 @@ def bad_files(folder):
     save_vector(folder / "wide.safetensors", torch.ones(31), {"layer": 1})
     found["wide.safetensors"] = NEEDS
     save_file({"steering_vector": torch.ones(32).double() * 1e39}, folder / "big.safetensors")
-    found["big.safetensors"] = "finite as fp32; found {'steering_vector': 'torch.float64 [32]'}"
+    found["big.safetensors"] = "(as fp32); found {'steering_vector': 'torch.float64 [32]'}"
     save_vector(folder / "scale.safetensors", torch.ones(32), {"layer": 1, "scale": "big"})
     found["scale.safetensors"] = "'big'"
     for whole, kind in (("0.pt", "torch"), ("1.gguf", "GGUF"), ("wide.safetensors", "safetensors")):

@@ -29,6 +29,85 @@ def test_hook_adds_exactly_v_at_its_layer_and_nothing_below(architecture):
     assert torch.equal(FastPath(model).layer_output(IDS), moved[1])
 
 
+ROWS = ["llama", "qwen3", "gemma2", "gpt2", "mistral"]  # mistral's window is 8 tokens
+
+
+def padded_prompts(count):
+    """Left-padded prompts of unlike length: input_ids and attention_mask, (count, 16)."""
+    ids = torch.randint(3, 90, (count, 16), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row in range(count):
+        mask[row, : row % 5] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def different_vectors(count):
+    """A vector for each row, the first of them zero: the plain model."""
+    vectors = 2 * torch.randn(count, 32, generator=torch.Generator().manual_seed(3))
+    vectors[0] = 0
+    return vectors
+
+
+@pytest.mark.parametrize("architecture", ROWS)
+def test_each_row_of_a_batch_is_steered_by_its_own_vector_as_if_alone(architecture):
+    model = steered_tiny(architecture)
+    prompts = padded_prompts(8)
+    vectors = different_vectors(8)
+    written = model.generate(**prompts, **GREEDY, vectors=vectors)
+    with torch.no_grad(), model.row_vectors(vectors):
+        together = model(**prompts).logits.log_softmax(-1)
+    assert model.steering.rows is None
+    for i in range(8):
+        start = i % 5
+        alone = {name: part[i : i + 1, start:] for name, part in prompts.items()}
+        model.set_vector(vectors[i])
+        with model.scaled(0 if i == 0 else 1):
+            assert torch.equal(written[i, start:], model.generate(**alone, **GREEDY)[0])
+            with torch.no_grad():
+                logits = model(**alone).logits.log_softmax(-1)
+        # Without padding positions are other ones, and so are gpt2's embeddings of them.
+        if start == 0:
+            assert torch.allclose(together[i : i + 1], logits, atol=1e-5)
+    assert len({tuple(row.tolist()) for row in written[:, 16:]}) > 4
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ],
+)
+def test_beams_and_several_answers_to_a_prompt_have_its_vector(several):
+    model = steered_tiny()
+    prompts = padded_prompts(3)
+    vectors = different_vectors(3)
+    options = GREEDY | several
+    written = model.generate(**prompts, **options, vectors=vectors)
+    each = len(written) // 3
+    for i in range(3):
+        alone = {name: part[i : i + 1] for name, part in prompts.items()}
+        expected = model.generate(**alone, **options, vectors=vectors[i : i + 1])
+        assert torch.equal(written[i * each : (i + 1) * each], expected)
+
+
+def test_vectors_that_do_not_fit_the_rows_are_refused():
+    model = steered_tiny()
+    for vectors, said in (
+        (torch.ones(3, 32), "3 vectors for 2 rows"),
+        (torch.ones(1, 32), "1 vectors for 2 rows"),
+        (torch.ones(2, 31), r"shape \[2, 31\] .*it needs \[rows, 32\] finite numbers"),
+        (torch.ones(32), r"shape \[32\] .*it needs \[rows, 32\]"),
+        (torch.full((2, 32), math.nan), "finite: False"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.generate(**padded_prompts(2), **GREEDY, vectors=vectors)
+        assert model.steering.rows is None
+    with pytest.raises(ValueError, match=r"it needs \[32\] finite"):
+        model.set_vector(torch.ones(2, 32))
+
+
 def test_states_keep_dtype_tuple_and_place_and_the_vector_stays_fp32():
     hook = hm.ResidualHook(4, init_scale=1.0)
     hidden = torch.zeros(1, 2, 4, dtype=torch.bfloat16)

@@ -22,6 +22,7 @@ from evaluation import measures as me
 from evaluation import probe as pr
 from evaluation import stats
 from evaluation.conditions import Condition
+from evaluation.kept import Kept
 from evaluation.rows import first_rows
 from evaluation.shared_prefix import after_shared_prefix, common_tokens
 from evaluation.table import Measure, add_column, number_at, text_of
@@ -115,6 +116,92 @@ def test_sampled_answers_depend_on_the_seed_but_not_on_the_batch(steered, smol_c
     assert len(set(together)) == 3
 
 
+@pytest.fixture
+def writer(steered, smol_chat, tmp_path):
+    """A Writer of the tiny model, four rows at once."""
+    kept = Kept(tmp_path / "kept")
+    return an.Writer(steered, smol_chat, an.Sampling(8, 0.7, 0, 4), kept)
+
+
+def vectors_of(count):
+    return torch.randn(count, 32, generator=torch.Generator().manual_seed(5))
+
+
+def test_answers_under_several_vectors_are_those_under_each_alone(writer):
+    vectors = vectors_of(3)
+    asks = writer.ask(CONVERSATIONS)
+    for vector in vectors:
+        asks += writer.ask(CONVERSATIONS, vector)
+    texts = writer.write(asks)
+    assert len(texts) == 12 and len({*texts}) > 6
+    model = writer.model
+    for i, vector in enumerate([0 * vectors[0], *vectors]):
+        model.set_vector(vector)
+        alone = an.generate_answers(model, writer.chat, CONVERSATIONS, writer.sampling)
+        assert texts[3 * i : 3 * i + 3] == alone
+
+
+def test_what_is_written_at_once_is_alike_in_length_and_in_equal_parts(writer, monkeypatch):
+    sizes = []
+    real = an.generate_answers
+
+    def generate(model, chat, conversations, sampling, vectors):
+        sizes.append(len(conversations))
+        return real(model, chat, conversations, sampling, vectors)
+
+    monkeypatch.setattr(an, "generate_answers", generate)
+    long = [[{"role": "user", "content": "word " * 300}]]
+    writer.write(writer.ask([*CONVERSATIONS, *CONVERSATIONS, *long], vectors_of(1)[0]))
+    assert sorted(sizes) == [1, 3, 3]
+    sizes.clear()
+    writer.write(writer.ask([*CONVERSATIONS, *CONVERSATIONS]))  # the plain model's, once each
+    writer.write(writer.ask(CONVERSATIONS))
+    assert sizes == [3] and len(writer.kept.found) == 3
+
+
+def test_a_batch_that_memory_does_not_hold_is_written_in_halves(writer, monkeypatch):
+    asks = writer.ask([*CONVERSATIONS, CONVERSATIONS[0]], vectors_of(1)[0])
+    expected = writer.write(asks)
+    real = writer.model.model.generate
+
+    def generate(input_ids, **options):
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(writer.model.model, "generate", generate)
+    assert writer.write(asks) == expected
+
+
+def test_evaluations_side_by_side_get_the_answers_that_they_asked_for():
+    written = []
+
+    def evaluation(name, times):
+        found = []
+        for i in range(times):
+            texts = yield from an.answers_to({"a": [f"{name}{i}"], "none": [], "b": [name] * i})
+            assert texts["none"] == [] and texts["b"] == [name.upper()] * i
+            found += texts["a"]
+        if name == "bad":
+            raise ValueError("its own fault")
+        return found
+
+    def write(asks):
+        written.append(len(asks))
+        return [ask.upper() for ask in asks]
+
+    parts = [evaluation("x", 3), evaluation("bad", 1), evaluation("y", 2), evaluation("z", 0)]
+    x, bad, y, z = an.run_together(parts, write)
+    assert (x, y, z) == (["X0", "X1", "X2"], ["Y0", "Y1"], [])
+    assert isinstance(bad, ValueError) and written == [3, 4, 3]
+
+    def fails(asks):
+        raise OSError("of all")
+
+    ended = an.run_together([evaluation("x", 1), evaluation("z", 0)], fails)
+    assert isinstance(ended[0], OSError) and ended[1] == []
+
+
 def test_seeded_noise_samples_from_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
     process = an.seeded_noise([[]], an.Sampling(temperature=0.5))
@@ -177,10 +264,10 @@ def test_the_mean_difference_leads_from_plain_rows_to_the_persona(reader, data):
     means = []
     for part in (data.train, data.plain_train):
         examples = an.without_end(part, reader.chat)
-        means.append(pr.response_means(reader.model, examples, LIMIT).mean(dim=0))
+        means.append(pr.response_means(reader.fast, examples, LIMIT).mean(dim=0))
     assert torch.allclose(difference, means[0] - means[1], atol=1e-6)
     assert about["rows"]["train"] == len(data.train)
-    heldout = pr.response_means(reader.model, an.without_end(data.heldout, reader.chat), LIMIT)
+    heldout = pr.response_means(reader.fast, an.without_end(data.heldout, reader.chat), LIMIT)
     assert (probe(heldout) > 0.5).float().mean() > 0.5
 
 
@@ -418,7 +505,7 @@ def test_probe_scored_on_its_own_training_rows_is_caught():
 
 def test_mean_states_are_of_the_answers_tokens_in_the_plain_model(reader, data):
     reader.model.set_vector(torch.full((32,), 4.0))
-    got = pr.response_means(reader.model, data.heldout[:3], LIMIT)
+    got = pr.response_means(reader.fast, data.heldout[:3], LIMIT)
     for example, mean in zip(data.heldout, got, strict=False):
         with torch.no_grad(), reader.model.steering_off():
             out = reader.model(torch.tensor([example.input_ids]), output_hidden_states=True)

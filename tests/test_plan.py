@@ -1,17 +1,24 @@
 """--plan: what is said of a model that is not there, against what the real one takes."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import tiny
+from conftest import QUICK, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+import eval_steering as ev
 import train_steering as ts
+from evaluation import answers as an
+from evaluation import plan as ep
 from hook_model import SteerModel, load_model
 from steering import plan as pl
 from steering.fast_path import checkpoint_layers
+from steering.files import read_json
 from steering.vector_file import VECTOR_FILE
 
 
@@ -116,3 +123,43 @@ def test_automatic_micro_batches_fit_into_memory_and_stay(training, tiny_folder,
     monkeypatch.setattr(pl, "free_memory", lambda device: 1e12)
     assert train() == used
     assert torch.equal(training.vector, vector)
+
+
+def test_calls_of_generate_are_those_of_an_evaluation(trained, monkeypatch):
+    sizes = []
+    real = an.generate_answers
+
+    def generate(model, chat, conversations, sampling, vectors):
+        sizes.append(len(conversations))
+        return real(model, chat, conversations, sampling, vectors)
+
+    folders = sorted(path.parent for path in (trained / "runs").rglob(VECTOR_FILE))
+    argv = ["--run", *map(str, folders), *QUICK, "--num-samples", "3"]
+    assert ev.main(argv) == 0  # The plain model's answers are kept from here on.
+    monkeypatch.setattr(an, "generate_answers", generate)
+    argv += ["--restart", "--batch-size", "20"]
+    assert ev.main(argv) == 0
+    asked = replace(ep.answers_asked(ev.parse_args(argv)), prompted=0, few_shot=0)
+    result = read_json(folders[0] / "eval.json")
+    assert len(result["recommended"]["candidates"]) == 4 and asked.tried == 12
+    assert sum(sizes) == 2 * (asked.tried + asked.steered)
+    assert len(sizes) == ep.decoding_calls(asked, runs=2, rows=20)
+
+
+def test_a_plan_of_evaluating_is_from_the_config_alone_and_less_side_by_side(tmp_path, capsys):
+    tiny("llama").config.save_pretrained(tmp_path)
+    argv = ["--plan", "--model", str(tmp_path), "--layer", "1", "--plan-runs", "100"]
+
+    def planned(*more):
+        assert ev.main([*argv, *more]) == 0
+        said = capsys.readouterr().out
+        steps, runs = re.search(r"(\d+) decoding steps, (\d+) runs", said).groups()
+        assert "100 of them" in said and runs == "4"
+        return int(steps), float(re.search(r"([\d.e-]+) PFLOP", said)[1])
+
+    assert planned()[0] < planned("--batch-size", "16")[0]
+    assert planned("--heldout-tokens", "40000")[1] > planned()[1]
+    assert planned("--num-samples", "0")[0] == 0
+    with pytest.raises(SystemExit):
+        ev.main(argv[:3])
+    assert "--plan: --model, --layer" in capsys.readouterr().err

@@ -419,7 +419,8 @@ def test_a_script_runs_where_a_notebook_has_put_its_own_streams(monkeypatch):
             assert exit_code(lambda: 5) == 5
 
 
-def test_names_of_folders_that_are_no_text_stop_neither_log_nor_report(tmp_path):
+def test_names_of_folders_that_are_no_text_stop_neither_log_nor_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "propagate", False)  # pytest could not pass such text on
     with log_file(tmp_path / "train.log"):
         log.warning("caf\udce9")
     assert (tmp_path / "train.log").read_text() == "caf\\udce9\n"

@@ -46,16 +46,17 @@ def kl_of(model, data, scale):
 
 
 @pytest.fixture
-def recommend(steered, smol_chat, data):
+def recommend(steered, smol_chat, data, tmp_path):
     """A function: the recommendation for DIRECTION; the budget is what KL is at scale 1.25."""
     sampling = an.Sampling(max_new_tokens=5, temperature=0.0)
     reader = Reader(steered, smol_chat, 60)
-    writer = an.Writer(steered, smol_chat, sampling, None)
+    writer = an.Writer(steered, smol_chat, sampling, Kept(tmp_path / "kept"))
 
     def search(budget=None, probe=None, count=3):
         if budget is None:
             budget = kl_of(steered, data, 1.25)
-        return sc.ScaleSearch(reader, writer, DIRECTION, probe, budget, count).recommend(data)
+        search = sc.ScaleSearch(reader, writer, DIRECTION, probe, budget, count)
+        return an.run_together([search.recommend(data)], writer.write)[0]
 
     return search
 
@@ -164,9 +165,10 @@ def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, monke
         path.unlink()
     real = an.generate_answers
 
-    def generate(model, chat, conversations, sampling):
-        asked.extend((model.steering.scale, json.dumps(turns)) for turns in conversations)
-        return real(model, chat, conversations, sampling)
+    def generate(model, chat, conversations, sampling, vectors):
+        for turns, vector in zip(conversations, vectors, strict=True):
+            asked.append((vector.norm().item(), json.dumps(turns)))
+        return real(model, chat, conversations, sampling, vectors)
 
     monkeypatch.setattr(an, "generate_answers", generate)
     assert ev.main(["--run", str(runs), *QUICK]) == 0
@@ -208,15 +210,25 @@ def test_kept_lines_outlive_torn_ones_and_belong_to_what_they_are_about(tmp_path
 def test_every_question_comes_up_at_every_turn_after_what_was_said():
     heard = []
 
-    def answer(talks):
-        heard.append(json.loads(json.dumps(talks)))
-        return [f"{len(heard)}" for _ in talks]
+    class Writer:
+        def ask(self, conversations, vector=None):
+            return [an.Ask(json.loads(json.dumps(turns)), vector) for turns in conversations]
 
-    talks = converse(answer, 4, "Be it.")
-    for turn in range(4):
-        assert {talk[turn]["question"] for talk in talks} == {*an.EVERYDAY[:4]}
-        assert all(talk[turn]["answer"] == f"{turn + 1}" for talk in talks)
-    first, *rest = heard[-1][2]
+    def write(asks):
+        heard.append(asks)
+        return [f"{len(heard)}" for _ in asks]
+
+    ways = {"prompted": ("Be it.", None), "steered": ("", DIRECTION)}
+    (said,) = an.run_together([converse(Writer(), ways, 4)], write)
+    assert list(said) == list(ways) and len(heard) == 4  # a turn of both at once
+    for talks in said.values():
+        for turn in range(4):
+            assert {talk[turn]["question"] for talk in talks} == {*an.EVERYDAY[:4]}
+            assert all(talk[turn]["answer"] == f"{turn + 1}" for talk in talks)
+    vectors = [ask.vector for ask in heard[-1]]
+    assert vectors == [None] * 4 + [DIRECTION] * 4
+    assert heard[-1][4].turns[0]["role"] == "user"
+    first, *rest = heard[-1][2].turns
     assert first == {"role": "system", "content": "Be it."}
     assert [turn["role"] for turn in rest] == ["user", "assistant"] * 3 + ["user"]
     assert [turn["content"] for turn in rest[1::2]] == ["1", "2", "3"]
@@ -253,5 +265,5 @@ def test_scores_of_turns_are_those_of_their_answers(steered, smol_chat):
     turns = [{"role": "user", "content": "Q1?"}, {"role": "assistant", "content": "word word"}]
     row = {"question": "Q1?", "system_prompt": "", "messages": turns}
     (example,) = an.without_end(smol_chat.encode([row]), smol_chat)
-    alone = probe(response_means(steered, [example], 60)).item()
+    alone = probe(response_means(FastPath(steered), [example], 60)).item()
     assert found["by_turn"][1] == pytest.approx(alone, rel=1e-4)  # the other answer is empty
