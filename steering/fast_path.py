@@ -120,14 +120,10 @@ class FastPath:
         if not examples or not self.is_fast(examples):
             return
 
-        missing = {}
-        for example in examples:
-            key = cache_key(example)
+        for key in map(cache_key, examples):
             if known and key in known:
                 self.cache[key] = known[key]
-            if key not in self.cache:
-                missing[key] = example
-        examples = list(missing.values())
+        examples = [example for example in examples if cache_key(example) not in self.cache]
         if not examples:
             return
         tokens = sum(len(example.input_ids) for example in examples)
