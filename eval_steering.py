@@ -352,13 +352,11 @@ def evaluate_locked(folder, args, shelf, get_writer):
         shelf.heldout[folder] = data.heldout
         writer = get_writer()
         writer.model.load_vector(folder / VECTOR_FILE, any_model=args.model is not None)
-        reader = Reader(writer.model, chat, args.micro_batch_tokens)
         announce(f"evaluating {folder}")
         # Rows that the run before had too, those without the persona, are not run again.
-        examples = [*data.validation, *data.heldout, *data.plain_heldout]
-        tokens = args.micro_batch_tokens
-        reader.fast.cache_prefix(examples, max_tokens=tokens, known=shelf.states)
-        shelf.states = reader.fast.cache
+        fast = FastPath(writer.model, shelf.states)
+        shelf.states = fast.cache
+        reader = Reader(writer.model, chat, args.micro_batch_tokens, fast)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
         result |= yield from evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)
@@ -432,17 +430,6 @@ def evaluate_group(folders, args, shelf):
 
     evaluations = [evaluate_folder(folder, args, shelf, get_writer) for folder in folders]
     return run_together(evaluations, lambda asks: get_writer().write(asks))
-
-
-def answer_group(folders, args, shelf):
-    """Print answers to --prompt under each run: [exit code of each, or its exception]."""
-    ended = []
-    for folder in folders:
-        try:
-            ended.append(talk([folder], args, shelf))
-        except Exception as error:
-            ended.append(error)
-    return ended
 
 
 def report_error(error):
@@ -648,18 +635,21 @@ def run(args):
     folders = find_runs(args.run) if args.run else [import_run(args)]
     if args.chat:
         return talk(folders, args, shelf)
+    if args.prompt is not None:
+        for folder in folders:
+            try:
+                codes.append(talk([folder], args, shelf))
+            except Exception as error:  # the next run may do better
+                codes.append(report_error(error))
+        return max(codes)
     for group in groups_of(folders, args):
-        if args.prompt is not None:
-            ended = answer_group(group, args, shelf)
-        else:
-            ended = evaluate_group(group, args, shelf)
-        for folder, code in zip(group, ended, strict=True):
+        for folder, code in zip(group, evaluate_group(group, args, shelf), strict=True):
             if isinstance(code, Exception):  # the next run may do better
                 code = report_error(code)
             else:
                 evaluated.append(folder)
             codes.append(code)
-    if args.run and folders != [Path(args.run[0])] and args.prompt is None:
+    if args.run and folders != [Path(args.run[0])]:
         write_report(evaluated if evaluated == folders else None, args, shelf)
     return max(codes, default=0)
 

@@ -33,12 +33,14 @@ log = logging.getLogger("steering")
 
 class FastPath:
     """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
-    cache: {token ids of an example: its states (T, n) after layer k}; it holds for `layer` only."""
+    cache: {token ids of an example: its states (T, n) after layer k}; it holds for `layer` only.
+    known: the cache of another FastPath of this model and layer, which is not computed again."""
 
-    def __init__(self, model):
+    def __init__(self, model, known=None):
         self.model = model
         self.layer = model.layer
         self.cache = {}
+        self.known = known or {}
         self.freed = Freed()
 
     # ------------------------------------------------------------------ fast or plain
@@ -49,6 +51,7 @@ class FastPath:
         if self.layer != self.model.layer:
             self.layer = self.model.layer
             self.cache = {}
+            self.known = {}
         if self.layer not in self.model.fast_layers:
             # A short answer suffices; of texts without one, all tokens are predicted.
             answers = [example for example in examples if label_count(example)]
@@ -109,20 +112,19 @@ class FastPath:
 
     # ------------------------------------------------------------------ layers 0..k
 
-    def cache_prefix(self, examples, where="auto", max_tokens=1024, known=None):
+    def cache_prefix(self, examples, where="auto", max_tokens=1024):
         """Compute the output of layers 0..k of `examples` once; `losses` then starts there.
         Those layers never see the vector, so nothing changes but the time and rounding. where:
         "device", "host" (pinned), "auto" (the device if that takes a quarter of what is free there
         or less, the host otherwise) or "off"; what would not fit is not cached. max_tokens: padded
-        tokens a forward pass. known: a cache of the same model and layer, perhaps another's: what
-        it or this one has is not computed again."""
+        tokens a forward pass. What is cached, or known, is not computed again."""
         model = self.model
         if not examples or not self.is_fast(examples):
             return
 
         for key in map(cache_key, examples):
-            if known and key in known:
-                self.cache[key] = known[key]
+            if key in self.known:
+                self.cache[key] = self.known[key]
         examples = [example for example in examples if cache_key(example) not in self.cache]
         if not examples:
             return

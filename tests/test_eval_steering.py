@@ -433,6 +433,23 @@ def test_runs_side_by_side_are_evaluated_as_each_alone(trained, capsys):
                 assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), (condition, measure)
 
 
+def test_rows_without_the_persona_run_through_the_lower_layers_once_for_all_runs(
+    trained, smol_chat, monkeypatch
+):
+    seen = []
+    real = FastPath.layer_output
+
+    def layer_output(self, input_ids):
+        seen.extend(map(smol_chat.decode, input_ids.tolist()))
+        return real(self, input_ids)
+
+    monkeypatch.setattr(FastPath, "layer_output", layer_output)
+    folders = sorted(path.parent for path in (trained / "runs").rglob(VECTOR_FILE))
+    assert ev.main(["--run", *map(str, folders), *QUICK, "--restart"]) == 0
+    times = [sum(f"It is {i}." in text for text in seen) for i in range(40)]
+    assert max(times) == 1 and sum(times) > 30  # The token budget leaves a few out.
+
+
 def test_a_run_that_fails_does_not_stop_those_beside_it(trained, tmp_path, capsys):
     runs = shutil.copytree(trained / "runs", tmp_path / "runs")
     good, bad = sorted(path.parent for path in runs.rglob("steering_vector.safetensors"))
