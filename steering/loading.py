@@ -242,9 +242,11 @@ def longest_text(config):
     of them, as dynamic ones do beyond `max_position_embeddings`."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    longest = getattr(text, "max_position_embeddings", None)
     if rope.get("rope_type", rope.get("type")) == "longrope":
-        return rope["original_max_position_embeddings"]
-    return getattr(text, "max_position_embeddings", None)
+        key = "original_max_position_embeddings"
+        return rope.get(key) or getattr(text, key, longest)  # there before transformers 5
+    return longest
 
 
 def model_shape(name, trust_remote_code=False):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,11 @@ def test_a_text_is_too_long_that_would_change_the_embeddings_of_other_rows():
     ):
         config = LlamaConfig(max_position_embeddings=128, rope_parameters=parameters)
         assert longest_text(config) == limit
+    # Older versions of transformers have the first limit beside the parameters.
+    older = {"rope_scaling": {"type": "longrope"}, "max_position_embeddings": 128}
+    config = SimpleNamespace(**older, original_max_position_embeddings=32)
+    config.get_text_config = lambda: config
+    assert longest_text(config) == 32
 
 
 @pytest.mark.full
