@@ -14,7 +14,6 @@ is an error, and the others are written. No pickle is run. Exit codes: 0 done, 1
 written, 2 bad input, 130 Ctrl-C.
 """
 
-import contextlib
 import math
 import sys
 from dataclasses import replace
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import data_filter
 from data_filter import DataOptions
+from evaluation.report import read_result
 from hook_model import load_from_options
 from interop import adapter
 from interop.adapter_check import (
@@ -44,7 +44,7 @@ from interop.formats import (
     import_vector,
 )
 from steering.command_line import exit_code, new_parser, number_or_word, parse
-from steering.data_layouts import parse_name, pooled_names
+from steering.data_layouts import persona_of
 from steering.files import read_json, write_atomically
 from steering.finished import FinishedRun, Shelf, read_run, shared_folder
 from steering.loading import DTYPES
@@ -74,11 +74,11 @@ def from_run(run, args):
     metadata |= {"model": name, "layer": run.record["args"]["layer"]}
 
     result_path = run.folder / "eval.json"
-    result = read_json(result_path)
-    if "conditions" not in result or result["config"]["vector"] != vector_digest(vector):
+    result = read_result(result_path)
+    if result and result["config"]["vector"] != vector_digest(vector):
         result = {}
-        if result_path.exists():
-            print(f"WARNING: {result_path} left out: torn, or of another vector or version")
+    if not result and result_path.exists():
+        print(f"WARNING: {result_path} left out: torn, or of another vector or version")
     return Source(run.folder, vector, metadata, record=run.record, result=result)
 
 
@@ -258,9 +258,7 @@ def targets(args):
     named = {}
     for folder in folders:
         dataset = str(read_json(folder / "run.json").get("dataset"))
-        name = dataset
-        with contextlib.suppress(ValueError):  # a name of its own, or none, which read_run will say
-            name = "+".join(parse_name(part)[2] for part in pooled_names(dataset))
+        name = persona_of(dataset)
         if folder.name != dataset:
             name += f"-{folder.name}"
         if name in named:

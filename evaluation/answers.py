@@ -160,10 +160,12 @@ def generate_answers(model, chat, conversations, sampling, vectors=None, streame
 
 @dataclass(frozen=True)
 class Ask:
-    """Something to answer: messages, and the vector (n,) to do it under, None for none."""
+    """Something to answer: messages, and the vector (n,) to do it under, None for none. length: of
+    the prompt, in tokens."""
 
     turns: list
     vector: torch.Tensor | None = None
+    length: int = 0
 
 
 @dataclass
@@ -178,9 +180,11 @@ class Writer:
 
     def ask(self, conversations, vector=None):
         """An Ask for each list of messages. DoesNotFit if it is too long for the model."""
-        asks = [Ask(list(turns), vector) for turns in conversations]
-        if asks:
-            check_length(self.model, max(self.lengths(asks)) + self.sampling.max_new_tokens)
+        prompts = self.chat.tokenize([self.chat.prompt_text(turns) for turns in conversations])
+        asks = []
+        for turns, prompt in zip(conversations, prompts, strict=True):
+            check_length(self.model, len(prompt) + self.sampling.max_new_tokens)
+            asks.append(Ask(list(turns), vector, len(prompt)))
         return asks
 
     def ask_under(self, condition, rows):
@@ -190,11 +194,6 @@ class Writer:
             prompted = condition.prompt(rows)
             conversations = [self.chat.messages(row, prompted=True)[:-1] for row in prompted]
         return self.ask(conversations, *condition.vectors)
-
-    def lengths(self, asks):
-        """How many tokens each prompt has."""
-        prompts = [self.chat.prompt_text(ask.turns) for ask in asks]
-        return list(map(len, self.chat.tokenize(prompts)))
 
     def write(self, asks):
         """The answer to each Ask, as text. What is kept, and what is asked twice of the plain
@@ -225,14 +224,12 @@ class Writer:
     def batches(self, asks):
         """Lists of keys of {key: Ask} to write at once: equal parts of at most batch_size, of
         prompts of like length, since padding costs more than another batch from some length on."""
-        if not asks:
-            return []
-        lengths = dict(zip(asks, self.lengths(asks.values()), strict=True))
         groups = []
         padding = 0
-        for key in sorted(asks, key=lengths.get):
+        for key in sorted(asks, key=lambda key: asks[key].length):
             if groups:
-                padding += len(groups[-1]) * (lengths[key] - lengths[groups[-1][-1]])
+                longer = asks[key].length - asks[groups[-1][-1]].length
+                padding += len(groups[-1]) * longer
             if not groups or padding > PADDING * self.sampling.max_new_tokens:
                 groups.append([])
                 padding = 0

@@ -19,7 +19,7 @@ from evaluation.table import (
     number_of,
     text_of,
 )
-from steering.data_layouts import parse_name, pooled_names
+from steering.data_layouts import persona_of
 from steering.files import read_json, write_atomically
 from steering.run import changed_sources
 from steering.tables import aligned
@@ -93,15 +93,6 @@ def by_gain(entry):
     if gain is None or math.isnan(gain):
         return math.inf
     return gain
-
-
-def persona_of(dataset):
-    """A dataset's name without source model and kind, a pooled one's as "A+B"; any other name as it
-    is."""
-    try:
-        return "+".join(parse_name(part)[2] for part in pooled_names(dataset))
-    except ValueError:
-        return dataset
 
 
 def short_names(rows):

@@ -99,12 +99,13 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder
         ids = {token.content: i for i, token in added.items()}
         ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        end = any_of(ids).search(self.tail)
+        named = any_of(ids)
+        end = named.search(self.tail)
         if not end:
             # Then what begins the next turn ends this one, unless the template knows one turn only.
             with contextlib.suppress(Exception):
                 self.tail = self._render([*turns, user]).rpartition(PROBE)[2]
-            end = any_of(ids).search(self.tail)
+            end = named.search(self.tail)
             self.tail = self.tail[: end.end()] if end else ""
         self.end_of_turn = end[0] if end else ""
         self.end_of_turn_id = ids.get(self.end_of_turn)

@@ -59,6 +59,15 @@ def pooled_names(name):
     return [name]
 
 
+def persona_of(dataset):
+    """A dataset's name without source model and kind, a pooled one's as "A+B"; any other name as it
+    is."""
+    try:
+        return "+".join(parse_name(part)[2] for part in pooled_names(dataset))
+    except ValueError:
+        return dataset
+
+
 def candidate_files(root, source_model, kind):
     """Yield (dataset name, responses path, scores path or None) of all that may be a dataset.
 

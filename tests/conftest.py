@@ -443,6 +443,22 @@ def data(finished, smol_chat):
     return ev.load_data(read_run(finished), smol_chat, 20_000)
 
 
+@pytest.fixture
+def written_at_once(monkeypatch):
+    """[[(vector, messages), ...] of each call that writes answers under vectors]."""
+    from evaluation import answers
+
+    calls = []
+    real = answers.generate_answers
+
+    def generate(model, chat, conversations, sampling, vectors):
+        calls.append(list(zip(vectors, conversations, strict=True)))
+        return real(model, chat, conversations, sampling, vectors)
+
+    monkeypatch.setattr(answers, "generate_answers", generate)
+    return calls
+
+
 # ------------------------------------------------------------------ exports and other tools
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(3))

@@ -141,22 +141,14 @@ def test_answers_under_several_vectors_are_those_under_each_alone(writer):
         assert texts[3 * i : 3 * i + 3] == alone
 
 
-def test_what_is_written_at_once_is_alike_in_length_and_in_equal_parts(writer, monkeypatch):
-    sizes = []
-    real = an.generate_answers
-
-    def generate(model, chat, conversations, sampling, vectors):
-        sizes.append(len(conversations))
-        return real(model, chat, conversations, sampling, vectors)
-
-    monkeypatch.setattr(an, "generate_answers", generate)
+def test_what_is_written_at_once_is_alike_in_length_and_in_equal_parts(writer, written_at_once):
     long = [[{"role": "user", "content": "word " * 300}]]
     writer.write(writer.ask([*CONVERSATIONS, *CONVERSATIONS, *long], vectors_of(1)[0]))
-    assert sorted(sizes) == [1, 3, 3]
-    sizes.clear()
+    assert sorted(map(len, written_at_once)) == [1, 3, 3]
+    written_at_once.clear()
     writer.write(writer.ask([*CONVERSATIONS, *CONVERSATIONS]))  # the plain model's, once each
     writer.write(writer.ask(CONVERSATIONS))
-    assert sizes == [3] and len(writer.kept.found) == 3
+    assert [*map(len, written_at_once)] == [3] and len(writer.kept.found) == 3
 
 
 def test_a_batch_that_memory_does_not_hold_is_written_in_halves(writer, monkeypatch):

@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 import eval_steering as ev
 import train_steering as ts
-from evaluation import answers as an
 from evaluation import plan as ep
 from hook_model import SteerModel, load_model
 from steering import plan as pl
@@ -125,25 +124,18 @@ def test_automatic_micro_batches_fit_into_memory_and_stay(training, tiny_folder,
     assert torch.equal(training.vector, vector)
 
 
-def test_calls_of_generate_are_those_of_an_evaluation(trained, monkeypatch):
-    sizes = []
-    real = an.generate_answers
-
-    def generate(model, chat, conversations, sampling, vectors):
-        sizes.append(len(conversations))
-        return real(model, chat, conversations, sampling, vectors)
-
+def test_calls_of_generate_are_those_of_an_evaluation(trained, written_at_once):
     folders = sorted(path.parent for path in (trained / "runs").rglob(VECTOR_FILE))
     argv = ["--run", *map(str, folders), *QUICK, "--num-samples", "3"]
     assert ev.main(argv) == 0  # The plain model's answers are kept from here on.
-    monkeypatch.setattr(an, "generate_answers", generate)
+    written_at_once.clear()
     argv += ["--restart", "--batch-size", "20"]
     assert ev.main(argv) == 0
     asked = replace(ep.answers_asked(ev.parse_args(argv)), prompted=0, few_shot=0)
     result = read_json(folders[0] / "eval.json")
     assert len(result["recommended"]["candidates"]) == 4 and asked.tried == 12
-    assert sum(sizes) == 2 * (asked.tried + asked.steered)
-    assert len(sizes) == ep.decoding_calls(asked, runs=2, rows=20)
+    assert sum(map(len, written_at_once)) == 2 * (asked.tried + asked.steered)
+    assert len(written_at_once) == ep.decoding_calls(asked, runs=2, rows=20)
 
 
 def test_a_plan_of_evaluating_is_from_the_config_alone_and_less_side_by_side(tmp_path, capsys):

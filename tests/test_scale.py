@@ -157,35 +157,31 @@ def test_export_uses_the_recommended_scale(finished, tmp_path, capsys):
 # ---------------------------------------------------------------- answers that are kept
 
 
-def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, monkeypatch):
-    runs, asked = trained / "runs", []
+def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, written_at_once):
+    def plain():
+        asked = [pair for call in written_at_once for pair in call]
+        return [json.dumps(turns) for vector, turns in asked if not vector.any()]
+
+    runs = trained / "runs"
     for path in runs.rglob("eval*.json"):
         path.unlink()
     for path in runs.rglob("kept_answers.jsonl"):
         path.unlink()
-    real = an.generate_answers
-
-    def generate(model, chat, conversations, sampling, vectors):
-        for turns, vector in zip(conversations, vectors, strict=True):
-            asked.append((vector.norm().item(), json.dumps(turns)))
-        return real(model, chat, conversations, sampling, vectors)
-
-    monkeypatch.setattr(an, "generate_answers", generate)
     assert ev.main(["--run", str(runs), *QUICK]) == 0
-    plain = [turns for scale, turns in asked if scale == 0]
-    assert plain and len(plain) == len({*plain})
+    asked = plain()
+    assert asked and len(asked) == len({*asked})
     (path,) = runs.rglob("kept_answers.jsonl")
-    assert path.parent.name == "layer1" and len(path.read_text().splitlines()) == len(plain)
-    asked.clear()
+    assert path.parent.name == "layer1" and len(path.read_text().splitlines()) == len(asked)
+    written_at_once.clear()
     folder = the_folder(runs)
     before = json.loads((folder / "eval.json").read_text())
     (folder / "eval.json").unlink()
     assert ev.main(["--run", str(folder), *QUICK]) == 0
-    assert not [turns for scale, turns in asked if scale == 0]
+    assert written_at_once and not plain()
     assert json.loads((folder / "eval.json").read_text())["samples"] == before["samples"]
     path.unlink()
     assert ev.main(["--run", str(folder), *QUICK, "--restart"]) == 0
-    assert [turns for scale, turns in asked if scale == 0]
+    assert plain()
 
 
 def test_kept_lines_outlive_torn_ones_and_belong_to_what_they_are_about(tmp_path, capsys):
