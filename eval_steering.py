@@ -45,7 +45,7 @@ from evaluation.conversations import conversations
 from evaluation.judge import add_scores, judge_flags, judgements, make_judges
 from evaluation.kept import kept_beside
 from evaluation.likelihood import Reader, choose_coefficients, condition_losses, nll_under
-from evaluation.probe import MEAN_TOKENS, response_means, train_probe
+from evaluation.probe import MEAN_TOKENS, probe_states, response_means, train_probe
 from evaluation.rows import EvalData, first_rows, first_tokens, questions_of
 from evaluation.scale import ScaleSearch
 from evaluation.specificity import specificity
@@ -66,7 +66,13 @@ from steering.finished import (
     read_run,
     write_imported_run,
 )
-from steering.loading import LoadOptions, add_load_arguments, model_digest, same_files
+from steering.loading import (
+    LoadOptions,
+    add_load_arguments,
+    check_layer,
+    model_digest,
+    same_files,
+)
 from steering.run import changed_sources, differences, source_hashes
 from steering.run_folder import all_runs, find_runs, lock_folder, run_path
 from steering.vector_file import VECTOR_FILE, vector_digest
@@ -177,19 +183,24 @@ def compare_states(reader, data):
     """(Mean difference (n,), probe or None, what to know of it) by the plain model's mean states:
     of the persona's rows and of plain ones, on questions that were trained on. The probe is checked
     on held-out rows."""
-    states = []
+    parts = []
     for part in (data.train, data.plain_train, data.heldout, data.plain_heldout):
         examples = without_end(first_tokens(part, MEAN_TOKENS), reader.chat)
         reader.fast.cache_prefix(examples, max_tokens=reader.max_tokens)
-        states.append(response_means(reader.fast, examples, reader.max_tokens))
+        parts.append(examples)
+
+    states = [response_means(reader.fast, part, reader.max_tokens) for part in parts]
     persona, plain, *_ = states
-    return persona.mean(dim=0) - plain.mean(dim=0), *train_probe(*states)
+    difference = persona.mean(dim=0) - plain.mean(dim=0)
+    if reader.probe_layer is not None:
+        states = [probe_states(reader, part) for part in parts]
+    return difference, *train_probe(*states)
 
 
 def list_conditions(data, vector, difference, coefficients, recommended, args):
     """(All conditions, in the order of the outputs; {name: why one of them is not there}).
     vector: the trained one (n,); difference: the mean one; coefficients: of
-    `choose_coefficients`; recommended: a scale or None. To add a condition, add it here."""
+    `choose_coefficients`; recommended: of `ScaleSearch`. To add a condition, add it here."""
     prompts, missing = prompt_conditions(data)
     difference = difference * coefficients["mean_difference"]["chosen"]
     conditions = [
@@ -198,9 +209,7 @@ def list_conditions(data, vector, difference, coefficients, recommended, args):
         Condition("random", random_vectors(vector, args.seed), answered=False),
         Condition("mean_difference", (difference,)),
     ]
-    answered = {*args.scales}
-    if recommended:
-        answered.add(recommended)
+    answered = {*args.scales, recommended["scale"], recommended["largest"]} - {None}
     likeliest = coefficients["steered"]["chosen"]
     for scale in sorted({*answered, 1.0, likeliest}):
         name = steered_name(scale)
@@ -232,7 +241,7 @@ def evaluate(reader, writer, data, vector, args):
     if about_probe["withheld"]:
         probe = None
 
-    conditions, missing = list_conditions(data, vector, difference, coefficients, scale, args)
+    conditions, missing = list_conditions(data, vector, difference, coefficients, recommended, args)
     result = {"measures": {}, "conditions": {}}
     for name in ("dataset", *(condition.name for condition in conditions)):
         result["conditions"][name] = {}
@@ -356,7 +365,12 @@ def evaluate_locked(folder, args, shelf, get_writer):
         # Rows that the run before had too, those without the persona, are not run again.
         fast = FastPath(writer.model, shelf.states)
         shelf.states = fast.cache
+        if args.probe_layer is not None:
+            count = len(writer.model.layers)
+            check_layer(args.probe_layer, count, writer.model.name, "--probe-layer")
         reader = Reader(writer.model, chat, args.micro_batch_tokens, fast)
+        reader.probe_layer = args.probe_layer
+        reader.known_means = shelf.means.setdefault(args.probe_layer, {})
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
         result |= yield from evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)
@@ -525,6 +539,8 @@ def make_parser():
     add("--heldout-tokens", type=int, default=20_000, help="tokens of held-out rows to score")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens a forward pass")
     add("--seed", type=int, default=0, help="of sampled answers and random vectors")
+    about = "read answers by a probe at this layer, the same for vectors at any"
+    add("--probe-layer", type=int, metavar="K", help=about)
     add("--kl-budget", type=float, default=0.75, help="nats a token, of the recommended scale")
     add = parser.add_argument_group("answers").add_argument
     add("--num-samples", type=int, default=8, help="held-out questions to answer; 0: none")

@@ -3,6 +3,7 @@
     python export_vector.py RUN_DIR --format gguf --out exported/pirate
     python export_vector.py runs --format all --out exported           # every finished run in there
     python export_vector.py runs --format lora --out adapters          # adapters/<persona>/
+    python export_vector.py RUN_A RUN_B --blend 0.7 0.4 --name grumpy_poet --format lora --out DIR
     python export_vector.py --from evil.pt --model Qwen/Qwen3-32B --layer 22 --format safetensors \\
         --out imported/evil
 
@@ -15,9 +16,12 @@ written, 2 bad input, 130 Ctrl-C.
 """
 
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 import data_filter
 from data_filter import DataOptions
@@ -90,6 +94,27 @@ def from_elsewhere(args, out):
     options = {key: value for key, value in vars(args).items() if value is not None}
     options["layer"] = source.layer
     return source, FinishedRun(out, args.dataset, {"config": {}}, source.vector, options)
+
+
+def blended(args):
+    """(Source of the weighted sum of the vectors of some runs, a FinishedRun: the first of them).
+    ValueError if they are not of one model and layer."""
+    runs = [read_run(folder, changes_of(args)) for folder in args.run]
+    sources = [from_run(run, args) for run in runs]
+    first = sources[0]
+    parts = []
+    vector = torch.zeros_like(first.vector)
+    for source, weight in zip(sources, args.blend, strict=True):
+        check_same_model(source.path, source.metadata, first.metadata["model"], args.any_model)
+        if source.layer != first.layer:
+            where = f"{first.path} at layer {first.layer}, {source.path} at {source.layer}"
+            raise ValueError(f"a blend has one layer: {where}")
+        vector += weight * source.vector
+        parts.append(f"{weight:g} x {source.metadata['dataset']}")
+    kept = {"model", "model_type", "model_digest", "model_is_local", "layer", "quantize"}
+    metadata = {key: value for key, value in first.metadata.items() if key in kept}
+    metadata |= {"dataset": args.name, "blend_of": " + ".join(parts)}
+    return Source(first.path, vector, metadata), runs[0]
 
 
 def scaled(source, wanted):
@@ -246,13 +271,17 @@ def card_of(source, formats, names, out):
 
 
 def targets(args):
-    """[(run folder, or None with --from, folder to write to)]. ValueError for two of one name."""
+    """[(run folder, or None with --from and --blend, folder to write to)]. ValueError for two of
+    one name."""
     out = Path(args.out)
     if args.source:
         return [(None, out)]
-    folders = find_runs([args.run])
-    if folders == [Path(args.run)] or not {*args.format} & {*WITH_MODEL}:
-        return [(folder, out / folder.relative_to(args.run)) for folder in folders]
+    if args.blend:
+        return [(None, out / args.name)]
+    (top,) = args.run
+    folders = find_runs([top])
+    if folders == [Path(top)] or not {*args.format} & {*WITH_MODEL}:
+        return [(folder, out / folder.relative_to(top)) for folder in folders]
 
     # Servers know an adapter by its folder: the persona, and the run's own name if it has one.
     named = {}
@@ -269,9 +298,11 @@ def targets(args):
 
 
 def export_one(folder, out, workshop, args):
-    """Export a run folder, or the vector of --from, to the folder `out`, and say so; returns the
-    exit code. A format that cannot be written does not stop the others."""
-    if folder is None:
+    """Export a run folder, or the vector of --from or --blend, to the folder `out`, and say so;
+    returns the exit code. A format that cannot be written does not stop the others."""
+    if args.blend:
+        source, run = blended(args)
+    elif folder is None:
         source, run = from_elsewhere(args, out)
     else:
         run = read_run(folder, changes_of(args))
@@ -336,7 +367,15 @@ def parse_args(argv=None):
     """Command line of export_vector.py; every bad flag is reported, all at once."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what to export").add_argument
-    add("run", nargs="?", metavar="RUN_DIR", help="run folder, or a folder of runs")
+    add(
+        "run",
+        nargs="*",
+        metavar="RUN_DIR",
+        help="run folder, or a folder of runs; with --blend, runs",
+    )
+    text = "a weight for each run: their weighted sum as one vector"
+    add("--blend", nargs="+", type=float, metavar="WEIGHT", help=text)
+    add("--name", help="with --blend: what to call it, and its folder below --out")
     text = "instead: a vector file, ours or another tool's (safetensors, gguf, pt, chatspace)"
     add("--from", dest="source", metavar="PATH", help=text)
     add("--model", help="HF id or folder; for a run: the name that the files give the model")
@@ -371,6 +410,7 @@ def check_arguments(args):
     """(whether something is wrong, what) of the options."""
     is_number = isinstance(args.scale, float) and math.isfinite(args.scale) and args.scale
     fits = args.source and {*args.format} & {*WITH_ROW}
+    weights = args.blend or []
     return [
         (
             fits and not (args.data_root and args.dataset),
@@ -378,6 +418,19 @@ def check_arguments(args):
         ),
         (args.run and args.dataset, "--dataset goes with --from: a run knows its own"),
         (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
+        (bool(args.blend) != bool(args.name), "--blend and --name: both or neither"),
+        (
+            len(args.run) != len(weights or [1]) and not args.source,
+            "name one RUN_DIR, or with --blend one for each weight",
+        ),
+        (
+            not all(map(math.isfinite, weights)) or (weights and not any(weights)),
+            f"--blend {weights}: finite numbers, not all 0",
+        ),
+        (
+            args.name and not re.fullmatch(r"\w[\w .+-]*", args.name),
+            f'--name "{args.name}": use letters, digits, " _.+-"',
+        ),
         (args.source and not args.model, "--from needs --model: the model that the vector is for"),
         (args.run and args.layer is not None, "--layer goes with --from: a run knows its own"),
         (

@@ -5,6 +5,7 @@
 # Train one steering vector for every dataset of a role list, on every GPU, and lose nothing.
 #
 #   bash run_all_roles.sh roles.txt [options of train_steering.py ...]
+#   bash run_all_roles.sh roles.txt --model M --layer 16 22 28     # each of them at each layer
 #   bash run_all_roles.sh status                                   # of the sweep last started here
 #   tmux new -s roles 'bash run_all_roles.sh roles.txt --model Qwen/Qwen3-32B'     # detach: C-b d
 #   sbatch --array=0-15 --gpus=1 run_all_roles.sh roles.txt --model Qwen/Qwen3-32B

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import torch
@@ -338,10 +339,11 @@ def split(name, datasets, chat, args):
 
 
 def load(args):
-    """The model of all trainings; SystemExit if it does not load, since then none is possible."""
+    """The model of all trainings, its vector at the lowest layer of --layer; SystemExit if it does
+    not load, since then none is possible."""
     log.info(f"loading  {args.model}")
     try:
-        model = load_from_options(LoadOptions.of(vars(args)), args.layer)
+        model = load_from_options(LoadOptions.of(vars(args)), min(args.layer))
     except ValueError as error:
         log.error(f"error: {error}")
         raise SystemExit(2) from error
@@ -353,7 +355,9 @@ def load(args):
 
 
 def set_start(model, args):
-    """Put the vector at its start; SystemExit if --init-vector is not of this model and layer."""
+    """Put the vector at its layer and its start; SystemExit if --init-vector is not of this model
+    and layer."""
+    model.set_layer(args.layer)
     seeded = torch.Generator().manual_seed(args.seed)
     start = ResidualHook(model.hidden_size, args.init_scale, seeded)
     model.steering.load_state_dict(start.state_dict())
@@ -391,7 +395,8 @@ def log_run(model, run):
 
 
 def train_all(args, stop):
-    """Train every requested dataset under each seed, with one model load; the worst exit code."""
+    """Train every requested dataset under each seed, at each layer, with one model load; returns
+    the worst exit code."""
     defaults = vars(make_parser().parse_args([]))
     sweep = Sweep(args, split, NOT_IN_CONFIG.split(), defaults, stop)
     if args.write_todo:
@@ -423,7 +428,8 @@ def make_parser():
     data_filter.add_data_arguments(parser)
     add_load_arguments(parser)
     add = parser.add_argument_group("steering").add_argument
-    add("--layer", type=int, default=22, help="0-based decoder layer whose output gets the vector")
+    text = "0-based decoder layer whose output gets the vector; of several, a run at each"
+    add("--layer", type=int, nargs="+", default=[22], help=text)
     add("--init-scale", type=float, default=0.0, help="start from randn(hidden_size) * this")
     add("--init-vector", metavar="FILE", help="start from this vector file of the same layer")
     add = parser.add_argument_group("optimization").add_argument
@@ -499,6 +505,10 @@ def check_arguments(args):
             args.max_steps == 0,
             "--max-steps 0 trains nothing; eval_steering.py --vector FILE evaluates a vector",
         ),
+        (
+            args.init_vector and len(args.layer) > 1,
+            "--init-vector is of one layer: name one with --layer",
+        ),
         (not name_fits, f'--run-name "{name}": use letters, digits, "_.+-"; not "old-..."'),
     ]
 
@@ -509,7 +519,9 @@ def print_plan(args):
     schedule = make_schedule(args, row_count)
     names = requested_names({}, args) or ["one"]
     epochs = schedule.total / schedule.steps_per_epoch
-    plan_for(args, args.dtype).show(args, epochs, len(names) * args.seeds)
+    for layer in args.layer:
+        at_layer = Namespace(**{**vars(args), "layer": layer})
+        plan_for(at_layer, args.dtype).show(at_layer, epochs, len(names) * args.seeds)
     return 0
 
 

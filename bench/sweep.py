@@ -169,16 +169,17 @@ def run_plan(plan, out):
         units, _, rest = options.partition(" ")
         argv = shlex.split(f"{COMMON} {common} {rest} --output-dir {out} --run-name {name}")
         args = train_steering.parse_args(argv)
-        dataset = args.dataset[0]
+        (dataset,) = args.dataset
+        (layer,) = args.layer
         if args.init_vector and not Path(args.init_vector).exists():
-            write_mean_difference(args.init_vector, args.model, dataset, args.layer)
+            write_mean_difference(args.init_vector, args.model, dataset, layer)
 
         train_steering.AUTO_LR = float(units)
         code = train_steering.main(argv)
         if code > 2:  # A signal stopped the run. The same command continues it.
             raise SystemExit(code)
         if code == 0:
-            choice = score(run_path(out, args.model, args.layer, dataset, name), shelf)
+            choice = score(run_path(out, args.model, layer, dataset, name), shelf)
             print(f"=== {name}: {choice['nll']:.4f} of {choice['vanilla']:.4f}", flush=True)
 
 

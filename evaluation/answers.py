@@ -95,20 +95,24 @@ class Sampling:
     batch_size: int = 8
 
 
-def seeded_noise(conversations, sampling):
+def seeded_noise(conversations, sampling, device):
     """A logits processor under which the greedy choice is a sample at the temperature.
 
     Gumbel noise of a generator for each row, which its messages and the seed decide: an answer does
-    not depend on the batch that it is written in.
+    not depend on the batch that it is written in. device: where it is made, since a host needs
+    longer for a large vocabulary than a GPU for a step of the model.
     """
     generators = []
     for turns in conversations:
         digest = hashlib.sha256(json.dumps([sampling.seed, turns]).encode()).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        seed = int.from_bytes(digest[:7], "big")
+        generators.append(torch.Generator(device).manual_seed(seed))
 
     def processor(input_ids, scores):  # scores: (B, V)
-        rows = [torch.empty(scores.shape[1]).exponential_(generator=g) for g in generators]
-        return scores.float() / sampling.temperature - torch.stack(rows).log().to(scores.device)
+        noise = torch.empty(scores.shape, device=device)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / sampling.temperature - noise.log().to(scores.device)
 
     return processor
 
@@ -147,7 +151,7 @@ def generate_answers(model, chat, conversations, sampling, vectors=None, streame
         for start in range(0, len(conversations), sampling.batch_size):
             batch = conversations[start : start + sampling.batch_size]
             if sampling.temperature:
-                options["logits_processor"] = [seeded_noise(batch, sampling)]
+                options["logits_processor"] = [seeded_noise(batch, sampling, model.input_device)]
             inputs = chat.inputs(batch, model.input_device)
             check_length(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
             if vectors is not None:

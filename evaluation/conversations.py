@@ -3,7 +3,7 @@
 import numpy as np
 
 from evaluation.answers import EVERYDAY, announce, answer_examples, answers_to, asking, without_end
-from evaluation.probe import response_means
+from evaluation.probe import persona_scores
 from evaluation.stats import drift_by_turn
 
 
@@ -46,7 +46,7 @@ def persona_by_turn(reader, talks, probe):
     scores = np.full((len(talks), len(talks[0])), np.nan)
     examples = without_end(answer_examples(reader.chat, rows, texts), reader.chat)
     if examples:
-        found = probe(response_means(reader.fast, examples, reader.max_tokens)).tolist()
+        found = persona_scores(reader, probe, examples)
         scores.flat[[example.row["at"] for example in examples]] = found
     return drift_by_turn(scores)
 

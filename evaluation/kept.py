@@ -57,7 +57,7 @@ class Kept:
 
 
 def kept_beside(run, model, chat, maker, folder="evaluation"):
-    """What is Kept of a run's model, in a file that all runs of its layer share.
+    """What is Kept of a run's model, in a file that all its runs share, whatever their layer.
 
     maker: the name of the module of a folder here that makes it; other code of it, or of what it
     imports, makes all of it anew.
@@ -68,8 +68,9 @@ def kept_beside(run, model, chat, maker, folder="evaluation"):
         precision += f" {quantization}"
     settings = model.model.generation_config.to_diff_dict()
     settings.pop("transformers_version", None)
+    layer_folder = shared_folder(run, run.folder / "none")
     return Kept(
-        shared_folder(run, run.folder) / f"kept_{maker}.jsonl",
+        layer_folder.parent / f"kept_{maker}.jsonl",
         model_digest(run.args["model"]),
         precision,
         chat.options,

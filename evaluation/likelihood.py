@@ -7,7 +7,7 @@ Every condition scores the same tokens, those of the rows' answers.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,12 +25,16 @@ CHOOSE_TOKENS = 4_000  # of rows to choose by, at most
 @dataclass
 class Reader:
     """What reads examples: a SteerModel, its ChatFormat, padded tokens a forward pass, and the
-    FastPath that keeps what layers 0..k make of the rows that are read more than once."""
+    FastPath that keeps what layers 0..k make of the rows that are read more than once.
+    probe_layer: the layer whose states tell the persona, if it is not that of the vector;
+    known_means: what `probe_states` has found there."""
 
     model: object
     chat: ChatFormat
     max_tokens: int
     fast: FastPath = None
+    probe_layer: int | None = None
+    known_means: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.fast is None:

@@ -13,7 +13,7 @@ import torch
 
 from evaluation.answers import announce, answer_examples, without_end
 from evaluation.likelihood import nll_of
-from evaluation.probe import response_means
+from evaluation.probe import persona_scores
 from evaluation.rows import first_tokens, questions_of
 from evaluation.stats import (
     distinct_words,
@@ -26,7 +26,7 @@ from evaluation.stats import (
 )
 from evaluation.table import TRAINED, Measure, add_column
 from steering.chat_format import label_count
-from steering.fast_path import FastPath, example_sums
+from steering.fast_path import FastPath, by_example, example_sums
 
 PLAIN_TOKENS = 8_000  # of plain rows that side effects are measured on, at most
 # Text has collapsed if, of its answers, more than this share are empty or repeat themselves more
@@ -113,6 +113,14 @@ MEASURES = [
         better="lower",
         about="KL(vanilla || this) on plain rows: what else the vector changes",
     ),
+    Measure(
+        "kl_p95",
+        "answers",
+        "{:.2f}",
+        unit="nats a token",
+        better="lower",
+        about="the 95th percentile over tokens of that KL: what it does to the worst of them",
+    ),
 ]
 
 
@@ -167,7 +175,7 @@ def answer_columns(reader, rows, texts, probe, yardstick):
             perplexity = math.exp(min(float(np.median(nll)), 700.0))
             columns["text_perplexity"][condition] = perplexity
             if probe:
-                scores = probe(response_means(fast, examples, reader.max_tokens)).tolist()
+                scores = persona_scores(reader, probe, examples, fast)
                 asked = questions_of(examples)
                 columns["probe"][condition] = mean_interval(scores, asked, (0, 1))
         columns["collapsed"][condition] = (
@@ -179,8 +187,8 @@ def answer_columns(reader, rows, texts, probe, yardstick):
 
 
 def side_effect_columns(reader, conditions, examples):
-    """The column of KL(vanilla || condition) in nats a token on plain rows, of all conditions that
-    answer under a vector."""
+    """Columns of KL(vanilla || condition) in nats a token on plain rows, its mean and its 95th
+    percentile, of all conditions that answer under a vector."""
     steered = [condition for condition in conditions if condition.vectors and condition.answered]
     announce(f"side effects on plain rows: {', '.join(c.name for c in steered)}")
     model = reader.model
@@ -195,12 +203,16 @@ def side_effect_columns(reader, conditions, examples):
         for condition in steered:
             model.set_vector(*condition.vectors)
             found.append(fast.compare(batch, [plain, contextlib.nullcontext])[1])
-        return torch.stack(found, dim=1)  # (N, C)
+        each = torch.stack(found, dim=1).cpu()  # (N, C)
+        return each.split([label_count(example) for example in batch])
 
-    sums = np.array(example_sums(divergences, examples, reader.max_tokens))  # (examples, C)
+    rows = by_example(divergences, examples, reader.max_tokens)  # of each example (tokens, C)
+    sums = np.array([row.sum(dim=0).tolist() for row in rows])
+    highest = np.quantile(torch.cat(rows).numpy(), 0.95, axis=0)
     tokens = list(map(label_count, examples))
     questions = questions_of(examples)
-    column = {}
-    for condition, row in zip(steered, sums.T, strict=True):
-        column[condition.name] = ratio(row, tokens, questions)
-    return {"kl": column}
+    columns = {"kl": {}, "kl_p95": {}}
+    for number, condition in enumerate(steered):
+        columns["kl"][condition.name] = ratio(sums[:, number], tokens, questions)
+        columns["kl_p95"][condition.name] = float(highest[number])
+    return columns

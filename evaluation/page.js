@@ -562,6 +562,14 @@ showFiltered();
 openFrom(document.querySelector("#runs tbody"));
 follow();
 window.addEventListener("hashchange", follow);
+for (const { title, text, lines } of index.layers) {
+  const curves = lines.map(([layer, points], i) => {
+    const color = shade(VIRIDIS, .9 * i / Math.max(1, lines.length - 1));
+    return { name: `layer ${layer}`, color: `rgb(${color})`, points };
+  });
+  byId("layers").append(el("div", null, el("h2", null, title), el("pre", null, text),
+    chart("Persona against side effects, a line a layer", "KL on plain rows, nats a token", "persona", curves)));
+}
 if (index.seeds) {
   byId("seeds").hidden = false;
   document.querySelector("#seeds pre").textContent = index.seeds;

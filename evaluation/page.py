@@ -111,14 +111,14 @@ def heat_map(title, note, names, matrix, lost=(), signed=False):
     }
 
 
-def write_page(path, entries, titles, measures, heat, seeds):
+def write_page(path, entries, titles, measures, comparisons):
     """Write report.html of the runs of a report, in their order.
 
-    titles: what to call each. measures: {name: what eval.json says about it} of all runs. heat: of
-    `heat_map`. seeds: text.
+    titles: what to call each. measures: {name: what eval.json says about it} of all runs.
+    comparisons: {"heat": of `heat_map`, "seeds": text, "layers": of `compare_layers`}.
     """
     rows = list(map(index_row, entries, titles))
-    blocks = [block("index", {"measures": measures, "rows": rows, "heat": heat, "seeds": seeds})]
+    blocks = [block("index", {"measures": measures, "rows": rows, **comparisons})]
     for number, entry in enumerate(entries):
         data = run_data(entry, rows[number]["conditions"])
         blocks.append(block(f"run-{number}", data))

@@ -12,15 +12,16 @@ MIN_ROWS = 5  # of each class; below it as well
 
 
 @torch.no_grad()
-def response_means(fast, examples, max_tokens):
+def response_means(fast, examples, max_tokens, layer=None):
     """Mean of the plain residual stream at the layer over each example's label tokens: (N, n) fp32.
-    On the host. fast: a FastPath. Raises ValueError for an example without label tokens."""
+    On the host. fast: a FastPath; layer: another one than its own. Raises ValueError for an example
+    without label tokens."""
     if not all(map(label_count, examples)):
         raise ValueError("an example has no label token: nothing to take the mean of")
 
     def average(batch):
         labels = collate(batch)[1]
-        states = fast.plain_states(batch).float()  # (B, T, n)
+        states = fast.plain_states(batch, layer).float()  # (B, T, n)
         carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
         return ((states * carries).sum(1) / carries.sum(1)).cpu()
 
@@ -28,6 +29,25 @@ def response_means(fast, examples, max_tokens):
     if not rows:
         return torch.empty(0, fast.model.hidden_size)
     return torch.stack(rows)
+
+
+def probe_states(reader, examples):
+    """What a probe at the Reader's probe_layer is fitted on: as `response_means`. Each example is
+    read once, however many layers have vectors of its persona."""
+    keys = [(tuple(example.input_ids), tuple(example.labels)) for example in examples]
+    known = reader.known_means
+    unread = [example for key, example in zip(keys, examples, strict=True) if key not in known]
+    means = response_means(reader.fast, unread, reader.max_tokens, reader.probe_layer)
+    read = [key for key in keys if key not in known]
+    known.update(zip(read, means, strict=True))
+    return torch.stack([known[key] for key in keys])
+
+
+def persona_scores(reader, probe, examples, fast=None):
+    """The probability of the persona of each example, by a probe: of `train_probe`.
+    fast: a FastPath that has read the examples, in place of the Reader's."""
+    means = response_means(fast or reader.fast, examples, reader.max_tokens, reader.probe_layer)
+    return probe(means).tolist()
 
 
 def train_probe(persona, plain, persona_heldout, plain_heldout):

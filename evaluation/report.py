@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.layers import compare_layers
 from evaluation.page import Entry, heat_map, write_page
 from evaluation.summary import training_flags
 from evaluation.table import (
@@ -129,8 +130,11 @@ def write_report(folder, runs, matrices=()):
 
     write_csv(folder / "report.csv", entries, measures)
     titles = short_names([entry.facts for entry in entries])
-    seeds = compare_seeds(entries, measures)
-    write_page(folder / "report.html", entries, titles, measures, maps, seeds)
+    texts = {"heat": maps, "seeds": compare_seeds(entries, measures)}
+    texts["layers"] = compare_layers(entries)
+    for found in texts["layers"]:
+        print(f"\n{found['title']}\n{found['text']}")
+    write_page(folder / "report.html", entries, titles, measures, texts)
     return ["report.csv", "report.html"]
 
 

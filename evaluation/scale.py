@@ -19,29 +19,40 @@ from evaluation.rows import first_rows, first_tokens, questions_of
 from evaluation.table import number_of, steered_name
 from steering.fast_path import token_mean
 
-STEP = 0.1  # Scales are multiples of it.
 MAX_SCALE = 4.0
+TRIES = 10  # scales whose KL is looked at; four are enough where KL grows with the scale's square
+NEAR = 0.95  # of the budget is as good as all of it
 FRACTIONS = (1.0, 0.85, 0.7, 0.55)  # of the largest scale within the budget, to answer at
 CLOSE = 0.05  # Persona scores of a few answers differ by so much by chance.
 
 
-def multiple(steps):
-    """A multiple of STEP without the digits of a float's rounding."""
-    return round(steps * STEP, 6)
+def rounded(scale):
+    """A scale with three digits."""
+    return float(f"{scale:.3g}")
 
 
 def largest_scale(divergence, budget):
-    """The largest multiple of STEP, up to MAX_SCALE, at which divergence(scale) is within the
-    budget, 0.0 if none is; divergence grows with the scale."""
-    low = 0
-    high = round(MAX_SCALE / STEP) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if divergence(multiple(middle)) <= budget:  # False for NaN
-            low = middle
+    """A scale, at most MAX_SCALE, at which divergence(scale) is between NEAR and all of the budget;
+    less where it leaps, 0.0 if none is found within it. divergence grows with the scale."""
+    low = 0.0
+    high = math.inf
+    scale = 1.0
+    for _ in range(TRIES):
+        found = divergence(scale)
+        if found <= budget:  # False for NaN
+            low = scale
+            if found >= NEAR * budget or scale == MAX_SCALE:
+                break
         else:
-            high = middle
-    return multiple(low)
+            high = scale
+        # Small changes of the states change KL by their square.
+        guess = MAX_SCALE
+        if found > 0:
+            guess = min(scale * math.sqrt((1 + NEAR) / 2 * budget / found), MAX_SCALE)
+        if not low < guess < high:  # also for NaN
+            guess = (low + min(high, MAX_SCALE)) / 2
+        scale = rounded(guess)
+    return low
 
 
 @dataclass
@@ -61,9 +72,9 @@ class ScaleSearch:
     questions: int
 
     def recommend(self, data):
-        """{"scale", "why", "candidates", "questions" ...}; a generator as `answers_to`. scale is
-        None, and "why" says it, where there is none. data: an EvalData, of which no held-out row is
-        read."""
+        """{"scale", "largest", "why", "candidates", "questions" ...}; a generator as `answers_to`.
+        largest: the scale that spends the budget. A scale is None, and "why" says it, where there
+        is none. data: an EvalData, of which no held-out row is read."""
         announce("scales, on questions to choose by")
         examples = first_tokens(data.chooser, CHOOSE_TOKENS)
         plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
@@ -71,6 +82,7 @@ class ScaleSearch:
         seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
         result = {
             "scale": None,
+            "largest": None,
             "why": None,
             "kl_budget": self.budget,
             "chosen_on": data.chosen_on,
@@ -81,9 +93,9 @@ class ScaleSearch:
         divergence = self.divergence_on(plain)
         top = largest_scale(divergence, self.budget)
         if not top:
-            least = multiple(1)
-            result["why"] = f"KL {divergence(least):.3g} at {least:g} is over the budget"
+            result["why"] = "KL is over the budget at every scale that was tried"
             return result
+        result["largest"] = top
         if not rows:
             result["why"] = "no answers were asked for"
             return result
@@ -129,7 +141,7 @@ class ScaleSearch:
             nll = token_mean(nll_of(self.reader.fast), examples, self.reader.max_tokens)
         yardstick = math.exp(min(nll, 700.0))
 
-        scales = {multiple(max(1, round(top * share / STEP))) for share in FRACTIONS}
+        scales = {rounded(top * share) for share in FRACTIONS}
         asks = {}
         for scale in sorted(scales):
             steered = Condition(steered_name(scale), (self.vector * scale,))

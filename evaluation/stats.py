@@ -44,15 +44,15 @@ def jackknife(values, weights, questions):
     return mean, without - mean
 
 
-def ratio(values, weights, questions):
+def ratio(values, weights, questions, least=MIN_QUESTIONS):
     """Sum of values / sum of weights with its interval over questions, by a jackknife.
 
     All one a row; the rows of a question stay together. Differences of two conditions, as values,
-    give a paired interval.
+    give a paired interval. least: questions that it takes.
     """
     mean, changes = jackknife(values, weights, questions)
     found = {"mean": mean, "low": None, "high": None, "n": len(changes)}
-    if len(changes) >= MIN_QUESTIONS:
+    if len(changes) >= least:
         half = student_t(len(changes) - 1) * math.sqrt(np.square(changes).sum())
         found["low"] = mean - half
         found["high"] = mean + half

@@ -148,7 +148,8 @@ def add_capability(result, run, tasks, shelf):
     model.set_vector(run.vector)
     scores = {}
     for condition, (prompt, factor) in conditions.items():
-        key = kept.key(asked, prompt, vector_digest(run.vector * factor))
+        acts_at = run.args["layer"] if factor else None
+        key = kept.key(asked, prompt, vector_digest(run.vector * factor), acts_at)
         if key not in kept.found:
             announce(f"capability: {condition}, {', '.join(tasks.names)}")
             with acting(model, factor, condition):

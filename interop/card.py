@@ -50,6 +50,8 @@ def facts_of(source, formats):
     made = "trained"
     if is_imported or "imported_from" in metadata:
         made = "imported"
+    elif "blend_of" in metadata:
+        made = "blended"
     frozen = f"{metadata['model']} ({metadata['model_type']}), frozen"
     if "quantize" in metadata:
         frozen += f", {metadata['quantize']} in training"
@@ -60,7 +62,7 @@ def facts_of(source, formats):
         "scale": f"the files hold {source.scale:g} x the vector as {made}",
         "vector": f"{len(source.vector):,} numbers, norm {source.vector.norm():.4g}",
     }
-    for key in ("imported_from", "started_from"):
+    for key in ("imported_from", "started_from", "blend_of"):
         if key in metadata:
             facts[key.replace("_", " ")] = metadata[key]
     if is_imported:

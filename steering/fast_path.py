@@ -148,33 +148,35 @@ class FastPath:
                     kept = states[: len(example.input_ids)].to(place, copy=True)
                     self.cache[cache_key(example)] = kept.pin_memory() if pin else kept
 
-    def plain_states(self, examples):
-        """The plain residual stream after the layer, (B, T, hidden_size), of the cache if it has
-        all the examples."""
-        if self._is_cached(examples):
+    def plain_states(self, examples, layer=None):
+        """The plain residual stream after the layer, or another one, (B, T, hidden_size); of the
+        cache if it has all the examples."""
+        if layer in (None, self.layer) and self._is_cached(examples):
             device = self.model.steering.vector.device
             rows = [self.cache[cache_key(e)].to(device, non_blocking=True) for e in examples]
             return nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with self.model.steering_off():
-            return self.layer_output(collate(examples)[0].to(self.model.input_device))
+            return self.layer_output(collate(examples)[0].to(self.model.input_device), layer)
 
-    def layer_output(self, input_ids):
-        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size).
-        Layers above are passed through, so it costs a forward of layers 0..k only."""
+    def layer_output(self, input_ids, layer=None):
+        """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size); or
+        after another layer. Those above are passed through, and cost nothing."""
         fast = self.is_fast([Example({}, input_ids[0].tolist(), [])])
-        return self._layer_output(input_ids, fast)
+        return self._layer_output(input_ids, fast, layer)
 
     @torch.no_grad()
-    def _layer_output(self, input_ids, fast):
+    def _layer_output(self, input_ids, fast, layer=None):
         model = self.model
+        if layer is None:
+            layer = model.layer
         caught = []
 
         def catch(module, inputs, output):
             caught.append(output[0] if isinstance(output, tuple) else output)
 
-        above = model.layers[model.layer + 1 :] if fast else []
+        above = model.layers[layer + 1 :] if fast else []
         # A hook that is registered after the steering hook runs after it.
-        handle = model.layers[model.layer].register_forward_hook(catch)
+        handle = model.layers[layer].register_forward_hook(catch)
         try:
             with replaced_forwards(dict.fromkeys(above, self._pass_through)):
                 model.model.base_model(input_ids=input_ids, use_cache=False)

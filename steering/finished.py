@@ -113,11 +113,13 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
-    load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples}, and
-    states, a FastPath's cache, which is emptied where model or layer change."""
+    load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples};
+    means, {layer of a probe: mean states}, emptied where the model changes; and states, a
+    FastPath's cache, emptied where model or layer change."""
 
     def __init__(self, load):
         self.heldout = {}
+        self.means = {}
         self.states = {}
         self._load = load
         self._options = None
@@ -145,6 +147,7 @@ class Shelf:
         if self._options != options:
             self._options = None
             self._model = None  # The old one makes room first.
+            self.means = {}
             self.states = {}
             self._model = self._load(options, layer)
             self._options = options

@@ -254,11 +254,11 @@ def model_shape(name, trust_remote_code=False):
     return shape_of(read_config(name, trust_remote_code))
 
 
-def check_layer(layer, num_layers, model_name):
-    """ValueError unless `layer` is one of the 0-based decoder layers."""
+def check_layer(layer, num_layers, model_name, option="--layer"):
+    """ValueError unless `layer`, given by an option, is one of the 0-based decoder layers."""
     if not 0 <= layer < num_layers:
         raise ValueError(
-            f"--layer {layer} is out of range: {model_name} has {num_layers} layers "
+            f"{option} {layer} is out of range: {model_name} has {num_layers} layers "
             f"(use 0..{num_layers - 1})"
         )
 

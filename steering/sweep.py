@@ -1,4 +1,4 @@
-"""Many trainings from one command line: datasets x seeds, what is left of them, how far they are.
+"""Many trainings from one command line: datasets x seeds x layers, and how far they are.
 
     sweep = Sweep(args, split, NOT_IN_CONFIG, defaults, stop)
     for run in sweep.runs():      # locked, its data read, its last checkpoint found
@@ -55,22 +55,24 @@ class Sweep:
         self.names = requested_names(self.datasets, args)
         if not args.print_status:  # which starts without transformers
             num_layers, _ = loading.model_shape(args.model, args.trust_remote_code)
-            loading.check_layer(args.layer, num_layers, args.model)
+            for layer in args.layer:
+                loading.check_layer(layer, num_layers, args.model)
         self.model_digest = loading.model_digest(args.model)
         self.run_json_then = {}
-        for seeded in self._seeds():
+        for setting in self._settings():
             for name in self.names:
-                path = self.folder(seeded, name) / "run.json"
+                path = self.folder(setting, name) / "run.json"
                 self.run_json_then[path] = modification(path)
 
-    def _seeds(self):
-        """The options of each seed; several seeds have a folder each."""
+    def _settings(self):
+        """The options of each seed and layer; several seeds have a folder each, as layers do."""
         for seed in range(self.args.seed, self.args.seed + self.args.seeds):
-            args = Namespace(**{**vars(self.args), "seed": seed})
+            run_name = self.args.run_name
             if self.args.seeds > 1:
-                name = self.args.run_name
-                args.run_name = f"{name}-seed{seed}" if name else f"seed{seed}"
-            yield args
+                run_name = f"{run_name}-seed{seed}" if run_name else f"seed{seed}"
+            for layer in dict.fromkeys(self.args.layer):
+                changed = {"seed": seed, "run_name": run_name, "layer": layer}
+                yield Namespace(**{**vars(self.args), **changed})
 
     def folder(self, args, name):
         """The run folder of a dataset."""
@@ -113,7 +115,7 @@ class Sweep:
             log.warning(f"WARNING: {doubt}")
         if self.args.include_missing_scores:
             log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
-        for args in self._seeds():
+        for args in self._settings():
             for name in self._in_order(args):
                 try:
                     with self._opened(name, args, chat) as run:
@@ -225,7 +227,7 @@ class Sweep:
         say how many. A run that is refused counts as left: training it will say what is wrong."""
         left = {}
         changed = []
-        for args in self._seeds():
+        for args in self._settings():
             for name in self.names:
                 found = self._standing_of(args, name)
                 if found.verdict not in ("done", "busy"):
@@ -239,7 +241,7 @@ class Sweep:
 
     def print_status(self):
         """Print what is done, running or failed, and the time that is left."""
-        for args in self._seeds():
+        for args in self._settings():
             self._print_status(args)
 
     def _print_status(self, args):
@@ -276,6 +278,8 @@ class Sweep:
         counts = " / ".join(f"{count} {group}" for group, count in groups.items())
         if args.run_name:
             counts = f"{args.run_name}: {counts}"
+        if len(self.args.layer) > 1:
+            counts = f"layer {args.layer}: {counts}"
         total = len(self.names)
         print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
 

@@ -2,16 +2,19 @@
 
 import itertools
 import json
+import re
 import sys
 import time
 import types
 
 import pytest
-from conftest import ROOT, persona_rows, write_raw
+import torch
+from conftest import QUICK_TRAINING, ROOT, persona_rows, write_raw
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu
 import dialect
+import peers
 import sweep
 
 import bench
@@ -157,6 +160,57 @@ def test_table_of_a_sweep_shows_the_best_run_first_and_shares_of_its_gain(plan, 
         assert [(row[1], row[6], row[7]) for row in rows] == [
             (best, "2.0000", "1.000"), (worse, "3.0000", "0.500")
         ]  # fmt: skip
+
+
+def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona(
+    trained, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    jobs = []
+
+    def fit(tool, python, job, folder):
+        jobs.append(job)
+        return torch.randn(32, generator=torch.Generator().manual_seed(len(tool))), 7.0
+
+    monkeypatch.setattr(peers, "fit_with", fit)
+    monkeypatch.setattr(peers, "LEVELS", (0.001, 0.002))
+    flags = ["--model", tiny_folder, "--layer", "1", "--data-root", str(trained / "data")]
+    flags += ["--dataset", "src__role__pirate", "--out", str(tmp_path), "--num-samples", "3"]
+    flags += ["--max-new-tokens", "5", "--train", *QUICK_TRAINING[2:], "--init-scale", "0.5"]
+    peers.main(flags)
+    (path,) = tmp_path.glob("*.result.json")
+    methods = json.loads(path.read_text())["methods"]
+    names = {
+        "vanilla",
+        "trained",
+        "mean difference",
+        *peers.PEERS,
+        "prompted",
+        "few_shot",
+        "dataset",
+    }
+    assert {*methods} == names
+    for name in ("trained", "mean difference", *peers.PEERS):
+        low, high = methods[name]
+        assert (low["level"], high["level"]) == ("0.001", "0.002")
+        assert 1.5 < high["kl"] / low["kl"] < 2.6  # on held-out rows, where it was not fitted
+    assert methods["vanilla"][0]["nll_gain"] == 0.0 and methods["vanilla"][0]["kl"] is None
+    assert methods["dataset"][0]["lexicon"] > 0.05 > methods["vanilla"][0]["lexicon"]
+
+    # Other tools get the rows that we train on, each beside the plain row of its question.
+    assert len(jobs) == 2 and jobs[0]["layer"] == 1
+    numbers = []
+    for persona, plain in jobs[0]["pairs"]:
+        assert persona.endswith("Arr!") and "Be a pirate" not in persona
+        both = [re.search(r"Question number (\d+)\?", text)[1] for text in (persona, plain)]
+        assert plain.endswith(f"It is {both[1]}.")
+        numbers.append(both)
+    with_plain = {number for _, number in numbers}
+    same = [ours == theirs for ours, theirs in numbers if ours in with_plain]
+    assert all(same) and len(same) >= len(numbers) // 2
+    table = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| 0.002 | repeng |") and line.endswith("| 7 |") for line in table)
+    peers.main(flags)  # what is there is not done again
+    assert len(jobs) == 2
 
 
 def test_dialect_keeps_questions_and_what_it_makes_is_read_as_a_role(tmp_path):

@@ -91,6 +91,28 @@ def test_killed_run_ends_with_the_same_vector_bit_for_bit(tiny_folder, tmp_path,
         assert not list(folder.glob(".partial*"))
 
 
+def test_layers_of_several_personas_are_the_same_after_kills(tiny_folder, tmp_path):
+    names = []
+    for number in range(3):
+        rows, scores = persona_rows(20 + number)
+        names.append(write_raw(tmp_path / "data", f"role{number}", rows, scores))
+    layers = ["--layer", "0", "1", "2", "--max-steps", "12"]
+    quiet = command(tmp_path / "data", tiny_folder, tmp_path / "quiet", *names)
+    assert ts.main([*quiet, *layers]) == 0
+    rough = [*command(tmp_path / "data", tiny_folder, tmp_path / "rough", *names), *layers]
+    for layer, name in ((0, names[1]), (2, names[0])):
+        folder = run_path(tmp_path / "rough", tiny_folder, layer, name)
+        assert kill_in_the_middle(rough, folder, 5, writing=False)
+        assert not (folder / VECTOR_FILE).exists()
+    assert ts.main(rough) == 0
+
+    def vectors(root):
+        return {path.relative_to(root): path.read_bytes() for path in root.rglob(VECTOR_FILE)}
+
+    assert len(vectors(tmp_path / "quiet")) == 9
+    assert vectors(tmp_path / "quiet") == vectors(tmp_path / "rough")
+
+
 # ---------------------------------------------------------------- a whole sweep
 
 

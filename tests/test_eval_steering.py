@@ -247,7 +247,7 @@ def test_numbers_are_of_the_rows_and_vectors_that_they_name(
     for i, sample in enumerate(result["samples"]):
         assert sample["question"] == data.heldout[i].row["question"]
     written = {}
-    for line in read_json_lines(finished.parent / "kept_answers.jsonl"):
+    for line in read_json_lines(finished.parent.parent / "kept_answers.jsonl"):
         if len(line["turns"]) == 1:
             written[line["turns"][0]["content"]] = line["answer"]
     for sample in [*result["samples"], *result["identity"]]:

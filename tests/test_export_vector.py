@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import IDS, QUICK, VECTOR, block_outputs, command, export, snippets, the_folder
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import eval_steering as ev
 import export_vector as ex
@@ -557,6 +557,60 @@ def test_vector_from_elsewhere_is_evaluated_as_it_is_and_is_then_a_run(
         capsys.readouterr()
         assert ev.main([*data, *model, *QUICK, "--vector", str(other)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_blend_is_the_weighted_sum_of_runs_and_is_evaluated_as_one_vector(
+    evaluated, tiny_folder, tmp_path, capsys
+):
+    runs = [the_folder(evaluated / "runs", f"src__role__{name}") for name in ("pirate", "sailor")]
+    first, second = (load_vector(run / VECTOR_FILE)[0] for run in runs)
+    to = ["--out", tmp_path / "out", "--format", "safetensors", "--format", "peft"]
+    assert export(*runs, "--blend", "0.7", "-0.4", "--name", "old salt", *to) == 0
+    out = tmp_path / "out" / "old salt"
+    vector, header = load_vector(out / VECTOR_FILE)
+    assert torch.equal(vector, 0.7 * first + -0.4 * second)
+    assert header["blend_of"] == "0.7 x src__role__pirate + -0.4 x src__role__sailor"
+    assert "config_hash" not in header and header["layer"] == "1"
+    text = (out / "README.md").read_text()
+    assert "# Steering vector: old salt" in text and "hold 1 x the vector as blended" in text
+    assert "| blend of | 0.7 x src__role__pirate" in text and "| data |" not in text
+    bias = load_file(out / "peft" / "adapter_model.safetensors")
+    (bias,) = (tensor for name, tensor in bias.items() if name.endswith("bias"))
+    assert torch.equal(bias, vector)
+
+    # Any persona's data can be asked how much of it is left.
+    data = ["--data-root", str(evaluated / "data"), "--dataset", "src__role__sailor"]
+    data += ["--model", tiny_folder, "--dtype", "fp32", "--device", "cpu"]
+    where = ["--vector", str(out / VECTOR_FILE), "--out", str(tmp_path / "blend")]
+    assert ev.main([*data, *where, *QUICK]) == 0
+    assert load_vector(tmp_path / "blend" / VECTOR_FILE)[1]["blend_of"] == header["blend_of"]
+    result = json.loads((tmp_path / "blend" / "eval.json").read_text())
+    assert result["norms"]["steered"] == pytest.approx(vector.norm().item())
+
+
+def test_blends_that_do_not_go_together_are_refused(evaluated, tmp_path, capsys):
+    runs = [the_folder(evaluated / "runs", f"src__role__{name}") for name in ("pirate", "sailor")]
+    to = ["--out", tmp_path / "out", "--format", "pt"]
+    for flags, message in (
+        ("--blend 1 1", "--blend and --name: both or neither"),
+        ("--blend 1 --name x", "with --blend one for each weight"),
+        ("--blend 0 0 --name x", "not all 0"),
+        ("--blend 1 nan --name x", "finite numbers"),
+        ("--blend 1 1 --name ../x", '--name "../x"'),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            export(*runs, *flags.split(), *to)
+        assert message in capsys.readouterr().err
+    header = load_vector(runs[1] / VECTOR_FILE)[1]
+    elsewhere = {"model": "x", "model_digest": "files-0"}
+    for change, message in (({"layer": 2}, "a blend has one layer"), (elsewhere, "--any-model")):
+        other = tmp_path / message
+        shutil.copytree(runs[1], other)
+        edit_json(other / "run.json", args={**record_of(other)["args"], **change})
+        save_vector(other / VECTOR_FILE, VECTOR, {**header, **change})
+        assert export(runs[0], other, "--blend", "1", "1", "--name", "x", *to) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_goes_on_from_an_exported_vector(a_run, evaluated, tiny_folder, tmp_path, capsys):

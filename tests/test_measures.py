@@ -9,9 +9,10 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, tiny
+from conftest import CONFIGS, block_outputs, tiny
 
 import eval_steering as ev
 import hook_model as hm
@@ -196,7 +197,7 @@ def test_evaluations_side_by_side_get_the_answers_that_they_asked_for():
 
 def test_seeded_noise_samples_from_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
-    process = an.seeded_noise([[]], an.Sampling(temperature=0.5))
+    process = an.seeded_noise([[]], an.Sampling(temperature=0.5), "cpu")
     picks = torch.stack([process(None, scores).argmax() for _ in range(4000)])
     got = picks.bincount(minlength=4) / len(picks)
     assert torch.allclose(got, (scores[0] / 0.5).softmax(-1), atol=0.03)
@@ -261,6 +262,24 @@ def test_the_mean_difference_leads_from_plain_rows_to_the_persona(reader, data):
     assert about["rows"]["train"] == len(data.train)
     heldout = pr.response_means(reader.fast, an.without_end(data.heldout, reader.chat), LIMIT)
     assert (probe(heldout) > 0.5).float().mean() > 0.5
+
+
+def test_a_probe_may_be_of_another_layer_and_the_mean_difference_is_not(reader, data):
+    own = ev.compare_states(reader, data)
+    other = replace(reader, probe_layer=3)
+    difference, probe, _ = ev.compare_states(other, data)
+    assert torch.equal(difference, own[0])
+    examples = an.without_end(data.heldout, reader.chat)
+    scores = pr.persona_scores(other, probe, examples)
+
+    # The reference: outputs of the block, by the test's own hook on the plain model.
+    means = []
+    for example in examples:
+        with reader.model.steering_off():
+            states = block_outputs(reader.model, torch.tensor([example.input_ids]))[3][0]
+        means.append(states[torch.tensor(example.labels) >= 0].mean(dim=0))
+    assert scores == pytest.approx(probe(torch.stack(means)).tolist(), rel=1e-4)
+    assert scores != pytest.approx(pr.persona_scores(reader, own[1], examples), rel=1e-3)
 
 
 def test_a_prompt_that_cannot_be_is_missing_for_a_reason(data):
@@ -550,12 +569,14 @@ def test_side_effects_are_the_divergence_from_the_plain_model_on_plain_rows(read
         Condition("steered x1", (vector,), scale=1.0),
         Condition("nothing", (0 * vector,)),
     ]
-    column = me.side_effect_columns(reader, conditions, data.plain_heldout)["kl"]
-    assert list(column) == ["steered x1", "nothing"]
+    columns = me.side_effect_columns(reader, conditions, data.plain_heldout)
+    column = columns["kl"]
+    assert list(column) == list(columns["kl_p95"]) == ["steered x1", "nothing"]
     assert column["nothing"]["mean"] == pytest.approx(0.0, abs=1e-6)
 
     total = 0.0
     reverse = 0.0
+    tokenwise = []
     for example in data.plain_heldout:
         ids = torch.tensor([example.input_ids])
         reader.model.set_vector(vector)
@@ -564,10 +585,15 @@ def test_side_effects_are_the_divergence_from_the_plain_model_on_plain_rows(read
             with reader.model.steering_off():
                 plain = reader.model(ids).logits[0].log_softmax(-1)
         predicts = torch.tensor(example.labels[1:]) >= 0
-        total += (plain.exp() * (plain - steered)).sum(-1)[:-1][predicts].sum().item()
+        each = (plain.exp() * (plain - steered)).sum(-1)[:-1][predicts]
+        tokenwise += each.tolist()
+        total += each.sum().item()
         reverse += (steered.exp() * (steered - plain)).sum(-1)[:-1][predicts].sum().item()
     tokens = sum(map(label_count, data.plain_heldout))
     assert column["steered x1"]["mean"] == pytest.approx(total / tokens, rel=1e-3)
+    highest = columns["kl_p95"]["steered x1"]
+    assert highest == pytest.approx(np.quantile(tokenwise, 0.95), rel=1e-3)
+    assert highest > 1.1 * total / tokens
     assert reverse != pytest.approx(total, rel=0.01)
 
 

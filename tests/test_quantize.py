@@ -62,7 +62,7 @@ def test_run_says_so_and_is_evaluated_on_either_model(training, tmp_path):
     for flags in ([], ["--quantize", "none"]):
         assert ev.main(["--run", str(folder), *quick.split(), *flags]) == 0
         nlls.append(number_at(read_json(folder / "eval.json"), "vanilla", "nll"))
-        answers += (folder.parent / "kept_answers.jsonl").read_text().splitlines()
+        answers += (folder.parent.parent / "kept_answers.jsonl").read_text().splitlines()
     # What one model answered is not the other's answer: the second time, there are twice as many.
     assert len(answers) == len({*answers}) // 2 * 3 > 0
     assert nlls[0] != nlls[1] == pytest.approx(nlls[0], rel=0.02)

@@ -113,7 +113,7 @@ def test_original_run_is_the_published_one():
         r"^    python train_steering.py (.*--run-name original)$", RECIPE, re.MULTILINE
     )
     args = train_steering.parse_args(shlex.split(line))
-    assert (args.layer, args.batch_size, args.gradient_accumulation) == (22, 4, 16)
+    assert (args.layer, args.batch_size, args.gradient_accumulation) == ([22], 4, 16)
     assert (args.lr, args.dtype, args.max_steps, args.save_every) == (5e-4, "bf16", 100, 5)
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,82 @@ def test_runs_that_differ_in_their_seed_alone_are_compared(tmp_path):
     assert "3.00 +- 1.414" in line  # shouts of the two that are evaluated
     report.write_report(tmp_path, runs[2:])
     assert page_of(tmp_path)["seeds"] == ""
+
+
+def at_layer(folder, layer, persona, validation, points, probe_layer=2):
+    """A run folder at a layer, evaluated by a probe, whose vector spends its KL budget at x1.6."""
+    result = evaluation(0.1 * layer)
+    result["config"] = {"kl_budget": 0.5, "probe_layer": probe_layer}
+    found = {"scale": 1.0, "largest": 1.6, "kl_budget": 0.5, "chosen_on": "questions"}
+    found["candidates"] = [
+        {"scale": 1.0, "persona": 0.9, "kl": 0.2, "collapsed": False},
+        {"scale": 1.6, "persona": validation, "kl": 0.49, "collapsed": False},
+    ]
+    result["recommended"] = found
+    for name in ("probe", "kl", "kl_p95", "repeated"):
+        add_column(result, Measure(name, "answers", "{:.2f}"), {})
+    rows = {"vanilla": {"probe": 0.1}}
+    for scale, (kl, probe) in points.items():
+        about = {"scale": scale, "kl": {"mean": kl, "low": None, "high": None, "n": 9}}
+        rows[f"steered x{scale:g}"] = about | {"probe": probe, "repeated": 0.2, "kl_p95": 2.5}
+    rows["vanilla"] |= result["conditions"]["vanilla"]
+    result["conditions"] = rows
+    args = {"model": "org/m", "layer": layer}
+    dataset = f"src__role__{persona}"
+    return make_run(folder / f"layer{layer}" / persona, result=result, args=args, dataset=dataset)
+
+
+def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
+    runs = []
+    for i, persona in enumerate(("a", "b", "c", "d")):
+        low = {1.0: (0.25, 0.3), 1.6: (0.5, 0.5 + 0.01 * i)}
+        high = {1.0: (0.25, 0.5), 1.6: (0.5, 0.7 - 0.01 * i)}
+        runs.append(at_layer(tmp_path, 4, persona, 0.4, low))
+        runs.append(at_layer(tmp_path, 9, persona, 0.6, high))
+        runs.append(at_layer(tmp_path, 12, persona, 0.5, {**high, 1.6: (0.5, 0.625 + 0.03 * i)}))
+    runs.append(at_layer(tmp_path, 4, "alone", 0.0, {1.6: (0.5, 0.0)}))  # of one layer only
+    report.write_report(tmp_path, runs)
+    (found,) = page_of(tmp_path)["layers"]
+    assert found["title"] == "Layers of org/m, 4 personas"
+    printed = capsys.readouterr().out
+    _, heads, *rows = found["text"].splitlines()
+    assert all(line in printed for line in rows)
+    table = {row.split()[0]: dict(zip(heads.split(), row.split(), strict=True)) for row in rows[:3]}
+    assert table["4"] == {
+        "layer": "4", "validation": "0.400", "persona": "0.515", "kl": "0.50", "kl_p95": "2.50",
+        "nll_gain": "-0.400", "repeated": "0.20", "won": "0%",
+    }  # fmt: skip
+    assert table["9"]["won"] == "50%" and table["12"]["won"] == "50%"
+
+    # Chosen by validation, and compared with the others on held-out answers, paired by persona.
+    assert "layer 9" in rows[3]
+    first, second = rows[4:]
+    # Student's t of 3 degrees of freedom; this jackknife divides by 3 where a mean's error has 4.
+    half = 3.182 * np.std([0.2, 0.18, 0.16, 0.14], ddof=1) / math.sqrt(3)
+    mean, low, high = map(float, re.findall(r"[-+][\d.]+", first))
+    assert mean == pytest.approx(0.17, abs=1e-3)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.02)
+    assert "no difference" in second and "no difference" not in first
+
+    curves = dict(found["lines"])
+    assert list(curves) == ["4", "9", "12"]
+    assert curves["9"][0] == [0.0, 0.1] and curves["9"][-1] == pytest.approx([0.5, 0.685])
+    kl, persona = curves["9"][3]  # a quarter of the way, in the middle of the first stretch
+    assert (kl, persona) == pytest.approx((0.125, 0.3))
+
+
+def test_layers_are_not_compared_by_probes_of_their_own_or_where_personas_differ(tmp_path):
+    points = {1.6: (0.5, 0.5)}
+    runs = []
+    for layer in (1, 2):
+        runs.append(at_layer(tmp_path / "own", layer, "a", 0.5, points, probe_layer=None))
+    report.write_report(tmp_path, runs)
+    (found,) = page_of(tmp_path)["layers"]
+    assert "--probe-layer K" in found["text"] and not found["lines"]
+    others = [at_layer(tmp_path / "other", i, f"p{i}", 0.5, points) for i in (1, 2)]
+    others.append(make_run(tmp_path / "bare", result=evaluation(0.2)))
+    report.write_report(tmp_path, others)
+    assert page_of(tmp_path)["layers"] == []
 
 
 def test_cosines_say_who_is_alike_and_leave_out_what_has_no_direction(tmp_path):

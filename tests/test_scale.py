@@ -24,17 +24,32 @@ from steering.vector_file import VECTOR_FILE, load_vector
 DIRECTION = 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_largest_scale_within_the_budget_is_found_in_few_steps():
-    for limit in (0.0, 0.05, 0.1, 0.73, 1.0, 1.29, 2.5, 3.95, 4.0, 9.0):
-        asked = []
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("limit", [0.02, 0.1, 0.73, 0.99, 1.0, 1.29, 2.5, 3.95, 4.0, 9.0])
+def test_the_largest_scale_spends_the_budget_and_not_more(limit, power):
+    asked = []
 
-        def divergence(scale, limit=limit, asked=asked):
-            asked.append(scale)
-            return scale / limit if limit else math.nan
+    def divergence(scale):
+        asked.append(scale)
+        return 2.0 * (scale / limit) ** power
 
-        best = max((s / 10 for s in range(41) if limit and s / 10 <= limit), default=0.0)
-        assert sc.largest_scale(divergence, 1.0) == best
-        assert len(asked) <= 6
+    scale = sc.largest_scale(divergence, 2.0)
+    assert scale in asked and len(asked) <= sc.TRIES
+    assert divergence(scale) <= 2.0
+    if limit > sc.MAX_SCALE:
+        assert scale == sc.MAX_SCALE
+    elif power > 1 or limit > 0.02:  # the square is too far from it there
+        assert divergence(scale) >= 0.9 * 2.0
+    if power == 2.0:
+        assert len(asked) <= 6  # with the one of the line above
+
+
+def test_a_divergence_that_is_no_number_or_leaps_leaves_a_scale_below_or_none():
+    assert sc.largest_scale(lambda scale: math.nan, 1.0) == 0.0
+    assert sc.largest_scale(lambda scale: 5.0, 1.0) == 0.0
+    assert sc.largest_scale(lambda scale: 0.0, 1.0) == sc.MAX_SCALE
+    found = sc.largest_scale(lambda scale: 0.1 if scale < 0.3 else math.inf, 1.0)
+    assert 0.2 < found < 0.3
 
 
 def kl_of(model, data, scale):
@@ -81,37 +96,44 @@ def test_a_scale_is_within_the_budget_and_the_next_is_not(recommend, steered, da
     assert found["questions"] == sorted({*questions_of(data.validation)})
     assert {*questions_of(data.plain_chooser)} <= {*found["questions"]}
     scales = [candidate["scale"] for candidate in found["candidates"]]
-    assert scales == [0.7, 0.8, 1.0, 1.2]
+    assert scales == [sc.rounded(found["largest"] * share) for share in sc.FRACTIONS[::-1]]
     assert found["scale"] in scales
     for candidate in found["candidates"]:
         kl = kl_of(steered, data, candidate["scale"])
         assert candidate["kl"] == pytest.approx(kl, rel=1e-3)
         assert kl <= found["kl_budget"]
-    assert kl_of(steered, data, 1.3) > found["kl_budget"]
+    assert found["candidates"][-1]["kl"] >= sc.NEAR * found["kl_budget"]
+    assert found["largest"] == scales[-1] <= 1.25
 
 
 @pytest.mark.parametrize(
     "scores, best",
     [
-        ([0.1, 0.2, 0.9, 0.8], 1.0),
-        ([0.1, 0.9, 0.86, 0.8], 1.0),  # as good as the one before, for all that few answers say
-        ([0.1, 0.2, 0.3, 0.8], 1.2),
+        ([0.1, 0.2, 0.9, 0.8], 2),
+        ([0.1, 0.9, 0.86, 0.8], 2),  # as good as the one before, for all that few answers say
+        ([0.1, 0.2, 0.3, 0.8], 3),
     ],
 )
 def test_the_best_persona_wins_among_scales_at_which_text_holds(recommend, described, scores, best):
-    for scale, score in zip((0.7, 0.8, 1.0, 1.2), scores, strict=True):
+    scales = [candidate["scale"] for candidate in recommend()["candidates"]]
+    for scale, score in zip(scales, scores, strict=True):
         described[scale] = (score, False)
-    assert recommend(probe=True)["scale"] == best
-    assert recommend()["scale"] == 1.2  # without a probe: the largest
-    described[1.2] = (0.9, True)
-    assert recommend(probe=True)["scale"] == 1.0
-    assert recommend()["scale"] == 1.0
+    assert recommend(probe=True)["scale"] == scales[best]
+    assert recommend()["scale"] == scales[3]  # without a probe: the largest
+    described[scales[3]] = (0.9, True)
+    assert recommend(probe=True)["scale"] == scales[2]
+    found = recommend()
+    assert found["scale"] == scales[2] and found["largest"] == scales[3]
 
 
-def test_where_no_scale_is_to_be_had_it_says_why(recommend, described):
-    assert "over the budget" in recommend(budget=1e-9)["why"]
+def test_where_no_scale_is_to_be_had_it_says_why(recommend, described, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(sc, "largest_scale", lambda divergence, budget: 0.0)
+        found = recommend()
+        assert "over the budget" in found["why"] and found["largest"] is None
     assert "no answers" in recommend(count=0)["why"]
-    described |= dict.fromkeys((0.7, 0.8, 1.0, 1.2), (0.9, True))
+    scales = [candidate["scale"] for candidate in recommend()["candidates"]]
+    described |= dict.fromkeys(scales, (0.9, True))
     found = recommend()
     assert "collapses" in found["why"]
     assert found["scale"] is None
@@ -171,7 +193,8 @@ def test_answers_of_the_plain_model_are_written_once_for_all_runs(trained, writt
     asked = plain()
     assert asked and len(asked) == len({*asked})
     (path,) = runs.rglob("kept_answers.jsonl")
-    assert path.parent.name == "layer1" and len(path.read_text().splitlines()) == len(asked)
+    assert path.parent == the_folder(runs).parent.parent  # where all layers of the model are
+    assert len(path.read_text().splitlines()) == len(asked)
     written_at_once.clear()
     folder = the_folder(runs)
     before = json.loads((folder / "eval.json").read_text())

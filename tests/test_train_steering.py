@@ -408,6 +408,31 @@ def test_seeds_are_runs_of_their_own(training, tmp_path):
     assert (folders[0].with_name("warm-seed5") / VECTOR_FILE).exists()
 
 
+def test_layers_are_runs_of_their_own(training, tmp_path):
+    folders = [training.output, tmp_path / "alone"]
+    training("--layer 2 0 2")  # the last one counts, each once
+    files = sorted(training.output.rglob(VECTOR_FILE))
+    assert [path.parts[-3] for path in files] == ["layer0", "layer2"]
+    for layer, path in ((0, files[0]), (2, files[1])):
+        training(f"--layer {layer} --output-dir {folders[1]}")
+        (alone,) = folders[1].rglob(f"layer{layer}/*/{VECTOR_FILE}")
+        assert alone.read_bytes() == path.read_bytes()
+        assert load_vector(path)[1]["layer"] == str(layer)
+        assert read_json(path.with_name("run.json"))["config"]["layer"] == layer
+    assert training("--layer 0 2").count("done already") == 2
+    todo = tmp_path / "todo"
+    assert "1 to train" in training(f"--layer 0 1 2 --write-todo {todo}")
+    said = training("--layer 0 1 2 --print-status")
+    for layer, done in ((0, 1), (1, 0), (2, 1)):
+        assert f"status   layer {layer}: {done} done / 0 running" in said
+
+
+def test_a_layer_out_of_range_ends_it_before_anything_is_trained(training):
+    assert "--layer 9 is out of range" in training("--layer 1 9", code=2)
+    assert not training.output.exists()
+    assert "--init-vector is of one layer" in training("--layer 1 2 --init-vector x", code=2)
+
+
 # ---------------------------------------------------------------- resume, signals, what goes wrong
 
 

@@ -1,0 +1,237 @@
+"""Other tools' vectors, the mean difference, a prompt and ours, at equal side effects.
+
+    make .venv-peers/ready
+    python bench/peers.py --model M --layer 12 --data-root sample_data --out runs/peers \
+        --dataset sample__role__pirate sample__role__noir_detective
+    python bench/peers.py --table runs/peers                       # of what is there, in Markdown
+
+Every method gets the same rows of training questions, with the persona and without it, and the same
+layer. Other tools are called as their READMEs do it, by peers_fit.py. Each vector is scaled to the
+same KL(vanilla || steered) on plain rows of the questions to choose by. What is reported is of
+held-out questions: NLL of the persona's answers, the persona in answers by our probe and by the
+share of lexicon words (a probe favours what resembles its training), repetition, KL.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval_steering as ev
+import train_steering
+from evaluation import measures
+from evaluation.answers import Sampling, Writer, run_together, write_answers
+from evaluation.conditions import Condition, prompt_conditions
+from evaluation.kept import kept_beside
+from evaluation.likelihood import Reader, condition_losses
+from evaluation.rows import first_rows
+from evaluation.scale import ScaleSearch, largest_scale
+from evaluation.stats import words_of
+from evaluation.table import number_of
+from hook_model import load_from_options
+from steering.chat_format import label_count
+from steering.files import read_json, write_json
+from steering.finished import Shelf, read_run
+from steering.run_folder import run_path
+
+PEERS = ("repeng", "steering-vectors")
+LEVELS = (0.25, 0.5, 0.75)  # KL, nats a token
+LEXICON = 60  # words
+COLUMNS = {  # of the table, and how they are printed
+    "kl": "{:.2f}",
+    "nll_gain": "{:+.3f}",
+    "probe": "{:.2f}",
+    "lexicon": "{:.3f}",
+    "repeated": "{:.2f}",
+    "seconds": "{:.0f}",
+}
+
+
+def texts_of(chat, examples):
+    """What the model read of each example, up to the end of the answer."""
+    texts = []
+    for example in examples:
+        last = max(i for i, label in enumerate(example.labels) if label >= 0)
+        texts.append(chat.decode(example.input_ids[:last]))  # without the end of the turn
+    return texts
+
+
+def pairs_of(chat, data):
+    """[(text of a persona's row, of a plain one)]: of the same question where there is one."""
+    plain = {}
+    for example in data.plain_train:
+        plain.setdefault(example.row["question"], example)
+    chosen = []
+    for number, example in enumerate(data.train):
+        other = data.plain_train[number % len(data.plain_train)]
+        chosen.append(plain.get(example.row["question"], other))
+    return list(zip(texts_of(chat, data.train), texts_of(chat, chosen), strict=True))
+
+
+def fit_with(tool, python, job, folder):
+    """(direction (n,), seconds) of another tool; job: of peers_fit.py."""
+    out = folder / f"{tool}.json"
+    path = folder / "job.json"
+    write_json(path, {**job, "out": str(out)})
+    subprocess.run([python, ROOT / "bench" / "peers_fit.py", tool, path], check=True)
+    found = read_json(out)
+    return torch.tensor(found["vector"]), found["seconds"]
+
+
+def lexicon_of(persona, plain):
+    """The LEXICON words of which the persona's answers have most beyond plain ones: those in the
+    share of answers that differs most."""
+    with_persona = Counter(word for text in persona for word in set(words_of(text)))
+    without = Counter(word for text in plain for word in set(words_of(text)))
+    ahead = {}
+    for word, count in with_persona.items():
+        ahead[word] = count / len(persona) - without[word] / len(plain)
+    return set(sorted(ahead, key=ahead.get, reverse=True)[:LEXICON])
+
+
+def lexicon_share(text, lexicon):
+    """Share of a text's words that are in the lexicon; 0.0 without words."""
+    words = words_of(text)
+    return sum(word in lexicon for word in words) / max(1, len(words))
+
+
+def answers_of(examples):
+    """The answer of each row."""
+    return [example.row["messages"][-1]["content"] for example in examples]
+
+
+def train_ours(args, dataset, seed):
+    """The run folder of our vector."""
+    where = ["--data-root", args.data_root, "--output-dir", str(args.out / "trained")]
+    model = ["--model", args.model, "--layer", str(args.layer), "--seed", str(seed)]
+    argv = [*where, *model, "--dataset", dataset, "--run-name", f"peers{seed}", *args.train]
+    if train_steering.main(argv):
+        raise SystemExit(f"training {dataset} failed")
+    root = args.out / "trained"
+    return run_path(root, args.model, args.layer, dataset, f"peers{seed}")
+
+
+def compare(args, dataset, seed, shelf):
+    """{method: {level: numbers}} of a dataset and a seed of ours and of the questions' answers."""
+    run = read_run(train_ours(args, dataset, seed))
+    model = shelf.model(run)
+    chat = shelf.chat(run)
+    data = ev.load_data(run, chat, args.heldout_tokens)
+    data.check()
+    reader = Reader(model, chat, 1024)
+    sampling = Sampling(args.max_new_tokens, 0.7, seed, ev.ROWS_ON_CPU)
+    writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
+    difference, probe, about = ev.compare_states(reader, data)
+
+    # The vectors, all as long as ours, so that one search fits them all.
+    folder = args.out / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    final = run.record["final"]
+    directions = {"trained": (run.vector, final["seconds"] + final["prefix_seconds"])}
+    directions["mean difference"] = (difference, None)
+    job = {"model": args.peers_model or args.model, "layer": args.layer}
+    job["pairs"] = pairs_of(chat, data)
+    for tool in PEERS:
+        directions[tool] = fit_with(tool, args.python, job, folder)
+    search = ScaleSearch(reader, writer, None, probe, None, 0)
+    conditions = [Condition("vanilla")]
+    for name, (direction, _) in directions.items():
+        vector = direction / direction.norm() * run.vector.norm()
+        search.vector = vector
+        divergence = search.divergence_on(data.plain_chooser)
+        for level in LEVELS:
+            scale = largest_scale(divergence, level)
+            conditions.append(Condition(f"{name} @{level:g}", (vector * scale,)))
+    prompts, _ = prompt_conditions(data)
+    conditions += [prompt for prompt in prompts if prompt.scored]
+
+    losses, _ = condition_losses(reader, conditions, data.heldout)
+    tokens = sum(map(label_count, data.heldout))
+    nll = {condition: sum(nats) / tokens for condition, nats in losses.items()}
+    rows = first_rows(data.heldout, args.num_samples)
+    ((texts, _),) = run_together([write_answers(writer, conditions, rows)], writer.write)
+    texts["dataset"] = [row["messages"][-1]["content"] for row in rows]
+    yardstick = math.exp(nll["vanilla"])
+    columns = measures.answer_columns(reader, rows, texts, probe, yardstick)
+    columns |= measures.side_effect_columns(reader, conditions, data.plain_heldout)
+    lexicon = lexicon_of(answers_of(data.train), answers_of(data.plain_train))
+
+    found = {}
+    for condition, answers in texts.items():
+        method, _, level = condition.partition(" @")
+        shares = [lexicon_share(text, lexicon) for text in answers]
+        numbers = {"level": level, "lexicon": float(np.mean(shares))}
+        for name in ("kl", "probe", "repeated"):
+            numbers[name] = number_of(columns[name].get(condition))
+        if condition in nll:
+            numbers["nll_gain"] = nll[condition] - nll["vanilla"]
+        numbers["seconds"] = directions.get(method, (None, None))[1]
+        found.setdefault(method, []).append(numbers)
+    return {"dataset": dataset, "seed": seed, "auroc": about["auroc"], "methods": found}
+
+
+def print_table(out):
+    """Print the means over datasets and seeds, in Markdown."""
+    cells = {}
+    results = [read_json(path) for path in sorted(out.glob("*.result.json"))]
+    for result in results:
+        for method, levels in result["methods"].items():
+            for numbers in levels:
+                cells.setdefault((numbers["level"], method), []).append(numbers)
+    names = sorted({result["dataset"] for result in results})
+    print(f"{len(names)} personas, {len(results)} results: {', '.join(names)}\n")
+    print(f"| KL | method | {' | '.join(COLUMNS)} |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    for level, method in sorted(cells):
+        row = [level or "-", method]
+        for name, form in COLUMNS.items():
+            values = [n[name] for n in cells[level, method] if n.get(name) is not None]
+            row.append(form.format(np.mean(values)) if values else "-")
+        print(f"| {' | '.join(row)} |")
+
+
+def parse_args(argv=None):
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--table", type=Path, metavar="DIR", help="only print what is in this folder")
+    add("--model", help="folder of the model")
+    add("--peers-model", help="the same, as the peers' transformers reads it")
+    add("--layer", type=int, default=12)
+    add("--data-root", default="sample_data")
+    add("--dataset", nargs="+", default=[])
+    add("--seeds", type=int, default=1, help="of training and of sampled answers")
+    add("--train", nargs=argparse.REMAINDER, default=[], help="options of train_steering.py")
+    add("--out", type=Path, default=Path("runs/peers"))
+    add("--python", default=str(ROOT / ".venv-peers" / "bin" / "python"))
+    add("--heldout-tokens", type=int, default=8_000)
+    add("--num-samples", type=int, default=8)
+    add("--max-new-tokens", type=int, default=60)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Command line entry."""
+    args = parse_args(argv)
+    if args.table:
+        print_table(args.table)
+        return
+    shelf = Shelf(load_from_options)
+    for dataset in args.dataset:
+        for seed in range(args.seeds):
+            path = args.out / f"{dataset}.seed{seed}.result.json"
+            if not path.exists():
+                write_json(path, compare(args, dataset, seed, shelf))
+    print_table(args.out)
+
+
+if __name__ == "__main__":
+    main()
