@@ -364,7 +364,7 @@ def evaluate_locked(folder, args, shelf, get_writer):
         announce(f"evaluating {folder}")
         # Rows that the run before had too, those without the persona, are not run again.
         fast = FastPath(writer.model, shelf.states)
-        shelf.states = fast.cache
+        shelf.states = fast.caches
         if args.probe_layer is not None:
             count = len(writer.model.layers)
             check_layer(args.probe_layer, count, writer.model.name, "--probe-layer")

@@ -113,14 +113,16 @@ def train(model, train_set, val_set, args, run):
     parameters = list(steering.parameters())
     schedule = make_schedule(args, len(train_set))
     max_tokens = micro_batch_tokens(args, model, state)
-    fast = fast_path.FastPath(model)
+    fast = fast_path.FastPath(model, run.known_states, run.other_layers)
 
-    # Layers 0..k never see the vector: run them once for every row that comes up more than once.
+    # Layers 0..k never see the vector: run them once for every row that comes up more than once,
+    # and where the vector is trained at other layers next, up to the highest of those.
     started = time.perf_counter()
     rows_seen_twice = list(val_set)
     if schedule.total > schedule.steps_per_epoch:
         rows_seen_twice = [*train_set, *val_set]
     fast.cache_prefix(rows_seen_twice, args.prefix_cache, max_tokens)
+    run.known_states = fast.caches
     if state.residual_norm is None:
         state.residual_norm = fast.median_residual_norm(train_set[:8])
     fast.check_token_loss(token_loss, train_set)

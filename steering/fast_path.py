@@ -34,14 +34,21 @@ log = logging.getLogger("steering")
 class FastPath:
     """Losses of a SteerModel's label tokens; `model` may change layer and vector in between.
     cache: {token ids of an example: its states (T, n) after layer k}; it holds for `layer` only.
-    known: the cache of another FastPath of this model and layer, which is not computed again."""
+    caches: {layer: cache}, of layer k and of `others`, layers whose states come by on the way, for
+    another FastPath to know. known: the caches of another one of this model, which are not computed
+    again."""
 
-    def __init__(self, model, known=None):
+    def __init__(self, model, known=None, others=()):
         self.model = model
-        self.layer = model.layer
-        self.cache = {}
         self.known = known or {}
+        self.begin_at(model.layer, others)
         self.freed = Freed()
+
+    def begin_at(self, layer, others=()):
+        """Be of a layer, with empty caches."""
+        self.layer = layer
+        self.caches = {k: {} for k in (layer, *others)}
+        self.cache = self.caches[layer]
 
     # ------------------------------------------------------------------ fast or plain
 
@@ -49,9 +56,7 @@ class FastPath:
         """Whether shortcuts give what the plain forward gives. The first call for a model and a
         layer finds it out, by a few forward passes; the model keeps the answer."""
         if self.layer != self.model.layer:
-            self.layer = self.model.layer
-            self.cache = {}
-            self.known = {}
+            self.begin_at(self.model.layer)
         if self.layer not in self.model.fast_layers:
             # A short answer suffices; of texts without one, all tokens are predicted.
             answers = [example for example in examples if label_count(example)]
@@ -83,14 +88,14 @@ class FastPath:
         with steering.scaled(1):
             try:
                 with steering.scaled(0):
-                    plain_states = self._layer_output(ids, fast=False)[0]
+                    plain_states = self._layer_outputs(ids, False, [self.layer])[0][0]
                 size = plain_states.float().norm(dim=-1).median().item() / math.sqrt(len(kept))
                 steering.vector.copy_(0.3 * size * noise)
                 try:
                     with steering.scaled(0):
-                        self.cache[key] = self._layer_output(ids, fast=True)[0]
+                        self.cache[key] = self._layer_outputs(ids, True, [self.layer])[0][0]
                         # What layers leave for each other must be of another text, to be missed.
-                        self._layer_output(ids.flip(1), fast=False)
+                        self._layer_outputs(ids.flip(1), False, [self.layer])
                     from_cache = log_probs(fast=True)
                     del self.cache[key]
                     from_start = log_probs(fast=True)
@@ -122,31 +127,45 @@ class FastPath:
         if not examples or not self.is_fast(examples):
             return
 
-        for key in map(cache_key, examples):
-            if key in self.known:
-                self.cache[key] = self.known[key]
-        examples = [example for example in examples if cache_key(example) not in self.cache]
+        missing = set()
+        for layer, cache in self.caches.items():
+            known = self.known.get(layer, {})
+            for key in map(cache_key, examples):
+                if key in known:
+                    cache[key] = known[key]
+                elif key not in cache:
+                    missing.add(key)
+        examples = [example for example in examples if cache_key(example) in missing]
         if not examples:
             return
         tokens = sum(len(example.input_ids) for example in examples)
         size = tokens * model.hidden_size * model.model.dtype.itemsize
-        place = cache_place(where, size, model.steering.vector.device)
+        device = model.steering.vector.device
+        place = cache_place(where, size, device)
+        if len(self.caches) > 1 and cache_place(where, size * len(self.caches), device) != place:
+            self.caches = {self.layer: self.cache}  # The others have no room beside it.
         about = f"prefix   {tokens:,} tokens x {model.hidden_size:,} = {size / 2**30:.2f} GiB"
         if not ranks.everywhere(place is not None):
             reason = "turned off" if where == "off" else "does not fit, so not cached"
             log.info(f"{about}: {reason}, every step runs all {len(model.layers)} layers")
             return
-        log.info(f"{about} on {place}: layers 0..{self.layer} run once")
+        layers = [*self.caches]
+        kept_after = ""
+        if len(layers) > 1:
+            kept_after = f", kept after each of {', '.join(map(str, layers))}"
+        log.info(f"{about} on {place}: layers 0..{max(layers)} run once{kept_after}")
 
         def states_of(batch):
-            return self.layer_output(collate(batch)[0].to(model.input_device))
+            ids = collate(batch)[0].to(model.input_device)
+            return zip(*self._layer_outputs(ids, True, layers), strict=True)
 
         pin = place.type == "cpu" and torch.cuda.is_available()  # A GPU copies from pinned memory.
         with model.steering_off():
             for batch, rows in in_batches(states_of, examples, max_tokens):
-                for example, states in zip(batch, rows, strict=True):
-                    kept = states[: len(example.input_ids)].to(place, copy=True)
-                    self.cache[cache_key(example)] = kept.pin_memory() if pin else kept
+                for example, each in zip(batch, rows, strict=True):
+                    for layer, states in zip(layers, each, strict=True):
+                        kept = states[: len(example.input_ids)].to(place, copy=True)
+                        self.caches[layer][cache_key(example)] = kept.pin_memory() if pin else kept
 
     def plain_states(self, examples, layer=None):
         """The plain residual stream after the layer, or another one, (B, T, hidden_size); of the
@@ -162,27 +181,30 @@ class FastPath:
         """Residual stream after the layer and the vector: (B, T) ids -> (B, T, hidden_size); or
         after another layer. Those above are passed through, and cost nothing."""
         fast = self.is_fast([Example({}, input_ids[0].tolist(), [])])
-        return self._layer_output(input_ids, fast, layer)
+        return self._layer_outputs(input_ids, fast, [self.layer if layer is None else layer])[0]
 
     @torch.no_grad()
-    def _layer_output(self, input_ids, fast, layer=None):
+    def _layer_outputs(self, input_ids, fast, layers):
+        """Residual stream after each of some layers: [(B, T, hidden_size), ...]."""
         model = self.model
-        if layer is None:
-            layer = model.layer
-        caught = []
+        caught = {}
 
-        def catch(module, inputs, output):
-            caught.append(output[0] if isinstance(output, tuple) else output)
+        def catch(layer, module, inputs, output):
+            caught[layer] = output[0] if isinstance(output, tuple) else output
 
-        above = model.layers[layer + 1 :] if fast else []
-        # A hook that is registered after the steering hook runs after it.
-        handle = model.layers[layer].register_forward_hook(catch)
+        above = model.layers[max(layers) + 1 :] if fast else []
+        handles = []
+        for layer in layers:
+            # A hook that is registered after the steering hook runs after it.
+            hook = functools.partial(catch, layer)
+            handles.append(model.layers[layer].register_forward_hook(hook))
         try:
             with replaced_forwards(dict.fromkeys(above, self._pass_through)):
                 model.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
-            handle.remove()
-        return caught[0]
+            for handle in handles:
+                handle.remove()
+        return [caught[layer] for layer in layers]
 
     def _pass_through(self, hidden_states, *args, **kwargs):
         """Stands in for the forward of a layer that is not needed."""

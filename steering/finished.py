@@ -115,7 +115,7 @@ class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
     load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples};
     means, {layer of a probe: mean states}, emptied where the model changes; and states, a
-    FastPath's cache, emptied where model or layer change."""
+    FastPath's caches, emptied where model or layer change."""
 
     def __init__(self, load):
         self.heldout = {}

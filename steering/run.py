@@ -220,7 +220,9 @@ def newest_state(folder, config, defaults):
 class Run:
     """A training as its loop sees it: where it is, what to write, whether to stop.
     folder: of the run; state: a TrainState; args: its options; splits: its examples (`train`,
-    `validation`); record: what run.json says; exit_code: of the run once it is over."""
+    `validation`); record: what run.json says; exit_code: of the run once it is over. other_layers:
+    at which its rows will be trained on next; known_states: {layer: a FastPath's cache} of its rows
+    that were found before, and then those to know for the next run."""
 
     def __init__(self, folder, state, args, splits, stop):
         self.folder = folder
@@ -229,6 +231,8 @@ class Run:
         self.splits = splits
         self.record = {}
         self.exit_code = 0
+        self.other_layers = []
+        self.known_states = {}
         self._stop = stop
         self._from_step = None if state.is_new else state.step
         self._metrics = None

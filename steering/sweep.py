@@ -10,6 +10,7 @@ With --tensor-parallel, rank 0 decides all that; the other ranks get its runs, a
 """
 
 import contextlib
+import itertools
 import logging
 import sys
 import tempfile
@@ -70,7 +71,7 @@ class Sweep:
             run_name = self.args.run_name
             if self.args.seeds > 1:
                 run_name = f"{run_name}-seed{seed}" if run_name else f"seed{seed}"
-            for layer in dict.fromkeys(self.args.layer):
+            for layer in sorted({*self.args.layer}):
                 changed = {"seed": seed, "run_name": run_name, "layer": layer}
                 yield Namespace(**{**vars(self.args), **changed})
 
@@ -115,31 +116,41 @@ class Sweep:
             log.warning(f"WARNING: {doubt}")
         if self.args.include_missing_scores:
             log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
-        for args in self._settings():
-            for name in self._in_order(args):
-                try:
-                    with self._opened(name, args, chat) as run:
-                        if run is not None:
-                            yield run
-                            self.exit_code = max(self.exit_code, run.exit_code)
-                except (ValueError, OSError) as error:
-                    log.error(f"error: {error}")
-                    self.exit_code = max(self.exit_code, 2)
-                except Exception as error:  # of whatever is in the data
-                    log.exception(f"FAILED   {name}: {error!r}")
-                    self.exit_code = max(self.exit_code, 1)
-                if self.stop.exit_code:
-                    self.exit_code = self.stop.exit_code
-                    return
+        known = {}  # states of the last dataset's rows
+        for args, name, other_layers in self._trainings():
+            try:
+                with self._opened(name, args, chat) as run:
+                    if run is not None:
+                        if ranks.size() == 1:  # The ranks would not know the same.
+                            run.other_layers = other_layers
+                            run.known_states = known
+                        yield run
+                        known = run.known_states if other_layers else {}
+                        self.exit_code = max(self.exit_code, run.exit_code)
+            except (ValueError, OSError) as error:
+                log.error(f"error: {error}")
+                self.exit_code = max(self.exit_code, 2)
+            except Exception as error:  # of whatever is in the data
+                log.exception(f"FAILED   {name}: {error!r}")
+                self.exit_code = max(self.exit_code, 1)
+            if self.stop.exit_code:
+                self.exit_code = self.stop.exit_code
+                return
 
-    def _in_order(self, args):
-        """The names; among ranks, those that failed come last, since one may end them all."""
-        if ranks.size() == 1:
-            return self.names
-        failed = {}
-        for name in self.names:
-            failed[name] = status_of(self.folder(args, name)) == "failed"
-        return sorted(self.names, key=failed.get)
+    def _trainings(self):
+        """[(options, name, layers that the dataset is trained at next), ...]: seed by seed, all
+        layers of a dataset one after the other. Among ranks, those that failed come last, since one
+        may end them all."""
+        found = []
+        for _, settings in itertools.groupby(self._settings(), lambda args: args.seed):
+            at_layers = list(settings)
+            layers = [args.layer for args in at_layers]
+            for name in self.names:
+                for number, args in enumerate(at_layers):
+                    found.append((args, name, layers[number + 1 :]))
+        if ranks.size() > 1:
+            found.sort(key=lambda job: status_of(self.folder(job[0], job[1])) == "failed")
+        return found
 
     def _runs_on_other_ranks(self):
         for args, state, splits in ranks.jobs():

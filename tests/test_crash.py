@@ -100,7 +100,7 @@ def test_layers_of_several_personas_are_the_same_after_kills(tiny_folder, tmp_pa
     quiet = command(tmp_path / "data", tiny_folder, tmp_path / "quiet", *names)
     assert ts.main([*quiet, *layers]) == 0
     rough = [*command(tmp_path / "data", tiny_folder, tmp_path / "rough", *names), *layers]
-    for layer, name in ((0, names[1]), (2, names[0])):
+    for layer, name in ((1, names[0]), (2, names[1])):
         folder = run_path(tmp_path / "rough", tiny_folder, layer, name)
         assert kill_in_the_middle(rough, folder, 5, writing=False)
         assert not (folder / VECTOR_FILE).exists()

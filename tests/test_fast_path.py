@@ -329,6 +329,31 @@ def test_a_cache_that_does_not_fit_is_not_made_and_says_so(monkeypatch, caplog):
     assert sum_of(fast, rows) == pytest.approx(plain_loss(model, rows).item())
 
 
+def test_states_of_other_layers_come_by_on_the_way_where_there_is_room(monkeypatch):
+    model = steered_tiny(layer=1)
+    rows = rows_of(9, 14, 9)
+    first = fp.FastPath(model, others=[2, 3])
+    first.cache_prefix(rows)
+    assert [*first.caches] == [1, 2, 3] and first.cache is first.caches[1]
+    model.set_layer(3)
+    alone = fp.FastPath(model)
+    alone.cache_prefix(rows)
+    later = fp.FastPath(model, first.caches)
+    with monkeypatch.context() as patched:
+        patched.setattr(fp.FastPath, "_layer_outputs", None)  # nothing runs once more
+        later.cache_prefix(rows)
+    assert later.cache.keys() == alone.cache.keys() and [*later.caches] == [3]
+    assert all(torch.equal(later.cache[key], alone.cache[key]) for key in alone.cache)
+
+    size = sum(len(row.input_ids) for row in rows) * 32 * 4
+    real = fp.cache_place
+    monkeypatch.setattr(fp, "cache_place", lambda w, s, d: real(w, s, d) if s <= 2 * size else None)
+    model.set_layer(1)
+    small = fp.FastPath(model, others=[2, 3])
+    small.cache_prefix(rows)
+    assert [*small.caches] == [1] and small.cache.keys() == alone.cache.keys()
+
+
 def test_micro_batches_hold_every_row_once_within_the_budget():
     rows = rows_of(9, 14, 5, 11, 6, 30)
     batches = cf.micro_batches(rows, 28)

@@ -410,7 +410,8 @@ def test_seeds_are_runs_of_their_own(training, tmp_path):
 
 def test_layers_are_runs_of_their_own(training, tmp_path):
     folders = [training.output, tmp_path / "alone"]
-    training("--layer 2 0 2")  # the last one counts, each once
+    said = training("--layer 2 0 2")
+    assert said.count("run once") == 1 and "layers 0..2 run once, kept after each of 0, 2" in said
     files = sorted(training.output.rglob(VECTOR_FILE))
     assert [path.parts[-3] for path in files] == ["layer0", "layer2"]
     for layer, path in ((0, files[0]), (2, files[1])):
