@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from conftest import QUICK, ROOT, persona_rows, raw_row, serve, the_folder, write_raw
+from conftest import QUICK, ROOT, command, persona_rows, raw_row, serve, the_folder, write_raw
 
 import data_filter as df
 import eval_steering as ev
 import hook_model as hm
+import train_steering as ts
 from evaluation import answers as an
 from evaluation import summary
 from evaluation.conditions import Condition
@@ -610,6 +611,42 @@ def test_folder_of_runs_gives_one_report(trained, tmp_path, capsys):
     alone = ["--run", str(runs), "--report-dir", str(tmp_path), "--report-only"]
     assert ev.main(alone) == 0  # without a model
     assert (tmp_path / "report.html").read_text() == page
+
+
+def test_personas_at_several_layers_are_read_by_one_probe_and_compared(
+    trained, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    runs = tmp_path / "runs"
+    arguments = command(str(trained / "data"), tiny_folder, runs, "--init-scale", "0.5")
+    datasets = ["src__role__pirate", "src__role__sailor"]
+    assert ts.main([*arguments, "--dataset", *datasets, "--layer", "1", "2"]) == 0
+    assert ev.main(["--run", str(runs), *QUICK, "--probe-layer", "4"]) == 2
+    assert "--probe-layer 4 is out of range" in capsys.readouterr().err
+
+    read = []
+    real = FastPath.plain_states
+
+    def plain_states(self, examples, layer=None):
+        read.extend((layer, tuple(example.input_ids)) for example in examples if layer == 3)
+        return real(self, examples, layer)
+
+    monkeypatch.setattr(FastPath, "plain_states", plain_states)
+    flags = [*QUICK, "--probe-layer", "3", "--num-samples", "0"]
+    assert ev.main(["--run", str(runs), *flags]) == 0
+    assert read and len(read) == len({*read})  # each row once for all layers
+
+    assert ev.main(["--run", str(runs), *QUICK, "--probe-layer", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"Layers of {tiny_folder}, 2 personas" in said
+    assert "persona by probe at layer 3, KL budget 0.75" in said
+    assert said.count("(no interval of less than 4 personas)") == 1
+    aurocs = set()
+    for path in runs.rglob("eval.json"):
+        result = json.loads(path.read_text())
+        aurocs.add((result["dataset"], result["probe"]["auroc"]))
+        largest = result["recommended"]["largest"]
+        assert number_at(result, f"steered x{largest:g}", "probe") is not None
+    assert len(aurocs) == 2  # the probe of a persona is the same one at each layer
 
 
 def test_a_judge_that_is_down_costs_neither_evaluation_nor_matrix(trained, tmp_path, monkeypatch):
