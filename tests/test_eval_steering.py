@@ -438,13 +438,13 @@ def test_rows_without_the_persona_run_through_the_lower_layers_once_for_all_runs
     trained, smol_chat, monkeypatch
 ):
     seen = []
-    real = FastPath.layer_output
+    real = FastPath._layer_outputs
 
-    def layer_output(self, input_ids):
+    def layer_outputs(self, input_ids, *more):
         seen.extend(map(smol_chat.decode, input_ids.tolist()))
-        return real(self, input_ids)
+        return real(self, input_ids, *more)
 
-    monkeypatch.setattr(FastPath, "layer_output", layer_output)
+    monkeypatch.setattr(FastPath, "_layer_outputs", layer_outputs)
     folders = sorted(path.parent for path in (trained / "runs").rglob(VECTOR_FILE))
     assert ev.main(["--run", *map(str, folders), *QUICK, "--restart"]) == 0
     times = [sum(f"It is {i}." in text for text in seen) for i in range(40)]
