@@ -76,13 +76,30 @@ def pairs_of(chat, data):
     return list(zip(texts_of(chat, data.train), texts_of(chat, chosen), strict=True))
 
 
-def fit_with(tool, python, job, folder):
-    """(direction (n,), seconds) of another tool; job: of peers_fit.py."""
+def save_for_peers(model, chat, folder):
+    """Write the model as transformers 4 reads it, if it is not there."""
+    if (folder / "config.json").exists():
+        return
+    model.model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    write_json(folder / "config.json", config)
+
+
+@torch.no_grad()
+def fit_with(tool, python, job, folder, model, chat):
+    """(direction (n,), seconds) of another tool; job: of peers_fit.py. AssertionError if the model
+    is another one there."""
     out = folder / f"{tool}.json"
     path = folder / "job.json"
     write_json(path, {**job, "out": str(out)})
     subprocess.run([python, ROOT / "bench" / "peers_fit.py", tool, path], check=True)
     found = read_json(out)
+    ids = chat.tokenizer(job["pairs"][0][0], return_tensors="pt").input_ids
+    with model.steering_off():
+        loss = model(input_ids=ids.to(model.input_device), labels=ids).loss.item()
+    assert abs(loss - found["loss"]) < 0.05, f"loss {found['loss']} there, {loss} here"
     return torch.tensor(found["vector"]), found["seconds"]
 
 
@@ -137,10 +154,11 @@ def compare(args, dataset, seed, shelf):
     final = run.record["final"]
     directions = {"trained": (run.vector, final["seconds"] + final["prefix_seconds"])}
     directions["mean difference"] = (difference, None)
-    job = {"model": args.peers_model or args.model, "layer": args.layer}
-    job["pairs"] = pairs_of(chat, data)
+    copy = args.out / "model"
+    save_for_peers(model, chat, copy)
+    job = {"model": str(copy), "layer": args.layer, "pairs": pairs_of(chat, data)}
     for tool in PEERS:
-        directions[tool] = fit_with(tool, args.python, job, folder)
+        directions[tool] = fit_with(tool, args.python, job, folder, model, chat)
     search = ScaleSearch(reader, writer, None, probe, None, 0)
     conditions = [Condition("vanilla")]
     for name, (direction, _) in directions.items():
@@ -204,7 +222,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--table", type=Path, metavar="DIR", help="only print what is in this folder")
     add("--model", help="folder of the model")
-    add("--peers-model", help="the same, as the peers' transformers reads it")
     add("--layer", type=int, default=12)
     add("--data-root", default="sample_data")
     add("--dataset", nargs="+", default=[])

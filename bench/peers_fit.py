@@ -4,7 +4,8 @@
     .venv-peers/bin/python bench/peers_fit.py steering-vectors JOB.json
 
 JOB.json: model (folder), layer (0-based block whose output is read), pairs ([[text with the
-persona, without], ...]), out (a file for the direction, as JSON, and the seconds of fitting).
+persona, without], ...]), out: a file for the direction, as JSON, with the seconds of fitting and
+the loss of the first text, by which peers.py sees that the model is the same one.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def fit_repeng(model, tokenizer, pairs, layer):
@@ -43,13 +44,17 @@ def main():
     """Fit one direction and write it."""
     method, path = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32)
+    ids = tokenizer(job["pairs"][0][0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
     started = time.perf_counter()
     direction = METHODS[method](model, tokenizer, job["pairs"], job["layer"])
     seconds = time.perf_counter() - started
     numbers = torch.as_tensor(direction).float().tolist()
-    Path(job["out"]).write_text(json.dumps({"vector": numbers, "seconds": seconds}))
+    found = {"vector": numbers, "seconds": seconds, "loss": loss}
+    Path(job["out"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona
 ):
     jobs = []
 
-    def fit(tool, python, job, folder):
+    def fit(tool, python, job, folder, *more):
         jobs.append(job)
         return torch.randn(32, generator=torch.Generator().manual_seed(len(tool))), 7.0
 
