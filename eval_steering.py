@@ -368,9 +368,9 @@ def evaluate_locked(folder, args, shelf, get_writer):
         if args.probe_layer is not None:
             count = len(writer.model.layers)
             check_layer(args.probe_layer, count, writer.model.name, "--probe-layer")
-        reader = Reader(writer.model, chat, args.micro_batch_tokens, fast)
-        reader.probe_layer = args.probe_layer
-        reader.known_means = shelf.means.setdefault(args.probe_layer, {})
+        means = shelf.means.setdefault(args.probe_layer, {})
+        tokens = args.micro_batch_tokens
+        reader = Reader(writer.model, chat, tokens, fast, args.probe_layer, means)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
         result |= yield from evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)

@@ -137,7 +137,8 @@ def train_ours(args, dataset, seed):
 
 
 def compare(args, dataset, seed, shelf):
-    """{method: {level: numbers}} of a dataset and a seed of ours and of the questions' answers."""
+    """What is found of a dataset, as a JSON-able dict; "methods": {method: [numbers of a level]}.
+    seed: of our training and of sampled answers."""
     run = read_run(train_ours(args, dataset, seed))
     model = shelf.model(run)
     chat = shelf.chat(run)

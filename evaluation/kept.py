@@ -68,9 +68,12 @@ def kept_beside(run, model, chat, maker, folder="evaluation"):
         precision += f" {quantization}"
     settings = model.model.generation_config.to_diff_dict()
     settings.pop("transformers_version", None)
-    layer_folder = shared_folder(run, run.folder / "none")
+    place = run.folder
+    layer_folder = shared_folder(run, None)
+    if layer_folder:
+        place = layer_folder.parent
     return Kept(
-        layer_folder.parent / f"kept_{maker}.jsonl",
+        place / f"kept_{maker}.jsonl",
         model_digest(run.args["model"]),
         precision,
         chat.options,

@@ -67,6 +67,7 @@ def numbers_of(entry):
     condition = steered_name(largest or 0)
     chosen = [c["persona"] for c in recommended.get("candidates", []) if c["scale"] == largest]
     numbers = {
+        "vanilla": number_at(result, "vanilla", "probe"),
         "validation": chosen[0] if chosen else None,
         "persona": number_at(result, condition, "probe"),
         "kl": number_at(result, condition, "kl"),
@@ -76,7 +77,7 @@ def numbers_of(entry):
     }
     if None in numbers.values():
         return {}
-    points = {0.0: number_at(result, "vanilla", "probe")}
+    points = {0.0: numbers["vanilla"]}
     for name in result["conditions"]:
         persona = number_at(result, name, "probe")
         if scale_of(result, name) is not None and persona is not None:

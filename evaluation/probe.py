@@ -34,12 +34,17 @@ def response_means(fast, examples, max_tokens, layer=None):
 def probe_states(reader, examples):
     """What a probe at the Reader's probe_layer is fitted on: as `response_means`. Each example is
     read once, however many layers have vectors of its persona."""
-    keys = [(tuple(example.input_ids), tuple(example.labels)) for example in examples]
     known = reader.known_means
-    unread = [example for key, example in zip(keys, examples, strict=True) if key not in known]
-    means = response_means(reader.fast, unread, reader.max_tokens, reader.probe_layer)
-    read = [key for key in keys if key not in known]
-    known.update(zip(read, means, strict=True))
+    keys = []
+    unread = {}
+    for example in examples:
+        key = (tuple(example.input_ids), tuple(example.labels))
+        keys.append(key)
+        if key not in known:
+            unread[key] = example
+    rows = list(unread.values())
+    means = response_means(reader.fast, rows, reader.max_tokens, reader.probe_layer)
+    known.update(zip(unread, means, strict=True))
     return torch.stack([known[key] for key in keys])
 
 

@@ -130,11 +130,11 @@ def write_report(folder, runs, matrices=()):
 
     write_csv(folder / "report.csv", entries, measures)
     titles = short_names([entry.facts for entry in entries])
-    texts = {"heat": maps, "seeds": compare_seeds(entries, measures)}
-    texts["layers"] = compare_layers(entries)
-    for found in texts["layers"]:
+    layers = compare_layers(entries)
+    for found in layers:
         print(f"\n{found['title']}\n{found['text']}")
-    write_page(folder / "report.html", entries, titles, measures, texts)
+    comparisons = {"heat": maps, "seeds": compare_seeds(entries, measures), "layers": layers}
+    write_page(folder / "report.html", entries, titles, measures, comparisons)
     return ["report.csv", "report.html"]
 
 

@@ -118,12 +118,13 @@ class Sweep:
             log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
         known = {}  # states of the last dataset's rows
         for args, name, other_layers in self._trainings():
+            if ranks.size() > 1:  # The ranks would not know the same.
+                other_layers = []
             try:
                 with self._opened(name, args, chat) as run:
                     if run is not None:
-                        if ranks.size() == 1:  # The ranks would not know the same.
-                            run.other_layers = other_layers
-                            run.known_states = known
+                        run.other_layers = other_layers
+                        run.known_states = known
                         yield run
                         known = run.known_states if other_layers else {}
                         self.exit_code = max(self.exit_code, run.exit_code)

@@ -244,6 +244,12 @@ def test_layers_are_not_compared_by_probes_of_their_own_or_where_personas_differ
     assert "--probe-layer K" in found["text"] and not found["lines"]
     others = [at_layer(tmp_path / "other", i, f"p{i}", 0.5, points) for i in (1, 2)]
     others.append(make_run(tmp_path / "bare", result=evaluation(0.2)))
+    for layer in (1, 2):  # where vanilla's answers were all empty, the probe had none to score
+        silent = at_layer(tmp_path / "silent", layer, "a", 0.5, points)
+        result = json.loads((silent / "eval.json").read_text())
+        del result["conditions"]["vanilla"]["probe"]
+        write_json(silent / "eval.json", result)
+        others.append(silent)
     report.write_report(tmp_path, others)
     assert page_of(tmp_path)["layers"] == []
 
