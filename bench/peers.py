@@ -1,13 +1,13 @@
 """Other tools' vectors, the mean difference, a prompt and ours, at equal side effects.
 
     make .venv-peers/ready
-    python bench/peers.py --model M --layer 12 --data-root sample_data --out runs/peers \
-        --dataset sample__role__pirate sample__role__noir_detective
-    python bench/peers.py --table runs/peers                       # of what is there, in Markdown
+    python bench/peers.py --run runs/M/layer12 --out runs/peers      # trained runs; a table
+    python bench/peers.py --table runs/peers                         # of what is there, in Markdown
 
-Every method gets the same rows of training questions, with the persona and without it, and the same
-layer. Other tools are called as their READMEs do it, by peers_fit.py. Each vector is scaled to the
-same KL(vanilla || steered) on plain rows of the questions to choose by. What is reported is of
+Every method gets the rows of training questions of a run's dataset, with the persona and without
+it, and the run's layer. Runs of one dataset (seeds) are trained vectors of one comparison. Other
+tools are called as their READMEs do it, by peers_fit.py. Each vector is scaled to the same
+KL(vanilla || steered) on plain rows of the questions to choose by. What is reported is of
 held-out questions: NLL of the persona's answers, the persona in answers by our probe and by the
 share of lexicon words (a probe favours what resembles its training), repetition, KL.
 """
@@ -26,13 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_steering as ev
-import train_steering
 from evaluation import measures
 from evaluation.answers import Sampling, Writer, run_together, write_answers
 from evaluation.conditions import Condition, prompt_conditions
 from evaluation.kept import kept_beside
-from evaluation.likelihood import Reader, condition_losses
-from evaluation.rows import first_rows
+from evaluation.likelihood import CHOOSE_TOKENS, Reader, condition_losses
+from evaluation.rows import first_rows, first_tokens
 from evaluation.scale import ScaleSearch, largest_scale
 from evaluation.stats import words_of
 from evaluation.table import number_of
@@ -40,7 +39,7 @@ from hook_model import load_from_options
 from steering.chat_format import label_count
 from steering.files import read_json, write_json
 from steering.finished import Shelf, read_run
-from steering.run_folder import run_path
+from steering.run_folder import find_runs
 
 PEERS = ("repeng", "steering-vectors")
 LEVELS = (0.25, 0.5, 0.75)  # KL, nats a token
@@ -125,50 +124,47 @@ def answers_of(examples):
     return [example.row["messages"][-1]["content"] for example in examples]
 
 
-def train_ours(args, dataset, seed):
-    """The run folder of our vector."""
-    where = ["--data-root", args.data_root, "--output-dir", str(args.out / "trained")]
-    model = ["--model", args.model, "--layer", str(args.layer), "--seed", str(seed)]
-    argv = [*where, *model, "--dataset", dataset, "--run-name", f"peers{seed}", *args.train]
-    if train_steering.main(argv):
-        raise SystemExit(f"training {dataset} failed")
-    root = args.out / "trained"
-    return run_path(root, args.model, args.layer, dataset, f"peers{seed}")
-
-
-def compare(args, dataset, seed, shelf):
-    """What is found of a dataset, as a JSON-able dict; "methods": {method: [numbers of a level]}.
-    seed: of our training and of sampled answers."""
-    run = read_run(train_ours(args, dataset, seed))
+def compare(args, runs, shelf):
+    """What is found of runs of one dataset, as a JSON-able dict; "methods": {method: [numbers of a
+    vector at a level]}."""
+    run = runs[0]
     model = shelf.model(run)
     chat = shelf.chat(run)
     data = ev.load_data(run, chat, args.heldout_tokens)
+    sampling = Sampling(args.max_new_tokens, 0.7, 0, ev.ROWS_ON_CPU)
+    writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
+    if not data.plain_train:
+        run_together([ev.add_own_answers(data, writer)], writer.write)
     data.check()
     reader = Reader(model, chat, 1024)
-    sampling = Sampling(args.max_new_tokens, 0.7, seed, ev.ROWS_ON_CPU)
-    writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
     difference, probe, about = ev.compare_states(reader, data)
 
-    # The vectors, all as long as ours, so that one search fits them all.
-    folder = args.out / dataset
+    # (method, direction, seconds), made as long as ours, so that one search fits them all.
+    directions = []
+    for each in runs:
+        final = each.record["final"]
+        seconds = final["seconds"] + final["prefix_seconds"]
+        directions.append(("trained", each.vector, seconds))
+    directions.append(("mean difference", difference, None))
+    folder = args.out / run.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    final = run.record["final"]
-    directions = {"trained": (run.vector, final["seconds"] + final["prefix_seconds"])}
-    directions["mean difference"] = (difference, None)
     copy = args.out / "model"
     save_for_peers(model, chat, copy)
-    job = {"model": str(copy), "layer": args.layer, "pairs": pairs_of(chat, data)}
+    job = {"model": str(copy), "layer": run.args["layer"], "pairs": pairs_of(chat, data)}
     for tool in PEERS:
-        directions[tool] = fit_with(tool, args.python, job, folder, model, chat)
+        directions.append((tool, *fit_with(tool, args.python, job, folder, model, chat)))
     search = ScaleSearch(reader, writer, None, probe, None, 0)
+    plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
     conditions = [Condition("vanilla")]
-    for name, (direction, _) in directions.items():
-        vector = direction / direction.norm() * run.vector.norm()
-        search.vector = vector
-        divergence = search.divergence_on(data.plain_chooser)
+    steered = {}  # {condition: (method, level, seconds)}
+    for number, (method, direction, seconds) in enumerate(directions):
+        search.vector = direction / direction.norm() * run.vector.norm()
+        divergence = search.divergence_on(plain)
         for level in LEVELS:
             scale = largest_scale(divergence, level)
-            conditions.append(Condition(f"{name} @{level:g}", (vector * scale,)))
+            name = f"{method} {number} @{level:g}"
+            conditions.append(Condition(name, (search.vector * scale,)))
+            steered[name] = (method, f"{level:g}", seconds)
     prompts, _ = prompt_conditions(data)
     conditions += [prompt for prompt in prompts if prompt.scored]
 
@@ -185,28 +181,26 @@ def compare(args, dataset, seed, shelf):
 
     found = {}
     for condition, answers in texts.items():
-        method, _, level = condition.partition(" @")
+        method, level, seconds = steered.get(condition, (condition, "", None))
         shares = [lexicon_share(text, lexicon) for text in answers]
-        numbers = {"level": level, "lexicon": float(np.mean(shares))}
+        numbers = {"level": level, "seconds": seconds, "lexicon": float(np.mean(shares))}
         for name in ("kl", "probe", "repeated"):
             numbers[name] = number_of(columns[name].get(condition))
         if condition in nll:
             numbers["nll_gain"] = nll[condition] - nll["vanilla"]
-        numbers["seconds"] = directions.get(method, (None, None))[1]
         found.setdefault(method, []).append(numbers)
-    return {"dataset": dataset, "seed": seed, "auroc": about["auroc"], "methods": found}
+    return {"dataset": run.dataset, "auroc": about["auroc"], "methods": found}
 
 
 def print_table(out):
     """Print the means over datasets and seeds, in Markdown."""
-    cells = {}
     results = [read_json(path) for path in sorted(out.glob("*.result.json"))]
+    cells = {}
     for result in results:
         for method, levels in result["methods"].items():
             for numbers in levels:
                 cells.setdefault((numbers["level"], method), []).append(numbers)
-    names = sorted({result["dataset"] for result in results})
-    print(f"{len(names)} personas, {len(results)} results: {', '.join(names)}\n")
+    print(f"{len(results)} personas: {', '.join(result['dataset'] for result in results)}\n")
     print(f"| KL | method | {' | '.join(COLUMNS)} |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for level, method in sorted(cells):
@@ -222,12 +216,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--table", type=Path, metavar="DIR", help="only print what is in this folder")
-    add("--model", help="folder of the model")
-    add("--layer", type=int, default=12)
-    add("--data-root", default="sample_data")
-    add("--dataset", nargs="+", default=[])
-    add("--seeds", type=int, default=1, help="of training and of sampled answers")
-    add("--train", nargs=argparse.REMAINDER, default=[], help="options of train_steering.py")
+    add("--run", nargs="+", default=[], metavar="DIR", help="run folders, or folders of runs")
     add("--out", type=Path, default=Path("runs/peers"))
     add("--python", default=str(ROOT / ".venv-peers" / "bin" / "python"))
     add("--heldout-tokens", type=int, default=8_000)
@@ -243,11 +232,13 @@ def main(argv=None):
         print_table(args.table)
         return
     shelf = Shelf(load_from_options)
-    for dataset in args.dataset:
-        for seed in range(args.seeds):
-            path = args.out / f"{dataset}.seed{seed}.result.json"
-            if not path.exists():
-                write_json(path, compare(args, dataset, seed, shelf))
+    runs = {}
+    for run in map(read_run, find_runs(args.run)):
+        runs.setdefault(run.dataset, []).append(run)
+    for dataset, each in runs.items():
+        path = args.out / f"{dataset}.result.json"
+        if not path.exists():
+            write_json(path, compare(args, each, shelf))
     print_table(args.out)
 
 

@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 import sys
 import time
 import types
 
 import pytest
 import torch
-from conftest import QUICK_TRAINING, ROOT, persona_rows, write_raw
+from conftest import ROOT, persona_rows, write_raw
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu
@@ -22,6 +23,7 @@ from data_filter import DataOptions, filter_dataset, split_dataset
 from hook_model import load_chat
 from steering.files import write_json
 from steering.finished import read_run
+from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,7 @@ def test_table_of_a_sweep_shows_the_best_run_first_and_shares_of_its_gain(plan, 
 
 
 def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona(
-    trained, tiny_folder, tmp_path, monkeypatch, capsys
+    trained, finished, tmp_path, monkeypatch, capsys
 ):
     jobs = []
 
@@ -173,9 +175,11 @@ def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona
 
     monkeypatch.setattr(peers, "fit_with", fit)
     monkeypatch.setattr(peers, "LEVELS", (0.001, 0.002))
-    flags = ["--model", tiny_folder, "--layer", "1", "--data-root", str(trained / "data")]
-    flags += ["--dataset", "src__role__pirate", "--out", str(tmp_path), "--num-samples", "3"]
-    flags += ["--max-new-tokens", "5", "--train", *QUICK_TRAINING[2:], "--init-scale", "0.5"]
+    other = shutil.copytree(finished, trained / "other" / finished.name)  # as of another seed
+    vector, header = load_vector(other / VECTOR_FILE)
+    save_vector(other / VECTOR_FILE, 3 * vector, header)
+    flags = ["--run", str(finished), str(other), "--out", str(tmp_path), "--num-samples", "3"]
+    flags += ["--max-new-tokens", "5"]
     peers.main(flags)
     (path,) = tmp_path.glob("*.result.json")
     methods = json.loads(path.read_text())["methods"]
@@ -189,8 +193,11 @@ def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona
         "dataset",
     }
     assert {*methods} == names
-    for name in ("trained", "mean difference", *peers.PEERS):
-        low, high = methods[name]
+    first, second = methods["trained"][:2], methods["trained"][2:]
+    for one, two in zip(first, second, strict=True):  # three times the vector is the same one here
+        assert one["kl"] == pytest.approx(two["kl"], rel=0.06)
+    for each in (first, second, methods["mean difference"], *map(methods.get, peers.PEERS)):
+        low, high = each
         assert (low["level"], high["level"]) == ("0.001", "0.002")
         assert 1.5 < high["kl"] / low["kl"] < 2.6  # on held-out rows, where it was not fitted
     assert methods["vanilla"][0]["nll_gain"] == 0.0 and methods["vanilla"][0]["kl"] is None
