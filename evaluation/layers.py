@@ -87,12 +87,12 @@ def numbers_of(entry):
 
 def mean_of(runs):
     """The mean of the numbers of a persona's runs at a layer, which may differ in their seed; the
-    points of the first."""
+    points of each."""
     means = {}
     for name in runs[0]:
         if name != "points":
             means[name] = float(np.mean([run[name] for run in runs]))
-    return means | {"points": runs[0]["points"]}
+    return means | {"points": [run["points"] for run in runs]}
 
 
 def table_of(means, about):
@@ -130,7 +130,8 @@ def table_of(means, about):
 
 
 def curve_of(each, budget):
-    """[[KL, persona], ...] of a layer: the mean over personas, each between its measured points."""
+    """[[KL, persona], ...] of a layer: the mean over runs, each between its measured points."""
     grid = np.linspace(0, budget, GRID)
-    curves = [np.interp(grid, *zip(*numbers["points"], strict=True)) for numbers in each]
+    points = [found for numbers in each for found in numbers["points"]]
+    curves = [np.interp(grid, *zip(*found, strict=True)) for found in points]
     return np.stack([grid, np.mean(curves, axis=0)], axis=1).tolist()
