@@ -29,6 +29,7 @@ import data_filter
 from data_filter import DataOptions, question_hash
 from evaluation import measures, plan, report, summary
 from evaluation.answers import (
+    DoesNotFit,
     Sampling,
     Writer,
     announce,
@@ -279,9 +280,12 @@ def evaluate(reader, writer, data, vector, args):
     system_prompt = data.heldout[0].row["system_prompt"]
     if args.turns:
         used = next(c for c in conditions if c.scale == (scale or 1.0))
-        result["conversation"] = yield from conversations(
-            reader, writer, args.turns, system_prompt, used, probe
-        )
+        try:
+            result["conversation"] = yield from conversations(
+                reader, writer, args.turns, system_prompt, used, probe
+            )
+        except DoesNotFit as error:
+            missing["conversation"] = str(error)
 
     for name in [name for name, row in result["conditions"].items() if not row]:
         del result["conditions"][name]
@@ -603,6 +607,7 @@ def check_arguments(args):
     scoring = args.judge or args.capability
     foreign = args.dataset or args.layer is not None or args.any_model or args.out
     needed = args.model and args.dataset
+    rates = (args.plan_tflops, args.plan_bandwidth)
     return [
         (not all(map(math.isfinite, args.scales)), f"--scales {args.scales}: must be finite"),
         (bool(judges) != bool(models), "--judge and --judge-model: both or neither"),
@@ -613,6 +618,8 @@ def check_arguments(args):
         (not 0 <= args.turns <= 10, f"--turns {args.turns}: 0 to 10"),
         (bool(args.run) == bool(args.vector or args.plan), "name --run DIR or --vector FILE"),
         (args.plan and (args.model is None or args.layer is None), "--plan: --model, --layer"),
+        (args.plan and args.turns, "--plan counts no conversations: leave out --turns"),
+        (not min(rates) > 0, "--plan-tflops and --plan-bandwidth: must be above 0"),
         (args.report_only and not args.run, "--report-only goes with --run"),
         (len(only) > 1 or (only and scoring), f"{', '.join(only)}: one of these, and no scoring"),
         (args.vector and not needed, "--vector needs --model and --dataset"),

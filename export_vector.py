@@ -104,13 +104,15 @@ def blended(args):
     first = sources[0]
     parts = []
     vector = torch.zeros_like(first.vector)
-    for source, weight in zip(sources, args.blend, strict=True):
+    for run, source, weight in zip(runs, sources, args.blend, strict=True):
         check_same_model(source.path, source.metadata, first.metadata["model"], args.any_model)
         if source.layer != first.layer:
             where = f"{first.path} at layer {first.layer}, {source.path} at {source.layer}"
             raise ValueError(f"a blend has one layer: {where}")
         vector += weight * source.vector
-        parts.append(f"{weight:g} x {source.metadata['dataset']}")
+        known = {"dataset": run.dataset, **source.metadata}
+        name = known.get("imported_from", known["dataset"])
+        parts.append(f"{weight:g} x {name}")
     kept = {"model", "model_type", "model_digest", "model_is_local", "layer", "quantize"}
     metadata = {key: value for key, value in first.metadata.items() if key in kept}
     metadata |= {"dataset": args.name, "blend_of": " + ".join(parts)}
@@ -419,8 +421,10 @@ def check_arguments(args):
         (args.run and args.dataset, "--dataset goes with --from: a run knows its own"),
         (bool(args.run) == bool(args.source), "name either RUN_DIR or --from PATH"),
         (bool(args.blend) != bool(args.name), "--blend and --name: both or neither"),
+        (weights and args.source, "--blend goes with RUN_DIR"),
+        (weights and args.scale == "recommended", "--blend: --scale is a number, 1 if not given"),
         (
-            len(args.run) != len(weights or [1]) and not args.source,
+            args.run and len(args.run) != len(weights or [1]),
             "name one RUN_DIR, or with --blend one for each weight",
         ),
         (

@@ -32,7 +32,7 @@ from evaluation.conditions import Condition, prompt_conditions
 from evaluation.kept import kept_beside
 from evaluation.likelihood import CHOOSE_TOKENS, Reader, condition_losses
 from evaluation.rows import first_rows, first_tokens
-from evaluation.scale import ScaleSearch, largest_scale
+from evaluation.scale import divergence_on, largest_scale
 from evaluation.stats import words_of
 from evaluation.table import number_of
 from hook_model import load_from_options
@@ -76,14 +76,14 @@ def pairs_of(chat, data):
 
 
 def save_for_peers(model, chat, folder):
-    """Write the model as transformers 4 reads it, if it is not there."""
-    if (folder / "config.json").exists():
-        return
+    """Write the model as transformers 4 reads it."""
     model.model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
     config = read_json(folder / "config.json")
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    write_json(folder / "config.json", config)
+    rope = config.get("rope_parameters", {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        write_json(folder / "config.json", config)
 
 
 @torch.no_grad()
@@ -124,6 +124,14 @@ def answers_of(examples):
     return [example.row["messages"][-1]["content"] for example in examples]
 
 
+def written(asking, writer):
+    """What a generator that asks for answers returns."""
+    (found,) = run_together([asking], writer.write)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def compare(args, runs, shelf):
     """What is found of runs of one dataset, as a JSON-able dict; "methods": {method: [numbers of a
     vector at a level]}."""
@@ -131,20 +139,22 @@ def compare(args, runs, shelf):
     model = shelf.model(run)
     chat = shelf.chat(run)
     data = ev.load_data(run, chat, args.heldout_tokens)
+    for other in runs:
+        ev.check_questions(other, data)
     sampling = Sampling(args.max_new_tokens, 0.7, 0, ev.ROWS_ON_CPU)
     writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
-    if not data.plain_train:
-        run_together([ev.add_own_answers(data, writer)], writer.write)
+    if not (data.plain_train and data.plain_heldout):
+        written(ev.add_own_answers(data, writer), writer)
     data.check()
     reader = Reader(model, chat, 1024)
     difference, probe, about = ev.compare_states(reader, data)
+    if about["withheld"]:
+        probe = None
 
     # (method, direction, seconds), made as long as ours, so that one search fits them all.
     directions = []
     for each in runs:
-        final = each.record["final"]
-        seconds = final["seconds"] + final["prefix_seconds"]
-        directions.append(("trained", each.vector, seconds))
+        directions.append(("trained", each.vector, each.record["wall_seconds"]))
     directions.append(("mean difference", difference, None))
     folder = args.out / run.dataset
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,18 +163,18 @@ def compare(args, runs, shelf):
     job = {"model": str(copy), "layer": run.args["layer"], "pairs": pairs_of(chat, data)}
     for tool in PEERS:
         directions.append((tool, *fit_with(tool, args.python, job, folder, model, chat)))
-    search = ScaleSearch(reader, writer, None, probe, None, 0)
     plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
     conditions = [Condition("vanilla")]
     steered = {}  # {condition: (method, level, seconds)}
     for number, (method, direction, seconds) in enumerate(directions):
-        search.vector = direction / direction.norm() * run.vector.norm()
-        divergence = search.divergence_on(plain)
+        vector = direction / direction.norm() * run.vector.norm()
+        divergence = divergence_on(reader, vector, plain)
         for level in LEVELS:
             scale = largest_scale(divergence, level)
-            name = f"{method} {number} @{level:g}"
-            conditions.append(Condition(name, (search.vector * scale,)))
-            steered[name] = (method, f"{level:g}", seconds)
+            if scale:  # None is within the level, if not.
+                name = f"{method} {number} @{level:g}"
+                conditions.append(Condition(name, (vector * scale,)))
+                steered[name] = (method, f"{level:g}", seconds)
     prompts, _ = prompt_conditions(data)
     conditions += [prompt for prompt in prompts if prompt.scored]
 
@@ -172,7 +182,7 @@ def compare(args, runs, shelf):
     tokens = sum(map(label_count, data.heldout))
     nll = {condition: sum(nats) / tokens for condition, nats in losses.items()}
     rows = first_rows(data.heldout, args.num_samples)
-    ((texts, _),) = run_together([write_answers(writer, conditions, rows)], writer.write)
+    texts, _ = written(write_answers(writer, conditions, rows), writer)
     texts["dataset"] = [row["messages"][-1]["content"] for row in rows]
     yardstick = math.exp(nll["vanilla"])
     columns = measures.answer_columns(reader, rows, texts, probe, yardstick)
@@ -193,21 +203,26 @@ def compare(args, runs, shelf):
 
 
 def print_table(out):
-    """Print the means over datasets and seeds, in Markdown."""
+    """Print the means over datasets, and over the vectors of each, in Markdown."""
     results = [read_json(path) for path in sorted(out.glob("*.result.json"))]
     cells = {}
     for result in results:
-        for method, levels in result["methods"].items():
-            for numbers in levels:
-                cells.setdefault((numbers["level"], method), []).append(numbers)
+        for method, vectors in result["methods"].items():
+            for level in {numbers["level"] for numbers in vectors}:
+                same = [numbers for numbers in vectors if numbers["level"] == level]
+                cells.setdefault((level, method), []).append(same)
     print(f"{len(results)} personas: {', '.join(result['dataset'] for result in results)}\n")
     print(f"| KL | method | {' | '.join(COLUMNS)} |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for level, method in sorted(cells):
         row = [level or "-", method]
         for name, form in COLUMNS.items():
-            values = [n[name] for n in cells[level, method] if n.get(name) is not None]
-            row.append(form.format(np.mean(values)) if values else "-")
+            means = []
+            for vectors in cells[level, method]:
+                values = [n[name] for n in vectors if n.get(name) is not None]
+                if values:
+                    means.append(np.mean(values))
+            row.append(form.format(np.mean(means)) if means else "-")
         print(f"| {' | '.join(row)} |")
 
 
@@ -233,8 +248,17 @@ def main(argv=None):
         return
     shelf = Shelf(load_from_options)
     runs = {}
+    places = set()
     for run in map(read_run, find_runs(args.run)):
-        runs.setdefault(run.dataset, []).append(run)
+        if run.record["status"] == "done":  # not imported
+            runs.setdefault(run.dataset, []).append(run)
+            places.add((run.args["model"], run.args["layer"]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = args.out / "about.json"
+    places |= set(map(tuple, read_json(about).get("places", [])))
+    if len(places) > 1:
+        raise SystemExit(f"one model and layer in {args.out}, please: {sorted(places)}")
+    write_json(about, {"places": sorted(places)})
     for dataset, each in runs.items():
         path = args.out / f"{dataset}.result.json"
         if not path.exists():

@@ -23,7 +23,8 @@ RANDOM_VECTORS = 3  # of the trained one's norm
 class Condition:
     """One way of having the model speak.
 
-    vectors: (n,) each, added at the layer; numbers are means over them. () is the plain model.
+    vectors: (n,) each, added at the layer; () is the plain model. The likelihood is the mean over
+    them; what answers has one at most.
     prompt: rows -> the rows to prompt with, as `chat.messages(row, prompted=True)` does; None is
     the question alone. scale: what the trained vector is multiplied by, if it is that.
     scored: whether it is asked for the likelihood of held-out rows. answered: whether it answers
@@ -36,6 +37,9 @@ class Condition:
     scale: float | None = None
     scored: bool = True
     answered: bool = True
+
+    def __post_init__(self):
+        assert len(self.vectors) <= 1 or not self.answered, f"{self.name}: one vector can answer"
 
 
 def prompt_conditions(data):

@@ -8,8 +8,11 @@ where each run's vector spends the whole KL budget. The best one is chosen by an
 questions to choose by; what is said of it is of held-out ones.
 """
 
+import json
+
 import numpy as np
 
+from evaluation.scale import NEAR
 from evaluation.stats import ratio
 from evaluation.table import number_at, scale_of, steered_name
 from steering.tables import aligned
@@ -17,7 +20,7 @@ from steering.tables import aligned
 PERSONAS = 4  # differences between layers have an interval from so many on
 GRID = 13  # points of a curve
 MEANS = {  # columns of the table, and how they are printed
-    "validation": "{:.3f}",
+    "chosen_on": "{:.3f}",
     "persona": "{:.3f}",
     "kl": "{:.2f}",
     "kl_p95": "{:.2f}",
@@ -25,54 +28,97 @@ MEANS = {  # columns of the table, and how they are printed
     "repeated": "{:.2f}",
     "won": "{:.0%}",
 }
+# What runs may differ in that are compared; all other settings are the same.
+OF_A_RUN = {"layer", "name", "data", "seed"}
+OF_AN_EVALUATION = {"vector", "run", "data", "plain"}
 
 
 def compare_layers(entries):
-    """[{"title", "text", "lines"}] of the report's Entries: for each model that has runs of the
-    same personas at several layers, a table, and curves of persona against KL as the page draws
-    them."""
-    models = {}
+    """[{"title", "text", "lines"}] of the report's Entries: for all runs of a setting that are at
+    several layers, a table, and curves of persona against KL as the page draws them."""
+    groups = {}
     for entry in entries:
+        # An imported vector, such as a blend, is of no setting.
+        if entry.result.get("recommended") and entry.record.get("status") == "done":
+            groups.setdefault(setting_of(entry), []).append(entry)
+    several = []
+    for group in groups.values():
+        if len({entry.facts["layer"] for entry in group}) > 1:
+            several.append(comparison(group))
+    return several
+
+
+def setting_of(entry):
+    """What a run's training and evaluation have in common with those it is compared with."""
+    setting = []
+    for config, differs in (
+        (entry.record.get("config") or {}, OF_A_RUN),
+        (entry.result["config"], OF_AN_EVALUATION),
+    ):
+        setting.append({key: value for key, value in config.items() if key not in differs})
+    return json.dumps(setting, sort_keys=True)
+
+
+def comparison(entries):
+    """{"title", "text", "lines"} of runs of a setting at several layers."""
+    result = entries[0].result
+    config = result["config"]
+    title = f"Layers of {entries[0].facts['model']}"
+    probe_layer = config.get("probe_layer")
+    if probe_layer is None:
+        text = "Each run has a probe of its own layer: --probe-layer K makes them comparable."
+        return {"title": title, "text": text, "lines": []}
+
+    found = {}  # {layer: {persona: [numbers of each run]}}
+    for entry in sorted(entries, key=lambda entry: entry.facts["layer"]):
+        personas = found.setdefault(entry.facts["layer"], {})
         numbers = numbers_of(entry)
         if numbers:
-            config = entry.result["config"]
-            place = (entry.facts["model"], config.get("probe_layer"), config["kl_budget"])
-            layers = models.setdefault(place, {})
-            runs = layers.setdefault(entry.facts["layer"], {})
-            runs.setdefault(entry.facts["dataset"], []).append(numbers)
-    found = []
-    for (model, probe_layer, budget), layers in models.items():
-        shared = sorted(set.intersection(*map(set, layers.values())))
-        if len(layers) < 2 or not shared:
-            continue
-        title = f"Layers of {model}, {len(shared)} personas"
-        if probe_layer is None:
-            text = "Each run has a probe of its own layer: --probe-layer K makes them comparable."
-            found.append({"title": title, "text": text, "lines": []})
-            continue
-        means = {}
-        for layer in sorted(layers):
-            means[layer] = [mean_of(layers[layer][persona]) for persona in shared]
-        text = table_of(means, f"persona by probe at layer {probe_layer}, KL budget {budget:g}")
-        lines = [[str(layer), curve_of(means[layer], budget)] for layer in means]
-        found.append({"title": title, "text": text, "lines": lines})
-    return found
+            personas.setdefault(entry.facts["dataset"], []).append(numbers)
+    shared = sorted(set.intersection(*map(set, found.values())))
+    others = sorted({entry.facts["dataset"] for entry in entries} - {*shared})
+    left_out = ""
+    if others:
+        left_out = (
+            f"Left out ({len(others)}), such as {others[0]}: at some layer without an evaluated "
+            "run, or with a vector that does not spend the budget."
+        )
+    if not shared:
+        return {"title": title, "text": left_out, "lines": []}
+
+    means = {}
+    for layer, personas in found.items():
+        means[layer] = [mean_of(personas[name]) for name in shared]
+    about = f"persona by probe at layer {probe_layer}, KL budget {config['kl_budget']:g}"
+    text = table_of(means, about, result["recommended"]["chosen_on"])
+    lines = [[str(layer), curve_of(means[layer], config["kl_budget"])] for layer in means]
+    title += f", {len(shared)} personas"
+    return {"title": title, "text": f"{text}\n{left_out}".strip(), "lines": lines}
 
 
 def numbers_of(entry):
-    """What a run shows at the scale that spends its KL budget, as a dict; {} if it is not known."""
+    """What a run shows at the scale that spends its KL budget, as a dict; {} if it is not known, or
+    no scale that was tried spends it."""
     result = entry.result
-    recommended = result.get("recommended", {})
+    recommended = result["recommended"]
     largest = recommended.get("largest")
-    condition = steered_name(largest or 0)
-    chosen = [c["persona"] for c in recommended.get("candidates", []) if c["scale"] == largest]
+    spent = NEAR * result["config"]["kl_budget"]
+    chosen = [
+        found
+        for found in recommended["candidates"]
+        if found["scale"] == largest and found["kl"] >= spent
+    ]
+    if not chosen:
+        return {}
+    condition = steered_name(largest)
+    nll = [number_at(result, name, "nll") for name in ("vanilla", condition)]
     numbers = {
         "vanilla": number_at(result, "vanilla", "probe"),
-        "validation": chosen[0] if chosen else None,
+        "chosen_on": chosen[0]["persona"],
         "persona": number_at(result, condition, "probe"),
         "kl": number_at(result, condition, "kl"),
         "kl_p95": number_at(result, condition, "kl_p95"),
-        "nll_gain": entry.facts["nll_gain"],
+        "nll_gain": None if None in nll else nll[1] - nll[0],
         "repeated": number_at(result, condition, "repeated"),
     }
     if None in numbers.values():
@@ -80,7 +126,7 @@ def numbers_of(entry):
     points = {0.0: numbers["vanilla"]}
     for name in result["conditions"]:
         persona = number_at(result, name, "probe")
-        if scale_of(result, name) is not None and persona is not None:
+        if (scale_of(result, name) or 0) > 0 and persona is not None:
             points[number_at(result, name, "kl")] = persona
     return numbers | {"points": sorted(points.items())}
 
@@ -95,24 +141,25 @@ def mean_of(runs):
     return means | {"points": [run["points"] for run in runs]}
 
 
-def table_of(means, about):
+def table_of(means, about, chosen_on):
     """The table of layers, and how the best one differs from the others, as text.
-    means: {layer: numbers of each persona, in the same order}."""
+    means: {layer: numbers of each persona, in the same order}; chosen_on: whose questions the best
+    one is chosen by."""
     personas = {layer: np.array([n["persona"] for n in each]) for layer, each in means.items()}
     highest = np.max(list(personas.values()), axis=0)
     rows = [["layer", *MEANS]]
-    validation = {}
+    chosen = {}
     for layer, each in means.items():
         row = {
             name: np.mean([numbers[name] for numbers in each]) for name in MEANS if name != "won"
         }
         row["won"] = np.mean(personas[layer] == highest)
-        validation[layer] = row["validation"]
+        chosen[layer] = row["chosen_on"]
         rows.append([str(layer), *(form.format(row[name]) for name, form in MEANS.items())])
 
-    best = max(validation, key=validation.get)
+    best = max(chosen, key=chosen.get)
     lines = [f"At equal side effects: {about}; means over personas.", *aligned(rows)]
-    lines.append(f"Best on validation questions: layer {best}. Its persona on held-out ones, minus")
+    lines.append(f"Best on {chosen_on}: layer {best}. Its persona on held-out ones, minus")
     for layer, others in personas.items():
         if layer != best:
             differences = personas[best] - others
@@ -130,8 +177,11 @@ def table_of(means, about):
 
 
 def curve_of(each, budget):
-    """[[KL, persona], ...] of a layer: the mean over runs, each between its measured points."""
+    """[[KL, persona], ...] of a layer: the mean over personas, and over the runs of each, between
+    their measured points."""
     grid = np.linspace(0, budget, GRID)
-    points = [found for numbers in each for found in numbers["points"]]
-    curves = [np.interp(grid, *zip(*found, strict=True)) for found in points]
+    curves = []
+    for numbers in each:
+        runs = [np.interp(grid, *zip(*points, strict=True)) for points in numbers["points"]]
+        curves.append(np.mean(runs, axis=0))
     return np.stack([grid, np.mean(curves, axis=0)], axis=1).tolist()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evaluation.answers import Writer, announce, answers_to
+from evaluation.answers import DoesNotFit, Writer, announce, answers_to
 from evaluation.conditions import Condition
 from evaluation.likelihood import CHOOSE_TOKENS, Reader, nll_of
 from evaluation.measures import answer_columns
@@ -55,6 +55,32 @@ def largest_scale(divergence, budget):
     return low
 
 
+def divergence_on(reader, vector, plain):
+    """A function: scale -> KL(vanilla || steered by a vector (n,)) on plain examples, in nats a
+    token. Each scale is looked at once."""
+    model = reader.model
+    fast = reader.fast
+    fast.cache_prefix(plain, max_tokens=reader.max_tokens)
+    before_head = {}  # of the plain model, whose states are the same at every scale
+
+    def divergences(batch):
+        unsteered = model.steering_off
+        if fast.is_fast(batch):  # If not, they are logits, too large to keep.
+            key = tuple(map(id, batch))
+            if key not in before_head:
+                with model.steering_off():
+                    before_head[key] = fast.states(batch)
+            unsteered = before_head[key]
+        return fast.compare(batch, [unsteered, contextlib.nullcontext])[1]
+
+    @functools.cache
+    def divergence(scale):
+        model.set_vector(vector, scale)
+        return token_mean(divergences, plain, reader.max_tokens)
+
+    return divergence
+
+
 @dataclass
 class ScaleSearch:
     """Finds the scale of a vector (n,) to use it at.
@@ -90,7 +116,7 @@ class ScaleSearch:
             "candidates": [],
         }
 
-        divergence = self.divergence_on(plain)
+        divergence = divergence_on(self.reader, self.vector, plain)
         top = largest_scale(divergence, self.budget)
         if not top:
             result["why"] = "KL is over the budget at every scale that was tried"
@@ -100,7 +126,11 @@ class ScaleSearch:
             result["why"] = "no answers were asked for"
             return result
 
-        result["candidates"] = yield from self.candidates(top, rows, examples, divergence)
+        try:
+            result["candidates"] = yield from self.candidates(top, rows, examples, divergence)
+        except DoesNotFit as error:
+            result["why"] = str(error)
+            return result
         usable = [found for found in result["candidates"] if not found["collapsed"]]
         if not usable:
             result["why"] = "text collapses at every scale that was tried"
@@ -109,29 +139,6 @@ class ScaleSearch:
         near = [f["scale"] for f in usable if (f["persona"] or 0.0) >= best - CLOSE]
         result["scale"] = max(near)
         return result
-
-    def divergence_on(self, plain):
-        """A function: scale -> KL(vanilla || steered) on plain examples, each scale found once."""
-        model = self.reader.model
-        fast = self.reader.fast
-        fast.cache_prefix(plain, max_tokens=self.reader.max_tokens)
-        before_head = {}  # of the plain model, whose states are the same at every scale
-
-        def divergences(batch):
-            if not fast.is_fast(batch):  # They are logits there, too large to keep.
-                return fast.divergences(batch)
-            key = tuple(map(id, batch))
-            if key not in before_head:
-                with model.steering_off():
-                    before_head[key] = fast.states(batch)
-            return fast.compare(batch, [before_head[key], contextlib.nullcontext])[1]
-
-        @functools.cache
-        def divergence(scale):
-            model.set_vector(self.vector, scale)
-            return token_mean(divergences, plain, self.reader.max_tokens)
-
-        return divergence
 
     def candidates(self, top, rows, examples, divergence):
         """What answers are like at FRACTIONS of the largest scale: [{"scale", "kl", "persona",

@@ -144,15 +144,17 @@ class FastPath:
         place = cache_place(where, size, device)
         if len(self.caches) > 1 and cache_place(where, size * len(self.caches), device) != place:
             self.caches = {self.layer: self.cache}  # The others have no room beside it.
-        about = f"prefix   {tokens:,} tokens x {model.hidden_size:,} = {size / 2**30:.2f} GiB"
+        layers = [*self.caches]
+        times = f"{tokens:,} tokens x {model.hidden_size:,}"
+        kept_after = ""
+        if len(layers) > 1:
+            times += f" x {len(layers)} layers"
+            kept_after = f", kept after each of {', '.join(map(str, layers))}"
+        about = f"prefix   {times} = {size * len(layers) / 2**30:.2f} GiB"
         if not ranks.everywhere(place is not None):
             reason = "turned off" if where == "off" else "does not fit, so not cached"
             log.info(f"{about}: {reason}, every step runs all {len(model.layers)} layers")
             return
-        layers = [*self.caches]
-        kept_after = ""
-        if len(layers) > 1:
-            kept_after = f", kept after each of {', '.join(map(str, layers))}"
         log.info(f"{about} on {place}: layers 0..{max(layers)} run once{kept_after}")
 
         def states_of(batch):
@@ -294,11 +296,6 @@ class FastPath:
                 "token_loss reads the vector, whose gradient would be lost there: put a penalty "
                 "into extra_loss"
             )
-
-    def divergences(self, examples):
-        """KL(vanilla || steered) in nats of the prediction of every label token, row by row: (N,).
-        Raises ValueError without a label token."""
-        return self.compare(examples, [self.model.steering_off, contextlib.nullcontext])[1]
 
     @torch.no_grad()
     def states(self, examples):

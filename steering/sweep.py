@@ -31,7 +31,7 @@ from steering.run import (
     standing,
 )
 from steering.run_folder import is_locked, last_speed, lock_folder, run_path, set_aside
-from steering.vector_file import FORMAT_VERSION, load_vector, vector_digest
+from steering.vector_file import FORMAT_VERSION, VECTOR_FILE, load_vector, vector_digest
 
 SHOWN_PROBLEMS = 10  # broken lines of a dataset that the log names
 log = logging.getLogger("steering")
@@ -116,17 +116,17 @@ class Sweep:
             log.warning(f"WARNING: {doubt}")
         if self.args.include_missing_scores:
             log.warning("WARNING: --include-missing-scores trains on rows that nobody scored")
-        known = {}  # states of the last dataset's rows
-        for args, name, other_layers in self._trainings():
+        known = {}  # states of the dataset's rows
+        for args, name, later in self._trainings():
             if ranks.size() > 1:  # The ranks would not know the same.
-                other_layers = []
+                later = []
             try:
                 with self._opened(name, args, chat) as run:
                     if run is not None:
-                        run.other_layers = other_layers
+                        run.other_layers = self._layers_to_train(later, name)
                         run.known_states = known
                         yield run
-                        known = run.known_states if other_layers else {}
+                        known = run.known_states
                         self.exit_code = max(self.exit_code, run.exit_code)
             except (ValueError, OSError) as error:
                 log.error(f"error: {error}")
@@ -134,24 +134,33 @@ class Sweep:
             except Exception as error:  # of whatever is in the data
                 log.exception(f"FAILED   {name}: {error!r}")
                 self.exit_code = max(self.exit_code, 1)
+            if not later:
+                known = {}  # The next dataset has other rows.
             if self.stop.exit_code:
                 self.exit_code = self.stop.exit_code
                 return
 
     def _trainings(self):
-        """[(options, name, layers that the dataset is trained at next), ...]: seed by seed, all
-        layers of a dataset one after the other. Among ranks, those that failed come last, since one
-        may end them all."""
+        """[(options, name, options of the dataset's next layers), ...]: seed by seed, all layers of
+        a dataset one after the other. Among ranks, those that failed come last, since one may end
+        them all."""
         found = []
         for _, settings in itertools.groupby(self._settings(), lambda args: args.seed):
             at_layers = list(settings)
-            layers = [args.layer for args in at_layers]
             for name in self.names:
                 for number, args in enumerate(at_layers):
-                    found.append((args, name, layers[number + 1 :]))
+                    found.append((args, name, at_layers[number + 1 :]))
         if ranks.size() > 1:
             found.sort(key=lambda job: status_of(self.folder(job[0], job[1])) == "failed")
         return found
+
+    def _layers_to_train(self, settings, name):
+        """The layers of those options at which a dataset has no vector yet, or gets a new one."""
+        layers = []
+        for args in settings:
+            if args.restart or not (self.folder(args, name) / VECTOR_FILE).exists():
+                layers.append(args.layer)
+        return layers
 
     def _runs_on_other_ranks(self):
         for args, state, splits in ranks.jobs():

@@ -250,6 +250,12 @@ def row_of(ids, labels):
     return types.SimpleNamespace(input_ids=ids, labels=labels)
 
 
+def divergences_of(fast):
+    """A function: examples -> KL(vanilla || steered) of their label tokens (N,)."""
+    contexts = [fast.model.steering_off, contextlib.nullcontext]
+    return lambda examples: fast.compare(examples, contexts)[1]
+
+
 def rows_of(*lengths, prompt=3):
     """Rows of these lengths, the first `prompt` tokens and the last one without loss."""
     rows = []

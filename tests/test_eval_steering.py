@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from conftest import QUICK, ROOT, command, persona_rows, raw_row, serve, the_folder, write_raw
+from conftest import (
+    QUICK,
+    ROOT,
+    command,
+    divergences_of,
+    persona_rows,
+    raw_row,
+    serve,
+    the_folder,
+    write_raw,
+)
 
 import data_filter as df
 import eval_steering as ev
@@ -233,9 +243,9 @@ def test_numbers_are_of_the_rows_and_vectors_that_they_name(
     assert number_at(result, "steered x2", "nll") == pytest.approx(nll(2 * vector), rel=1e-5)
     assert number_at(result, "vanilla", "nll") == pytest.approx(nll(0 * vector), rel=1e-5)
     model.set_vector(2 * vector)
-    kl = token_mean(fast.divergences, data.plain_heldout, 60)
+    kl = token_mean(divergences_of(fast), data.plain_heldout, 60)
     assert number_at(result, "steered x2", "kl") == pytest.approx(kl, rel=1e-3)
-    wrong = token_mean(fast.divergences, data.heldout, 60)
+    wrong = token_mean(divergences_of(fast), data.heldout, 60)
     assert wrong != pytest.approx(kl, rel=1e-2)
 
     reader = Reader(model, smol_chat, 60)

@@ -587,6 +587,15 @@ def test_a_blend_is_the_weighted_sum_of_runs_and_is_evaluated_as_one_vector(
     result = json.loads((tmp_path / "blend" / "eval.json").read_text())
     assert result["norms"]["steered"] == pytest.approx(vector.norm().item())
 
+    # A part may come from elsewhere.
+    torch.save(first, tmp_path / "salty.pt")
+    where = ["--vector", str(tmp_path / "salty.pt"), "--out", str(tmp_path / "salty")]
+    assert ev.main([*data, *where, "--layer", "1", *QUICK]) == 0
+    parts = [runs[1], tmp_path / "salty", "--blend", "1", "2", "--name", "mix"]
+    assert export(*parts, "--out", tmp_path / "out", "--format", "safetensors") == 0
+    header = load_vector(tmp_path / "out" / "mix" / VECTOR_FILE)[1]
+    assert header["blend_of"] == "1 x src__role__sailor + 2 x salty.pt (pt)"
+
 
 def test_blends_that_do_not_go_together_are_refused(evaluated, tmp_path, capsys):
     runs = [the_folder(evaluated / "runs", f"src__role__{name}") for name in ("pirate", "sailor")]
@@ -597,10 +606,14 @@ def test_blends_that_do_not_go_together_are_refused(evaluated, tmp_path, capsys)
         ("--blend 0 0 --name x", "not all 0"),
         ("--blend 1 nan --name x", "finite numbers"),
         ("--blend 1 1 --name ../x", '--name "../x"'),
+        ("--blend 1 1 --name x --scale recommended", "--blend: --scale is a number"),
     ):
         with pytest.raises(SystemExit, match="2"):
             export(*runs, *flags.split(), *to)
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        export("--from", "x.pt", "--model", "m", "--blend", "1", "1", "--name", "x", *to)
+    assert "--blend goes with RUN_DIR" in capsys.readouterr().err
     header = load_vector(runs[1] / VECTOR_FILE)[1]
     elsewhere = {"model": "x", "model_digest": "files-0"}
     for change, message in (({"layer": 2}, "a blend has one layer"), (elsewhere, "--any-model")):

@@ -10,6 +10,7 @@ from conftest import (
     CONFIGS,
     IDS,
     block_outputs,
+    divergences_of,
     gradient_of,
     plain_loss,
     row_of,
@@ -133,7 +134,7 @@ def test_right_padding_without_a_mask_does_not_change_losses(architecture):
 def test_divergence_is_the_kl_of_vanilla_from_steered_at_label_tokens(architecture, fast_path):
     model = steered_tiny(architecture, value=3.0)
     model.fast_layers[1] = fast_path
-    divergences = fp.FastPath(model).divergences
+    divergences = divergences_of(fp.FastPath(model))
     rows = rows_of(9, 6, 12)
     for row, value in zip(rows, fp.example_sums(divergences, rows, max_tokens=20), strict=True):
         ids, labels = cf.collate([row])

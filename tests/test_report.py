@@ -172,27 +172,29 @@ def test_runs_that_differ_in_their_seed_alone_are_compared(tmp_path):
     assert page_of(tmp_path)["seeds"] == ""
 
 
-def at_layer(folder, layer, persona, validation, points, probe_layer=2):
+def at_layer(folder, layer, persona, validation, points, probe_layer=2, spent=0.49, **record):
     """A run folder at a layer, evaluated by a probe, whose vector spends its KL budget at x1.6."""
     result = evaluation(0.1 * layer)
     result["config"] = {"kl_budget": 0.5, "probe_layer": probe_layer}
     found = {"scale": 1.0, "largest": 1.6, "kl_budget": 0.5, "chosen_on": "questions"}
     found["candidates"] = [
         {"scale": 1.0, "persona": 0.9, "kl": 0.2, "collapsed": False},
-        {"scale": 1.6, "persona": validation, "kl": 0.49, "collapsed": False},
+        {"scale": 1.6, "persona": validation, "kl": spent, "collapsed": False},
     ]
     result["recommended"] = found
     for name in ("probe", "kl", "kl_p95", "repeated"):
         add_column(result, Measure(name, "answers", "{:.2f}"), {})
-    rows = {"vanilla": {"probe": 0.1}}
+    rows = {"vanilla": {"probe": 0.1, "nll": 4.0}}
     for scale, (kl, probe) in points.items():
         about = {"scale": scale, "kl": {"mean": kl, "low": None, "high": None, "n": 9}}
-        rows[f"steered x{scale:g}"] = about | {"probe": probe, "repeated": 0.2, "kl_p95": 2.5}
+        more = {"probe": probe, "repeated": 0.2, "kl_p95": 2.5, "nll": 4.0 - kl - 0.1 * layer}
+        rows[f"steered x{scale:g}"] = about | more
     rows["vanilla"] |= result["conditions"]["vanilla"]
     result["conditions"] = rows
     args = {"model": "org/m", "layer": layer}
-    dataset = f"src__role__{persona}"
-    return make_run(folder / f"layer{layer}" / persona, result=result, args=args, dataset=dataset)
+    folder = folder / f"layer{layer}" / persona
+    record = {"args": args, "dataset": f"src__role__{persona}", **record}
+    return make_run(folder, result=result, **record)
 
 
 def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
@@ -212,14 +214,15 @@ def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
     assert all(line in printed for line in rows)
     table = {row.split()[0]: dict(zip(heads.split(), row.split(), strict=True)) for row in rows[:3]}
     assert table["4"] == {
-        "layer": "4", "validation": "0.400", "persona": "0.515", "kl": "0.50", "kl_p95": "2.50",
-        "nll_gain": "-0.400", "repeated": "0.20", "won": "0%",
+        "layer": "4", "chosen_on": "0.400", "persona": "0.515", "kl": "0.50", "kl_p95": "2.50",
+        "nll_gain": "-0.900", "repeated": "0.20", "won": "0%",
     }  # fmt: skip
     assert table["9"]["won"] == "50%" and table["12"]["won"] == "50%"
 
     # Chosen by validation, and compared with the others on held-out answers, paired by persona.
-    assert "layer 9" in rows[3]
-    first, second = rows[4:]
+    assert "questions: layer 9" in rows[3]
+    first, second, left_out = rows[4:]
+    assert left_out.startswith("Left out (1), such as src__role__alone")
     # Student's t of 3 degrees of freedom; this jackknife divides by 3 where a mean's error has 4.
     half = 3.182 * np.std([0.2, 0.18, 0.16, 0.14], ddof=1) / math.sqrt(3)
     mean, low, high = map(float, re.findall(r"[-+][\d.]+", first))
@@ -243,6 +246,9 @@ def test_layers_are_not_compared_by_probes_of_their_own_or_where_personas_differ
     (found,) = page_of(tmp_path)["layers"]
     assert "--probe-layer K" in found["text"] and not found["lines"]
     others = [at_layer(tmp_path / "other", i, f"p{i}", 0.5, points) for i in (1, 2)]
+    report.write_report(tmp_path, others)
+    (found,) = page_of(tmp_path)["layers"]
+    assert found["text"].startswith("Left out (2), such as src__role__p1")
     others.append(make_run(tmp_path / "bare", result=evaluation(0.2)))
     for layer in (1, 2):  # where vanilla's answers were all empty, the probe had none to score
         silent = at_layer(tmp_path / "silent", layer, "a", 0.5, points)
@@ -250,8 +256,29 @@ def test_layers_are_not_compared_by_probes_of_their_own_or_where_personas_differ
         del result["conditions"]["vanilla"]["probe"]
         write_json(silent / "eval.json", result)
         others.append(silent)
+    weak = {"a": 0.2, "b": 0.48}  # a's vector does not spend the budget at any scale
+    for persona, spent in weak.items():
+        others.append(at_layer(tmp_path / "weak", 1, persona, 0.5, points, spent=spent))
+        others.append(at_layer(tmp_path / "weak", 2, persona, 0.5, points))
     report.write_report(tmp_path, others)
+    (found,) = page_of(tmp_path)["layers"]
+    assert found["title"] == "Layers of org/m, 1 personas"
+    assert found["text"].splitlines()[-1].startswith("Left out (3), such as src__role__a")
+
+
+def test_layers_of_other_settings_and_imported_vectors_are_not_compared(tmp_path):
+    points = {1.6: (0.5, 0.5)}
+    runs = [
+        at_layer(tmp_path / "one", 1, "a", 0.5, points),
+        at_layer(tmp_path / "lr", 2, "a", 0.5, points, config={"seed": 0, "lr": 1.0}),
+        at_layer(tmp_path / "blend", 3, "a", 0.5, points, status="imported"),
+    ]
+    report.write_report(tmp_path, runs)
     assert page_of(tmp_path)["layers"] == []
+    runs.append(at_layer(tmp_path / "two", 2, "a", 0.7, points, config={"seed": 1, "lr": "auto"}))
+    report.write_report(tmp_path, runs)
+    (found,) = page_of(tmp_path)["layers"]
+    assert list(dict(found["lines"])) == ["1", "2"] and "layer 2" in found["text"]
 
 
 def test_cosines_say_who_is_alike_and_leave_out_what_has_no_direction(tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import QUICK, the_folder
+from conftest import QUICK, divergences_of, the_folder
 
 import eval_steering as ev
 import export_vector as ex
@@ -56,7 +56,7 @@ def kl_of(model, data, scale):
     """KL on plain rows of the questions to choose by, in nats a token, at a scale of DIRECTION."""
     plain = data.plain_chooser
     model.set_vector(DIRECTION, scale)
-    sums = example_sums(FastPath(model).divergences, plain, 60)
+    sums = example_sums(divergences_of(FastPath(model)), plain, 60)
     return sum(sums) / sum(map(label_count, plain))
 
 
@@ -127,6 +127,11 @@ def test_the_best_persona_wins_among_scales_at_which_text_holds(recommend, descr
 
 
 def test_where_no_scale_is_to_be_had_it_says_why(recommend, described, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(an, "longest_text", lambda config: 8)
+        found = recommend()
+        assert "than the 8 that the model takes" in found["why"]
+        assert found["scale"] is None and found["largest"]
     with monkeypatch.context() as patched:
         patched.setattr(sc, "largest_scale", lambda divergence, budget: 0.0)
         found = recommend()
@@ -266,6 +271,20 @@ def test_turns_are_scored_and_shown(finished, capsys):
     with pytest.raises(SystemExit):
         ev.main(["--run", str(finished), "--turns", "11"])
     assert "--turns 11: 0 to 10" in capsys.readouterr().err
+
+
+def test_conversations_too_long_for_the_model_lose_nothing_else(finished, monkeypatch, capsys):
+    def ask(writer, conversations, vector=None):
+        if len(conversations[0]) > 3:
+            raise an.DoesNotFit("as long as that")
+        return real(writer, conversations, vector)
+
+    real = an.Writer.ask
+    monkeypatch.setattr(an.Writer, "ask", ask)
+    assert ev.main(["--run", str(finished), *QUICK, "--turns", "4"]) == 0
+    assert "no conversation: as long as that" in capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())
+    assert "conversation" not in result and result["samples"]
 
 
 def test_scores_of_turns_are_those_of_their_answers(steered, smol_chat):
