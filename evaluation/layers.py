@@ -53,7 +53,7 @@ def setting_of(entry):
     setting = []
     for config, differs in (
         (entry.record.get("config") or {}, OF_A_RUN),
-        (entry.result["config"], OF_AN_EVALUATION),
+        (entry.result.get("config") or {}, OF_AN_EVALUATION),
     ):
         setting.append({key: value for key, value in config.items() if key not in differs})
     return json.dumps(setting, sort_keys=True)
@@ -62,7 +62,7 @@ def setting_of(entry):
 def comparison(entries):
     """{"title", "text", "lines"} of runs of a setting at several layers."""
     result = entries[0].result
-    config = result["config"]
+    config = result.get("config") or {}
     title = f"Layers of {entries[0].facts['model']}"
     probe_layer = config.get("probe_layer")
     if probe_layer is None:
