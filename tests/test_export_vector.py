@@ -594,7 +594,7 @@ def test_a_blend_is_the_weighted_sum_of_runs_and_is_evaluated_as_one_vector(
     parts = [runs[1], tmp_path / "salty", "--blend", "1", "2", "--name", "mix"]
     assert export(*parts, "--out", tmp_path / "out", "--format", "safetensors") == 0
     header = load_vector(tmp_path / "out" / "mix" / VECTOR_FILE)[1]
-    assert header["blend_of"] == "1 x src__role__sailor + 2 x salty.pt (pt)"
+    assert header["blend_of"] == "1 x src__role__sailor + 2 x salty.pt (bare tensor)"
 
 
 def test_blends_that_do_not_go_together_are_refused(evaluated, tmp_path, capsys):
