@@ -49,7 +49,7 @@ DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
 
-PLAIN_SCORE = 50.0  # below it, a trait's "neg" row is one without the persona
+LAXER = 1.5  # a threshold by this: 3 -> 2 for roles, 75 -> 50 for traits
 TOP_SCORE = {"role": 3.0, "trait": 100.0}  # of the judges' scales, which start at 0
 NUMBERS = ("tokens", "examples", "rows", "kept")  # columns of the table
 MOST_PROCESSES = 16
@@ -203,7 +203,8 @@ def filter_dataset(name, datasets, options):
         score = row["extract_score"]
         if score is not None:
             result.has_scores = True
-        shows_none = row["label"] == "neg" and (score or 0.0) < PLAIN_SCORE
+        below = options.trait_min_score / LAXER
+        shows_none = row["label"] == "neg" and (score or 0.0) < below
         if kind == "trait" and shows_none and response_of(row):
             result.plain.append(row)
 
@@ -449,11 +450,11 @@ def table_line(name, datasets, chat, options):
     elif not filtered.rows:
         status = "no examples: none passes"
     elif examples == 0:
-        status = "no examples: all held out"
+        status = "no examples: all held out or too long"
 
     if missing > 0 and filtered.dropped[BELOW]:
         threshold = f"{parse_name(name)[1]}_min_score"
-        lower = getattr(options, threshold) / 1.5  # 3 -> 2 for roles, 75 -> 50 for traits
+        lower = getattr(options, threshold) / LAXER
         laxer = dataclasses.replace(options, **{threshold: lower})
         # The rows that pass already are not tokenized again.
         seen = filtered.seen

@@ -107,7 +107,8 @@ SHOWN = (
 def import_run(args):
     """Make a run folder of --vector, as it is, for --dataset; returns the folder.
     Raises ValueError if the file does not fit the model, or the folder holds something else."""
-    found = import_vector(args.vector, args.model, args.layer, args.any_model)
+    trusted = bool(args.trust_remote_code)
+    found = import_vector(args.vector, args.model, args.layer, args.any_model, trusted)
     options = DataOptions.of(changes_of(args))
     default = run_path("runs", args.model, found.layer, args.dataset, import_name(args.vector))
     folder = Path(args.out or default)
@@ -329,13 +330,17 @@ def evaluation_config(args, run):
     return config
 
 
+class Busy(ValueError):
+    """Another process works in a folder, which evaluates it, or trains there."""
+
+
 def evaluate_folder(folder, args, shelf, get_writer):
     """Evaluate one run folder and write its files; returns the exit code. ValueError: bad input.
     What eval.json holds already, under the same options, is not done again. A generator as
     `answers_to`; get_writer: a function that makes the Writer of the runs side by side."""
     with lock_folder(folder) as held:
         if not held:
-            raise ValueError(f"{folder}: another process works there")
+            raise Busy(f"{folder}: another process works there")
         return (yield from evaluate_locked(folder, args, shelf, get_writer))
 
 
@@ -667,7 +672,10 @@ def run(args):
         return max(codes)
     for group in groups_of(folders, args):
         for folder, code in zip(group, evaluate_group(group, args, shelf), strict=True):
-            if isinstance(code, Exception):  # the next run may do better
+            if isinstance(code, Busy) and len(folders) > 1:
+                announce(str(code))
+                code = 0
+            elif isinstance(code, Exception):  # the next run may do better
                 code = report_error(code)
             else:
                 evaluated.append(folder)

@@ -2,8 +2,8 @@
 
     model, chat = load_model("Qwen/Qwen3-32B", layer=22), load_chat("Qwen/Qwen3-32B")
     model.load_vector("steering_vector.safetensors")
-    inputs = chat.inputs(["How was your day?"], model.input_device)
-    print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.3))[0])
+    inputs = chat.inputs(["How was your day?", "Who are you?"], model.input_device)
+    print(chat.answers(inputs, model.generate(**inputs, max_new_tokens=100, scale=1.3)))
     with torch.no_grad(), model.scaled(0):  # the plain model
         logits = model(**inputs).logits
     output = model.generate(**inputs, vectors=torch.stack([pirate, poet]))  # one for each row
@@ -178,8 +178,7 @@ class SteerModel(nn.Module):
     def set_vector(self, vector, scale=1.0, add=False):
         """Use `scale * vector`, shape (hidden_size,); add: on top of the vector that is there.
         Raises ValueError on another shape, NaN or infinity."""
-        vector = scale * torch.as_tensor(vector, dtype=torch.float32)
-        vector = self._checked(vector, dimensions=1)
+        vector = self._checked(scale * torch.as_tensor(vector, dtype=torch.float32), dimensions=1)
         if add:
             vector = self.steering.vector.detach() + vector
         with torch.no_grad():

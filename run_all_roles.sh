@@ -86,8 +86,6 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 list=$work/names
 printf '%s\n' "$names" >"$list"
-cp -- "$list" "$LOG_DIR/names.$$" && mv -- "$LOG_DIR/names.$$" "$LOG_DIR/names" # whole, for any reader
-printf '%s\0' "${options[@]}" "${choice[@]}" --list-file "$LOG_DIR/names" >"$LOG_DIR/sweep"
 
 todo() { # names that are neither done nor in another process's hands, into $work/todo; says how many
     local code=0
@@ -102,6 +100,8 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     sed 's/^/would train: /' "$work/todo"
     exit 0
 fi
+cp -- "$list" "$LOG_DIR/names.$$" && mv -- "$LOG_DIR/names.$$" "$LOG_DIR/names" # whole, for any reader
+printf '%s\0' "${options[@]}" "${choice[@]}" --list-file "$LOG_DIR/names" >"$LOG_DIR/sweep"
 
 # ---------------------------------------------------------------- workers
 

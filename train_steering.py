@@ -53,7 +53,7 @@ def token_loss(logits, targets):
     """What training minimizes, and validates by: next-token cross-entropy in nats.
     logits: (N, V); targets: (N,); returns (N,). It sees some label tokens of a step at a time, so
     each number must depend on its own token alone; what does not belongs into `extra_loss`.
-    Reported NLLs are those of evaluation/measures.py and do not change with it."""
+    Reported NLLs are those of evaluation/likelihood.py and do not change with it."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -7,7 +7,8 @@ from evaluation.answers import announce
 
 
 def specificity(runs, limit, nll):
-    """NLL of each persona's held-out rows under each vector, among runs of one model and layer.
+    """NLL of each persona's held-out rows under each vector, among runs of one model, layer and
+    split by question.
 
     runs: FinishedRun objects, of which `limit` a group count, since every vector meets every
     persona; nll(run, vectors): of a run's held-out rows under each. Returns a list of {"model",
@@ -15,9 +16,10 @@ def specificity(runs, limit, nll):
     """
     groups = {}
     for run in runs:
-        groups.setdefault((run.args["model"], run.args["layer"]), []).append(run)
+        split = [run.args.get(option) for option in ("heldout_fraction", "split_seed")]
+        groups.setdefault((run.args["model"], run.args["layer"], *split), []).append(run)
     matrices = []
-    for (model, layer), group in groups.items():
+    for (model, layer, *_), group in groups.items():
         if len(group) < 2:
             continue
         members = group[:limit]

@@ -433,7 +433,7 @@ def parse_row(raw, scores, keep_system_prompt=False):
     if not keep_system_prompt:
         messages, cut = remove_persona(spoken, system_prompt, question)
         system_prompt = system_prompt or cut
-    elif system_prompt and messages[0]["content"].strip() == question:
+    elif system_prompt and comparable(messages[0]["content"]) == comparable(question):
         # The system prompt is a field alone, in no turn.
         messages = [{"role": "system", "content": system_prompt}, *messages]
 

@@ -392,20 +392,19 @@ def load_weights(options):
     try:
         model, report = from_pretrained(arguments)
         check_weights(model, report)
-    except UNREADABLE as error:
+        for module in model.modules():
+            # On some CPUs bitsandbytes packs 4-bit weights, and packed ones have no gradient.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        if name.endswith(".gguf"):  # It is a plain model once it is dequantized.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+        model.config._name_or_path = name
+        placed = arguments.get("device_map") or (options.tensor_parallel and ranks.size() > 1)
+        return model if placed else model.to(device)
+    except UNREADABLE as error:  # also what the device has no room for
         raise ValueError(f"--model {name} does not load: {str(error).strip()}") from error
-
-    for module in model.modules():
-        # On some CPUs bitsandbytes packs 4-bit weights, and packed ones have no gradient.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if name.endswith(".gguf"):  # It is a plain model once it is dequantized.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-    model.config._name_or_path = name
-    placed = arguments.get("device_map") or (options.tensor_parallel and ranks.size() > 1)
-    return model if placed else model.to(device)
 
 
 def pretrained_arguments(options, device):

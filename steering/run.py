@@ -237,7 +237,7 @@ class Run:
         self._from_step = None if state.is_new else state.step
         self._metrics = None
         self._bar = None
-        self._started = time.time()
+        self._started = time.time() - state.seconds  # as if one process had done all
 
     @property
     def resumed(self):

@@ -33,13 +33,14 @@ def run_path(output_dir, model, layer, dataset, run_name=None):
 
 
 def find_runs(paths):
-    """Run folders with a finished vector, at or below each path, each once; ValueError if none."""
+    """Run folders with a finished vector, each once: each path itself, or else those below it, or
+    else the path if a run was begun there. ValueError if there is none."""
     found = {}
     for path in map(Path, paths):
-        if (path / "run.json").exists():
-            here = [path]
-        else:
-            here = [run for run in all_runs([path]) if (run / VECTOR_FILE).exists()]
+        here = [path]
+        if not (path / "run.json").exists() or not (path / VECTOR_FILE).exists():
+            below = [run for run in all_runs([path]) if (run / VECTOR_FILE).exists()]
+            here = below or [run for run in here if (run / "run.json").exists()]
         if not here:
             raise ValueError(f"{path}: no readable run.json, and no finished run below it")
         found |= dict.fromkeys(here)

@@ -274,15 +274,15 @@ class Sweep:
             folder = self.folder(args, name)
             record = read_json(folder / "run.json")
             found = self._standing_of(args, name)
-            if is_locked(folder):
-                group = "running"
-                speed += last_speed(folder)
-            elif found.verdict == "done":
-                group = "done"
+            if found.verdict == "done":
+                group = "done"  # also while it is evaluated
                 if found.changed:
                     changed.append(found.changed)
                 if "wall_seconds" in record:
                     seconds.append(record["wall_seconds"])
+            elif is_locked(folder):
+                group = "running"
+                speed += last_speed(folder)
             else:
                 group = "failed" if record.get("status") == "failed" else "left"
             groups[group] += 1

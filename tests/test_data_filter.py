@@ -275,6 +275,13 @@ def test_traits_keep_pos_rows_from_their_own_threshold(tmp_path):
     assert [row["question"] for row in filter_rows(tmp_path, *rows, **trait).rows] == ["Q0?"]
     assert len(filter_rows(tmp_path, *rows, **trait, trait_min_score=3).rows) == 3
 
+    # A "neg" row is a plain one if it is well below the threshold, on whatever scale.
+    rows.append(raw_row("Q4?", "a4", "neg", index=4))
+    for score, threshold, count in ((49, 75, 1), (50, 75, 0), (1, 3, 1), (2, 3, 0)):
+        scores["neg_p0_q4"] = score
+        found = filter_rows(tmp_path, *rows, **trait, trait_min_score=threshold)
+        assert len(found.plain) == count
+
 
 def test_score_beyond_its_scale_is_an_error_unless_the_threshold_is_the_users(tmp_path):
     rows, scores = persona_rows(6)

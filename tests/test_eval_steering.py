@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from evaluation.conditions import Condition
 from evaluation.likelihood import Reader, nll_under
 from evaluation.report import short_names
 from evaluation.rows import EvalData, questions_of
+from evaluation.specificity import specificity
 from evaluation.stats import mean_interval
 from evaluation.table import number_at, value_at
 from steering import data_layouts as dl
@@ -539,7 +541,34 @@ def test_an_evaluation_done_anew_says_that_it_was_judged_before(finished, capsys
 def test_a_folder_in_which_another_process_works_is_not_evaluated_twice(finished, capsys):
     with rf.lock_folder(finished):
         assert ev.main(["--run", str(finished), *QUICK]) == 2
+        assert "another process works there" in capsys.readouterr().err
+        # Of several, it is in good hands.
+        sailor = finished.with_name("src__role__sailor")
+        (sailor / "eval.json").unlink(missing_ok=True)
+        assert ev.main(["--run", str(finished), str(sailor), *QUICK]) == 0
     assert "another process works there" in capsys.readouterr().err
+    assert (sailor / "eval.json").exists()
+
+
+def test_vectors_of_other_splits_by_question_do_not_meet_each_others_rows():
+    def run(name, split_seed):
+        args = {"model": "m", "layer": 1, "split_seed": split_seed, "heldout_fraction": 0.2}
+        return SimpleNamespace(folder=name, args=args, vector=torch.ones(2))
+
+    runs = [run("a", 0), run("b", 1), run("c", 0)]
+    (matrix,) = specificity(runs, 9, lambda run, vectors: [1.0] * len(vectors))
+    assert matrix["runs"] == ["a", "c"]
+
+
+def test_runs_are_found_below_one_that_has_not_finished(tmp_path):
+    for name in ("pirate", "pirate/seed0", "pirate/seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    assert rf.find_runs([tmp_path / "pirate"]) == [tmp_path / "pirate"]  # what is wrong is said
+    (tmp_path / "pirate" / "seed1" / VECTOR_FILE).touch()
+    assert rf.find_runs([tmp_path / "pirate"]) == [tmp_path / "pirate" / "seed1"]
+    (tmp_path / "pirate" / VECTOR_FILE).touch()
+    assert rf.find_runs([tmp_path / "pirate"]) == [tmp_path / "pirate"]
 
 
 def test_persona_text_stays_out_of_prompts_even_if_the_run_kept_it(finished, tmp_path):

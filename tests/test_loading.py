@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import QUICK, tiny
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 import eval_steering as ev
 import train_steering as ts
@@ -191,6 +191,15 @@ def test_the_gguf_of_the_package_loads(packaged_gguf):
     assert (len(model.layers), model.hidden_size) == (30, 576)
     assert not any(parameter.is_meta for parameter in model.model.parameters())
     assert model.name == str(packaged_gguf)
+
+
+def test_a_model_that_the_device_has_no_room_for_does_not_load(tiny_folder, monkeypatch):
+    def no_room(model, *device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "to", no_room)
+    with pytest.raises(ValueError, match="does not load: CUDA out of memory"):
+        load_from_options(LoadOptions(tiny_folder, device="cpu"), 1)
 
 
 @pytest.fixture

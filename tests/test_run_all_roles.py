@@ -123,6 +123,7 @@ def test_names_can_be_chosen_and_looked_at_first(loop):
     assert not loop.done()
     assert printed.endswith("would train: m__trait__b\nwould train: m__trait__d\n")
     assert printed.count("would train") == 2
+    assert not (loop.logs / "names").exists()  # of which `status` would tell
     loop.run(names, ONLY="*__a *__e")
     assert {*loop.done()} == {"m__role__a", "m__trait__e"}
 
