@@ -78,7 +78,7 @@ def free_memory(device):
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container's or job's own limit; "max": none
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max": none
         limit, used, stat = (
             Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat")
         )
