@@ -159,21 +159,28 @@ def table_of(means, about, chosen_on):
 
     best = max(chosen, key=chosen.get)
     lines = [f"At equal side effects: {about}; means over personas.", *aligned(rows)]
-    lines.append(f"Best on {chosen_on}: layer {best}. Its persona on held-out ones, minus")
-    for layer, others in personas.items():
+    lines.append(f"Best on {chosen_on}: layer {best}. On held-out ones, it minus")
+    for layer, each in means.items():
         if layer != best:
-            differences = personas[best] - others
-            names = range(len(differences))
-            found = ratio(differences, [1] * len(differences), names, PERSONAS)
-            words = f"{found['mean']:+.3f}"
-            if found["low"] is None:
-                words += f" (no interval of less than {PERSONAS} personas)"
-            else:
-                words += f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-                if found["low"] <= 0 <= found["high"]:
-                    words += ", no difference"
-            lines.append(f"  that of layer {layer}: {words}")
+            words = []
+            for name in ("persona", "nll_gain"):
+                pairs = zip(means[best], each, strict=True)
+                ahead = [here[name] - there[name] for here, there in pairs]
+                words.append(f"{name} {difference_text(ahead)}")
+            lines.append(f"  layer {layer}: {'; '.join(words)}")
     return "\n".join(lines)
+
+
+def difference_text(differences):
+    """The mean of a difference over personas, with its 95% interval, as text."""
+    found = ratio(differences, [1] * len(differences), range(len(differences)), PERSONAS)
+    text = f"{found['mean']:+.3f}"
+    if found["low"] is None:
+        return f"{text} (no interval of less than {PERSONAS} personas)"
+    text += f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    if found["low"] <= 0 <= found["high"]:
+        text += ", no difference"
+    return text
 
 
 def curve_of(each, budget):

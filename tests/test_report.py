@@ -225,8 +225,8 @@ def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
     assert left_out.startswith("Left out (1), such as src__role__alone")
     # Student's t of 3 degrees of freedom; this jackknife divides by 3 where a mean's error has 4.
     half = 3.182 * np.std([0.2, 0.18, 0.16, 0.14], ddof=1) / math.sqrt(3)
-    mean, low, high = map(float, re.findall(r"[-+][\d.]+", first))
-    assert mean == pytest.approx(0.17, abs=1e-3)
+    mean, low, high, gain, *_ = map(float, re.findall(r"[-+][\d.]+", first))
+    assert mean == pytest.approx(0.17, abs=1e-3) and gain == -0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.02)
     assert "no difference" in second and "no difference" not in first
 
