@@ -298,7 +298,7 @@ def compare_with_reference(reader, data, vector):
         Condition("vanilla"),
         *prompts,
         Condition("steered", (vector,)),
-        Condition("two", (vector, -vector)),
+        Condition("two", (vector, -vector), answered=False),
     ]
     losses, missing = li.condition_losses(reader, conditions, data.heldout)
     assert list(losses) == ["vanilla", "prompted", "few_shot", "steered", "two"]
