@@ -49,7 +49,7 @@ DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 REASONS = (MALFORMED, NO_RESPONSE, MISSING_SCORE, LABEL, BELOW, DUPLICATE, TOO_LONG)
 
-LAXER = 1.5  # a threshold by this: 3 -> 2 for roles, 75 -> 50 for traits
+LAXER = 1.5  # divides a threshold: 3 -> 2 for roles, 75 -> 50 for traits
 TOP_SCORE = {"role": 3.0, "trait": 100.0}  # of the judges' scales, which start at 0
 NUMBERS = ("tokens", "examples", "rows", "kept")  # columns of the table
 MOST_PROCESSES = 16
@@ -194,6 +194,7 @@ def filter_dataset(name, datasets, options):
     """
     rows = read_dataset(name, datasets, options)
     result = Filtered(total=len(rows))
+    plain_below = options.trait_min_score / LAXER
     for kind, row, problem in rows:
         if problem:
             result.problems.append(problem)
@@ -203,8 +204,7 @@ def filter_dataset(name, datasets, options):
         score = row["extract_score"]
         if score is not None:
             result.has_scores = True
-        below = options.trait_min_score / LAXER
-        shows_none = row["label"] == "neg" and (score or 0.0) < below
+        shows_none = row["label"] == "neg" and (score or 0.0) < plain_below
         if kind == "trait" and shows_none and response_of(row):
             result.plain.append(row)
 

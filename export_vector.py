@@ -53,7 +53,7 @@ from steering.files import read_json, write_atomically
 from steering.finished import FinishedRun, Shelf, read_run, shared_folder
 from steering.loading import DTYPES
 from steering.run_folder import find_runs, lock_folder, run_path
-from steering.vector_file import VECTOR_FILE, load_vector, vector_digest
+from steering.vector_file import VECTOR_FILE, load_vector, origin_of, vector_digest
 
 REFUSALS = (ValueError, OSError, ImportError, RuntimeError)  # others may do better
 FIT_DATASETS = 64  # datasets to fit an input row on at most
@@ -110,9 +110,7 @@ def blended(args):
             where = f"{first.path} at layer {first.layer}, {source.path} at {source.layer}"
             raise ValueError(f"a blend has one layer: {where}")
         vector += weight * source.vector
-        known = {"dataset": run.dataset, **source.metadata}
-        name = known.get("imported_from", known["dataset"])
-        parts.append(f"{weight:g} x {name}")
+        parts.append(f"{weight:g} x {origin_of(source.metadata, run.dataset)}")
     kept = {"model", "model_type", "model_digest", "model_is_local", "layer", "quantize"}
     metadata = {key: value for key, value in first.metadata.items() if key in kept}
     metadata |= {"dataset": args.name, "blend_of": " + ".join(parts)}

@@ -208,9 +208,9 @@ def print_table(out):
     cells = {}
     for result in results:
         for method, vectors in result["methods"].items():
-            for level in {numbers["level"] for numbers in vectors}:
-                same = [numbers for numbers in vectors if numbers["level"] == level]
-                cells.setdefault((level, method), []).append(same)
+            for numbers in vectors:
+                personas = cells.setdefault((numbers["level"], method), {})
+                personas.setdefault(result["dataset"], []).append(numbers)
     print(f"{len(results)} personas: {', '.join(result['dataset'] for result in results)}\n")
     print(f"| KL | method | {' | '.join(COLUMNS)} |")
     print("|---" * (len(COLUMNS) + 2) + "|")
@@ -218,7 +218,7 @@ def print_table(out):
         row = [level or "-", method]
         for name, form in COLUMNS.items():
             means = []
-            for vectors in cells[level, method]:
+            for vectors in cells[level, method].values():
                 values = [n[name] for n in vectors if n.get(name) is not None]
                 if values:
                     means.append(np.mean(values))

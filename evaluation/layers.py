@@ -40,7 +40,11 @@ def compare_layers(entries):
     for entry in entries:
         # An imported vector, such as a blend, is of no setting.
         if entry.result.get("recommended") and entry.record.get("status") == "done":
-            groups.setdefault(setting_of(entry), []).append(entry)
+            setting = (
+                setting_of(entry.record, OF_A_RUN),
+                setting_of(entry.result, OF_AN_EVALUATION),
+            )
+            groups.setdefault(setting, []).append(entry)
     several = []
     for group in groups.values():
         if len({entry.facts["layer"] for entry in group}) > 1:
@@ -48,15 +52,11 @@ def compare_layers(entries):
     return several
 
 
-def setting_of(entry):
-    """What a run's training and evaluation have in common with those it is compared with."""
-    setting = []
-    for config, differs in (
-        (entry.record.get("config") or {}, OF_A_RUN),
-        (entry.result.get("config") or {}, OF_AN_EVALUATION),
-    ):
-        setting.append({key: value for key, value in config.items() if key not in differs})
-    return json.dumps(setting, sort_keys=True)
+def setting_of(made, differs):
+    """The "config" of a run.json or an eval.json, without what may differ, as a text."""
+    config = made.get("config") or {}
+    left = {key: value for key, value in config.items() if key not in differs}
+    return json.dumps(left, sort_keys=True)
 
 
 def comparison(entries):

@@ -3,13 +3,12 @@
 import contextlib
 import csv
 import io
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.layers import compare_layers
+from evaluation.layers import compare_layers, setting_of
 from evaluation.page import Entry, heat_map, write_page
 from evaluation.summary import training_flags
 from evaluation.table import (
@@ -217,8 +216,7 @@ def compare_seeds(entries, measures):
     for entry in entries:
         config = entry.record.get("config") or {}
         if entry.direction is not None and "seed" in config:
-            others = json.dumps({**config, "seed": None}, sort_keys=True)
-            groups.setdefault(others, {})[config["seed"]] = entry
+            groups.setdefault(setting_of(entry.record, {"seed"}), {})[config["seed"]] = entry
 
     forms = {"scale": "{:.2f}"}
     for name, about in measures.items():

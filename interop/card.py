@@ -16,6 +16,7 @@ from evaluation.judge import SCALES
 from interop.adapter_check import adapter_words, fit_words
 from interop.formats import WITH_ROW
 from steering.data_layouts import parse_name, pooled_names
+from steering.vector_file import origin_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -30,7 +31,7 @@ def card(source, formats, names, folder):
     front = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not metadata["model_is_local"]:  # on the Hub
         front = f"base_model: {model}\nbase_model_relation: adapter\n"
-    title = metadata.get("imported_from", metadata.get("dataset", "unnamed"))
+    title = origin_of(metadata, "unnamed")
     facts = facts_of(source, formats)
     facts["files"] = ", ".join(names)
     parts = {

@@ -26,7 +26,7 @@ from steering.loading import same_files
 from steering.memory import peak_memory
 from steering.process import log_file
 from steering.run_folder import checkpoints, environment, is_locked, trim_metrics
-from steering.vector_file import VECTOR_FILE, load_vector
+from steering.vector_file import VECTOR_FILE, load_vector, origin_of
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder of this project
 ATTEMPTS = 5  # processes in a row that may die in a run without writing another checkpoint
@@ -389,7 +389,5 @@ def vector_header(record):
         header["quantize"] = args["quantize"]
     if args["init_vector"]:
         start = load_vector(args["init_vector"])[1]
-        header["started_from"] = start.get(
-            "imported_from", start.get("dataset", args["init_vector"])
-        )
+        header["started_from"] = origin_of(start, args["init_vector"])
     return header

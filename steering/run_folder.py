@@ -37,10 +37,9 @@ def find_runs(paths):
     else the path if a run was begun there. ValueError if there is none."""
     found = {}
     for path in map(Path, paths):
-        here = [path]
-        if not (path / "run.json").exists() or not (path / VECTOR_FILE).exists():
-            below = [run for run in all_runs([path]) if (run / VECTOR_FILE).exists()]
-            here = below or [run for run in here if (run / "run.json").exists()]
+        here = [run for run in all_runs([path]) if (run / VECTOR_FILE).exists()]
+        if (path / "run.json").exists() and ((path / VECTOR_FILE).exists() or not here):
+            here = [path]
         if not here:
             raise ValueError(f"{path}: no readable run.json, and no finished run below it")
         found |= dict.fromkeys(here)

@@ -71,6 +71,11 @@ def load_vector(path, name="steering_vector"):
     return vector.float(), metadata
 
 
+def origin_of(metadata, otherwise):
+    """Whose vector a file's metadata say that it is: what it was imported from, or its dataset."""
+    return metadata.get("imported_from", metadata.get("dataset", otherwise))
+
+
 def vector_digest(vector):
     """16 hex digits that stand for the numbers of a (n,) fp32 tensor on the host."""
     return hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
