@@ -197,7 +197,7 @@ def compare(args, runs, shelf):
         for name in ("kl", "probe", "repeated"):
             numbers[name] = number_of(columns[name].get(condition))
         if condition in nll:
-            numbers["nll_gain"] = nll[condition] - nll["vanilla"]
+            numbers["nll_gain"] = nll["vanilla"] - nll[condition]
         found.setdefault(method, []).append(numbers)
     return {"dataset": run.dataset, "auroc": about["auroc"], "methods": found}
 

@@ -2,14 +2,13 @@
 
     python bench/sweep.py PLAN.txt --out runs/sweep            # a line: name | units options
     python bench/sweep.py --table runs/sweep                   # the runs as a Markdown table
-    python bench/sweep.py --report RUN_DIR ...                 # held-out NLL of these runs
 
 units: `--lr auto` is this factor times the residual norm / sqrt(hidden_size).
 options: options of train_steering.py. A line `all | options` holds for the lines below it.
 
 Recipes are compared by the NLL of validation questions, which are cut from the training questions.
 Every run is scored on the same rows, whatever it trained on; the score is in the run's choice.json.
---report scores held-out questions: use it once, at the end. A run that is done is not done again.
+A run that is done is not done again.
 """
 
 import argparse
@@ -24,20 +23,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval_steering
 import train_steering
-from data_filter import DataOptions, split_by_question, split_dataset
+from data_filter import DataOptions, split_dataset
 from evaluation.likelihood import nll_under
-from evaluation.probe import response_means
 from evaluation.rows import first_tokens
-from evaluation.table import number_at
-from hook_model import load_chat, load_from_options, load_model
-from steering.data_layouts import parsed_rows
+from hook_model import load_from_options
 from steering.fast_path import FastPath
 from steering.files import read_json, write_json
 from steering.finished import Shelf, read_run
 from steering.run_folder import run_path
-from steering.vector_file import save_vector
 
 COMMON = "--data-root sample_data --val-fraction 0.3 --save-every 1000000"
 CHOICE_TOKENS = 12_000  # of rows of validation questions
@@ -54,25 +48,6 @@ class Result:
     folder: Path
     record: dict
     choice: dict
-
-
-def write_mean_difference(path, model_name, name, layer):
-    """Write the mean response state of a persona's training rows minus that of the default rows."""
-    argv = f"{COMMON} --model {model_name} --dataset {name} --layer {layer}"
-    options = DataOptions.of(vars(train_steering.parse_args(shlex.split(argv))))
-    chat = load_chat(model_name)
-    datasets = options.datasets()
-    persona = split_dataset(name, datasets, chat, options).train
-
-    source = name.split("__")[0]
-    parsed = parsed_rows(datasets[f"{source}__role__0_default"])
-    rows = [row for row, _ in parsed]
-    train, _ = split_by_question(rows, options.heldout_fraction, options.split_seed)
-
-    fast = FastPath(load_model(model_name, layer))
-    persona_mean = response_means(fast, persona, 1024).mean(dim=0)  # (D,)
-    default_mean = response_means(fast, chat.encode(train), 1024).mean(dim=0)
-    save_vector(path, persona_mean - default_mean, {"model": model_name, "layer": layer})
 
 
 def score(folder, shelf):
@@ -171,8 +146,6 @@ def run_plan(plan, out):
         args = train_steering.parse_args(argv)
         (dataset,) = args.dataset
         (layer,) = args.layer
-        if args.init_vector and not Path(args.init_vector).exists():
-            write_mean_difference(args.init_vector, args.model, dataset, layer)
 
         train_steering.AUTO_LR = float(units)
         code = train_steering.main(argv)
@@ -183,18 +156,6 @@ def run_plan(plan, out):
             print(f"=== {name}: {choice['nll']:.4f} of {choice['vanilla']:.4f}", flush=True)
 
 
-def report(folders):
-    """Evaluate runs and print their held-out NLL as a Markdown table."""
-    print("| run | vanilla | prompted | steered |\n|---|---|---|---|")
-    for folder in folders:
-        eval_steering.main(["--run", str(folder), "--num-samples", "0"])
-        result = read_json(folder / "eval.json")
-        conditions = ("vanilla", "prompted", "steered x1")
-        losses = [number_at(result, condition, "nll") for condition in conditions]
-        values = " | ".join(f"{loss:.4f}" for loss in losses)
-        print(f"| {folder.parent.parent.name} {folder.name} | {values} |", flush=True)
-
-
 def parse_args(argv=None):
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -202,7 +163,6 @@ def parse_args(argv=None):
     add("plan", nargs="?", type=Path, help="file with one run a line")
     add("--out", type=Path, default=Path("runs/sweep"), help="root of the run folders")
     add("--table", type=Path, metavar="DIR", help="print the runs of this folder")
-    add("--report", type=Path, nargs="+", metavar="RUN_DIR", help="print held-out NLL of these")
     return parser.parse_args(argv)
 
 
@@ -213,8 +173,6 @@ def main(argv=None):
         run_plan(args.plan, args.out)
     if args.table:
         print_table(args.table)
-    if args.report:
-        report(args.report)
 
 
 if __name__ == "__main__":

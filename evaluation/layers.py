@@ -118,7 +118,7 @@ def numbers_of(entry):
         "persona": number_at(result, condition, "probe"),
         "kl": number_at(result, condition, "kl"),
         "kl_p95": number_at(result, condition, "kl_p95"),
-        "nll_gain": None if None in nll else nll[1] - nll[0],
+        "nll_gain": None if None in nll else nll[0] - nll[1],
         "repeated": number_at(result, condition, "repeated"),
     }
     if None in numbers.values():

@@ -11,7 +11,7 @@ const FIRST_MEASURE = "nll", PLAIN = "vanilla", PAIRED = "steered_minus", SIDE_E
 const LIKELIHOOD = "likelihood", SHOWN_OF_IT = ["recovered"], TRAINED = "steered x1";
 
 const chosen = new Set(); // flags that a run must have
-let order = { key: "gain", down: false };
+let order = { key: "minus_vanilla", down: false };
 let opened = null; // number of a run
 let measureShown = FIRST_MEASURE in measures ? FIRST_MEASURE : Object.keys(measures)[0];
 let overviewY = null; // key of a column
@@ -103,10 +103,10 @@ function conditionColumns() { // of the measure that is chosen
 function recommendedColumns() { // of all measures at the scale to use
   const columns = [];
   if (PAIRED in measures) {
-    const gain = measured("gain", "NLL gain", PAIRED, (row) => at(row, PLAIN, PAIRED));
-    gain.about = `NLL of the vector as it was trained, minus that of the plain model; ${wordsOf(measures[PAIRED])}`;
-    gain.up = true;
-    columns.push(gain);
+    const added = measured("minus_vanilla", "NLL - vanilla", PAIRED, (row) => at(row, PLAIN, PAIRED));
+    added.about = `NLL of the vector as it was trained, minus that of the plain model; ${wordsOf(measures[PAIRED])}`;
+    added.up = true;
+    columns.push(added);
   }
   for (const [name, about] of Object.entries(measures))
     if (about.table !== LIKELIHOOD || SHOWN_OF_IT.includes(name))

@@ -56,7 +56,7 @@ def read_entry(folder):
         "seconds": final.get("seconds"),
         "best_val": final.get("best_val"),
         "heldout_nll": number_at(result, TRAINED, "nll"),
-        "nll_gain": number_at(result, "vanilla", "steered_minus"),
+        "minus_vanilla": number_at(result, "vanilla", "steered_minus"),
         "norm": final.get("vector_norm"),
         "norm_ratio": final.get("ratio"),
         "auroc": result.get("probe", {}).get("auroc"),
@@ -87,12 +87,12 @@ def all_flags(record, result):
     return flags
 
 
-def by_gain(entry):
+def by_nll(entry):
     """Sort key: what the vector adds to vanilla's NLL, most negative first, unknown last."""
-    gain = entry.facts["nll_gain"]
-    if gain is None or math.isnan(gain):
+    added = entry.facts["minus_vanilla"]
+    if added is None or math.isnan(added):
         return math.inf
-    return gain
+    return added
 
 
 def short_names(rows):
@@ -113,7 +113,7 @@ def write_report(folder, runs, matrices=()):
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = [read_entry(Path(run)) for run in runs]
-    entries.sort(key=by_gain)
+    entries.sort(key=by_nll)
     measures = {}
     groups = {}  # of runs whose vectors can be compared: those of one model and layer
     for entry in entries:

@@ -15,13 +15,16 @@ from conftest import ROOT, persona_rows, write_raw
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu
 import dialect
+import layers
 import peers
 import sweep
 
 import bench
+import eval_steering
 from data_filter import DataOptions, filter_dataset, split_dataset
+from evaluation.table import number_at
 from hook_model import load_chat
-from steering.files import write_json
+from steering.files import read_json, write_json
 from steering.finished import read_run
 from steering.vector_file import VECTOR_FILE, load_vector, save_vector
 
@@ -218,6 +221,27 @@ def test_methods_are_compared_at_the_same_divergence_and_by_words_of_the_persona
     assert any(line.startswith("| 0.002 | repeng |") and line.endswith("| 7 |") for line in table)
     peers.main(flags)  # what is there is not done again
     assert len(jobs) == 2
+
+
+def test_layers_are_compared_at_the_scale_and_on_the_rows_of_an_evaluation(
+    data_root, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(layers, "BUDGET", 0.001)
+    flags = ["--model", tiny_folder, "--data-root", data_root, "--dtype", "fp32"]
+    flags += ["--dataset", "src__role__pirate", "--max-steps", "2", "--layer", "0", "1"]
+    assert sweep.train_steering.main([*flags, "--output-dir", str(tmp_path)]) == 0
+    layers.main([str(tmp_path)])
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split("|")[1].strip() for line in table] == ["0", "1"]
+    options = ["--num-samples", "0", "--kl-budget", "0.001", "--heldout-tokens", "1200"]
+    assert eval_steering.main(["--run", str(tmp_path), *options]) == 0
+    for line, path in zip(table, sorted(tmp_path.rglob("eval.json")), strict=True):
+        result = read_json(path)
+        found = read_json(path.parent / "layer.json")
+        assert found["scale"] == result["recommended"]["largest"] > 0
+        gain = number_at(result, "vanilla", "nll") - number_at(result, "steered x1", "nll")
+        assert found["gain_as_trained"] == pytest.approx(gain, abs=1e-6)
+        assert f"{found['gain']:.3f}" == line.split("|")[2].strip()
 
 
 def test_dialect_keeps_questions_and_what_it_makes_is_read_as_a_role(tmp_path):

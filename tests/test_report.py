@@ -91,7 +91,7 @@ def test_csv_has_a_line_for_each_run_and_condition_the_largest_gain_first(tmp_pa
     conditions = [line["condition"] for line in lines[:3]]
     assert conditions == ["vanilla", "steered x1", "steered x1.2"]
     vanilla, as_trained, recommended = lines[3:6]
-    assert vanilla["steered_minus"] == vanilla["nll_gain"] == "-0.2"
+    assert vanilla["steered_minus"] == vanilla["minus_vanilla"] == "-0.2"
     assert float(vanilla["steered_minus_low"]) == pytest.approx(-0.3)
     assert float(vanilla["steered_minus_high"]) == pytest.approx(-0.1)
     assert [line["shouts"] for line in lines[3:6]] == ["0.25", "", "2.0"]
@@ -215,7 +215,7 @@ def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
     table = {row.split()[0]: dict(zip(heads.split(), row.split(), strict=True)) for row in rows[:3]}
     assert table["4"] == {
         "layer": "4", "chosen_on": "0.400", "persona": "0.515", "kl": "0.50", "kl_p95": "2.50",
-        "nll_gain": "-0.900", "repeated": "0.20", "won": "0%",
+        "nll_gain": "+0.900", "repeated": "0.20", "won": "0%",
     }  # fmt: skip
     assert table["9"]["won"] == "50%" and table["12"]["won"] == "50%"
 
@@ -226,7 +226,7 @@ def test_layers_are_compared_where_they_spend_the_same_budget(tmp_path, capsys):
     # Student's t of 3 degrees of freedom; this jackknife divides by 3 where a mean's error has 4.
     half = 3.182 * np.std([0.2, 0.18, 0.16, 0.14], ddof=1) / math.sqrt(3)
     mean, low, high, gain, *_ = map(float, re.findall(r"[-+][\d.]+", first))
-    assert mean == pytest.approx(0.17, abs=1e-3) and gain == -0.5
+    assert mean == pytest.approx(0.17, abs=1e-3) and gain == 0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.02)
     assert "no difference" in second and "no difference" not in first
 
