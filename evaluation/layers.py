@@ -69,14 +69,15 @@ def comparison(entries):
         text = "Each run has a probe of its own layer: --probe-layer K makes them comparable."
         return {"title": title, "text": text, "lines": []}
 
-    found = {}  # {layer: {persona: [numbers of each run]}}
+    found = {}  # {layer: {(dataset, seed): numbers}}
     for entry in sorted(entries, key=lambda entry: entry.facts["layer"]):
-        personas = found.setdefault(entry.facts["layer"], {})
+        here = found.setdefault(entry.facts["layer"], {})
         numbers = numbers_of(entry)
         if numbers:
-            personas.setdefault(entry.facts["dataset"], []).append(numbers)
+            here[entry.facts["dataset"], entry.record["config"].get("seed")] = numbers
     shared = sorted(set.intersection(*map(set, found.values())))
-    others = sorted({entry.facts["dataset"] for entry in entries} - {*shared})
+    datasets = [dataset for dataset, _ in shared]
+    others = sorted({entry.facts["dataset"] for entry in entries} - {*datasets})
     left_out = ""
     if others:
         left_out = (
@@ -86,13 +87,11 @@ def comparison(entries):
     if not shared:
         return {"title": title, "text": left_out, "lines": []}
 
-    means = {}
-    for layer, personas in found.items():
-        means[layer] = [mean_of(personas[name]) for name in shared]
+    numbers = {layer: [here[key] for key in shared] for layer, here in found.items()}
     about = f"persona by probe at layer {probe_layer}, KL budget {config['kl_budget']:g}"
-    text = table_of(means, about, result["recommended"]["chosen_on"])
-    lines = [[str(layer), curve_of(means[layer], config["kl_budget"])] for layer in means]
-    title += f", {len(shared)} personas"
+    text = table_of(numbers, datasets, about, result["recommended"]["chosen_on"])
+    lines = [[str(layer), curve_of(each, config["kl_budget"])] for layer, each in numbers.items()]
+    title += f", {len({*datasets})} personas"
     return {"title": title, "text": f"{text}\n{left_out}".strip(), "lines": lines}
 
 
@@ -116,11 +115,10 @@ def numbers_of(entry):
         "vanilla": number_at(result, "vanilla", "probe"),
         "chosen_on": chosen[0]["persona"],
         "persona": number_at(result, condition, "probe"),
-        "kl": number_at(result, condition, "kl"),
-        "kl_p95": number_at(result, condition, "kl_p95"),
         "nll_gain": None if None in nll else nll[0] - nll[1],
-        "repeated": number_at(result, condition, "repeated"),
     }
+    for name in ("kl", "kl_p95", "repeated"):
+        numbers[name] = number_at(result, condition, name)
     if None in numbers.values():
         return {}
     points = {0.0: numbers["vanilla"]}
@@ -131,28 +129,16 @@ def numbers_of(entry):
     return numbers | {"points": sorted(points.items())}
 
 
-def mean_of(runs):
-    """The mean of the numbers of a persona's runs at a layer, which may differ in their seed; the
-    points of each."""
-    means = {}
-    for name in runs[0]:
-        if name != "points":
-            means[name] = float(np.mean([run[name] for run in runs]))
-    return means | {"points": [run["points"] for run in runs]}
-
-
-def table_of(means, about, chosen_on):
+def table_of(numbers, datasets, about, chosen_on):
     """The table of layers, and how the best one differs from the others, as text.
-    means: {layer: numbers of each persona, in the same order}; chosen_on: whose questions the best
-    one is chosen by."""
-    personas = {layer: np.array([n["persona"] for n in each]) for layer, each in means.items()}
+    numbers: {layer: what each run shows, in the same order}, of these datasets; chosen_on: whose
+    questions the best one is chosen by."""
+    personas = {layer: [run["persona"] for run in each] for layer, each in numbers.items()}
     highest = np.max(list(personas.values()), axis=0)
     rows = [["layer", *MEANS]]
     chosen = {}
-    for layer, each in means.items():
-        row = {
-            name: np.mean([numbers[name] for numbers in each]) for name in MEANS if name != "won"
-        }
+    for layer, each in numbers.items():
+        row = {name: np.mean([run[name] for run in each]) for name in MEANS if name != "won"}
         row["won"] = np.mean(personas[layer] == highest)
         chosen[layer] = row["chosen_on"]
         rows.append([str(layer), *(form.format(row[name]) for name, form in MEANS.items())])
@@ -160,20 +146,21 @@ def table_of(means, about, chosen_on):
     best = max(chosen, key=chosen.get)
     lines = [f"At equal side effects: {about}; means over personas.", *aligned(rows)]
     lines.append(f"Best on {chosen_on}: layer {best}. On held-out ones, it minus")
-    for layer, each in means.items():
+    for layer, each in numbers.items():
         if layer != best:
             words = []
             for name in ("persona", "nll_gain"):
-                pairs = zip(means[best], each, strict=True)
+                pairs = zip(numbers[best], each, strict=True)
                 ahead = [here[name] - there[name] for here, there in pairs]
-                words.append(f"{name} {difference_text(ahead)}")
+                words.append(f"{name} {difference_text(ahead, datasets)}")
             lines.append(f"  layer {layer}: {'; '.join(words)}")
     return "\n".join(lines)
 
 
-def difference_text(differences):
-    """The mean of a difference over personas, with its 95% interval, as text."""
-    found = ratio(differences, [1] * len(differences), range(len(differences)), PERSONAS)
+def difference_text(differences, datasets):
+    """The mean of a difference with its 95% interval over personas, as text; seeds of a dataset
+    count as one."""
+    found = ratio(differences, [1] * len(differences), datasets, PERSONAS)
     text = f"{found['mean']:+.3f}"
     if found["low"] is None:
         return f"{text} (no interval of less than {PERSONAS} personas)"
@@ -183,12 +170,8 @@ def difference_text(differences):
     return text
 
 
-def curve_of(each, budget):
-    """[[KL, persona], ...] of a layer: the mean over personas, and over the runs of each, between
-    their measured points."""
+def curve_of(runs, budget):
+    """[[KL, persona], ...] of a layer: the mean over runs, between their measured points."""
     grid = np.linspace(0, budget, GRID)
-    curves = []
-    for numbers in each:
-        runs = [np.interp(grid, *zip(*points, strict=True)) for points in numbers["points"]]
-        curves.append(np.mean(runs, axis=0))
+    curves = [np.interp(grid, *zip(*run["points"], strict=True)) for run in runs]
     return np.stack([grid, np.mean(curves, axis=0)], axis=1).tolist()

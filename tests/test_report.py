@@ -275,10 +275,27 @@ def test_layers_of_other_settings_and_imported_vectors_are_not_compared(tmp_path
     ]
     report.write_report(tmp_path, runs)
     assert page_of(tmp_path)["layers"] == []
-    runs.append(at_layer(tmp_path / "two", 2, "a", 0.7, points, config={"seed": 1, "lr": "auto"}))
+    runs.append(at_layer(tmp_path / "two", 2, "a", 0.7, points))
     report.write_report(tmp_path, runs)
     (found,) = page_of(tmp_path)["layers"]
     assert list(dict(found["lines"])) == ["1", "2"] and "layer 2" in found["text"]
+
+
+def test_layers_are_compared_seed_by_seed_and_seeds_are_no_more_personas(tmp_path):
+    runs = []
+    for seed in range(4):
+        config = {"seed": seed, "lr": "auto"}
+        for layer in (1, 2):
+            points = {1.6: (0.5, 0.3 * layer + 0.05 * seed)}
+            folder = tmp_path / f"s{seed}"
+            runs.append(at_layer(folder, layer, "a", 0.1 * layer, points, config=config))
+    runs.append(at_layer(tmp_path / "s4", 1, "a", 0.9, points, config={"seed": 4, "lr": "auto"}))
+    report.write_report(tmp_path, runs)
+    (found,) = page_of(tmp_path)["layers"]
+    assert found["title"].endswith(", 1 personas")
+    rows = [line.split() for line in found["text"].splitlines()[2:4]]
+    assert [row[:3] for row in rows] == [["1", "0.100", "0.375"], ["2", "0.200", "0.675"]]
+    assert "persona +0.300 (no interval of less than 4 personas)" in found["text"]
 
 
 def test_cosines_say_who_is_alike_and_leave_out_what_has_no_direction(tmp_path):
