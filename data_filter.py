@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steering.command_line import exit_code, new_parser, parse
+from steering.command_line import Options, exit_code, new_parser, parse
 from steering.data_layouts import (
     comparable,
     dataset_parts,
@@ -57,7 +57,7 @@ DATASETS_A_PROCESS = 4  # that it is worth starting for
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """Which rows of a dataset are used, and how they are split; the one place of these defaults.
 
     data_root, source_model, kind: where datasets are found; `add_data_arguments` explains the
@@ -79,12 +79,6 @@ class DataOptions:
     seed: int = 0
     strict: bool = False
 
-    @classmethod
-    def of(cls, values):
-        """Take the options from a dict, of parsed arguments or run.json; others have defaults."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: values[name] for name in names if name in values})
-
     def datasets(self, passed_over=None):
         """Find every dataset there: {name: (responses path, scores path or None)}."""
         return find_datasets(self.data_root, self.source_model, self.kind, passed_over)
@@ -103,7 +97,7 @@ class Filtered:
     "neg"). thoughts: how many were cut off the answers of all rows.
     """
 
-    total: int
+    total: int = 0
     kept: int = 0
     rows: list = field(default_factory=list)
     below: list = field(default_factory=list)
@@ -133,12 +127,11 @@ def reason_counts(dropped):
 
 
 def read_dataset(name, datasets, options):
-    """Read the rows of a dataset ("A+B" pooled): [(kind, row or None, what is wrong or None)].
+    """Read a dataset ("A+B" pooled): yields (kind, row or None, what is wrong or None) of each row.
 
     Raises ValueError for an unknown name, an unreadable file, a score beyond its scale unless the
     threshold is the user's own, and, if strict, a broken line.
     """
-    rows = []
     for part in dataset_parts(name, datasets):
         kind = parse_name(part)[1]
         for row, problem in parsed_rows(datasets[part], options.keep_system_prompt):
@@ -147,8 +140,7 @@ def read_dataset(name, datasets, options):
             if row:
                 row["key"] = row["key"] and f"{part} {row['key']}"
                 check_scale(row["extract_score"], part, kind, options)
-            rows.append((kind, row, problem))
-    return rows
+            yield kind, row, problem
 
 
 def check_scale(score, part, kind, options):
@@ -192,10 +184,10 @@ def filter_dataset(name, datasets, options):
 
     Raises ValueError as `read_dataset` does.
     """
-    rows = read_dataset(name, datasets, options)
-    result = Filtered(total=len(rows))
+    result = Filtered()
     plain_below = options.trait_min_score / LAXER
-    for kind, row, problem in rows:
+    for kind, row, problem in read_dataset(name, datasets, options):
+        result.total += 1
         if problem:
             result.problems.append(problem)
             result.dropped[MALFORMED] += 1

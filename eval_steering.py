@@ -22,7 +22,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import data_filter
@@ -68,6 +68,7 @@ from steering.finished import (
     write_imported_run,
 )
 from steering.loading import (
+    OF_A_RUN,
     LoadOptions,
     add_load_arguments,
     check_layer,
@@ -640,8 +641,7 @@ def tasks_of(args):
 
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
-    names = ["data_root", "source_model", "kind"]
-    names += [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
+    names = ["data_root", "source_model", "kind", *OF_A_RUN]
     found = {name: getattr(args, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -21,10 +21,10 @@ from torch import nn
 from steering.loading import (
     LoadOptions,
     check_layer,
+    check_layers,
     is_same_model,
     load_chat,
     load_weights,
-    model_shape,
 )
 from steering.vector_file import load_vector, save_vector
 
@@ -275,6 +275,5 @@ def load_model(name, layer, dtype="auto", device="auto", device_map=None, trust_
 
 def load_from_options(options, layer):
     """`load_model` for all of the LoadOptions, which scripts have from their command lines."""
-    num_layers, _ = model_shape(options.model, options.trust_remote_code)
-    check_layer(layer, num_layers, options.model)
+    check_layers([layer], options.model, options.trust_remote_code)
     return SteerModel(load_weights(options), layer)

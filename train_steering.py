@@ -14,7 +14,6 @@ import math
 import re
 import sys
 import time
-from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import torch
@@ -298,23 +297,22 @@ def final_numbers(steering, state, peak_lr, prefix_seconds):
 def micro_batch_tokens(args, model, state):
     """Padded tokens of a forward pass. A run that goes on keeps what "auto", or memory that ran
     out, made of them, unless the option is smaller now."""
-    if state.micro_batch_tokens is None and args.micro_batch_tokens == "auto":
+    asked = args.micro_batch_tokens
+    if asked != "auto":
+        return min(asked, state.micro_batch_tokens or asked)
+    if state.micro_batch_tokens is None:
         device = model.input_device
-        plan = plan_for(args, pick_dtype(args.dtype, device.type))
+        plan = plan_for(args, args.layer, pick_dtype(args.dtype, device.type))
         fitting = plan.tokens_now(device, args.gradient_checkpointing)
         state.micro_batch_tokens = ranks.least(fitting)
         log.info(f"forward  passes of at most {state.micro_batch_tokens:,} tokens")
-    if state.micro_batch_tokens is None:
-        return args.micro_batch_tokens
-    if args.micro_batch_tokens == "auto":
-        return state.micro_batch_tokens
-    return min(args.micro_batch_tokens, state.micro_batch_tokens)
+    return state.micro_batch_tokens
 
 
-def plan_for(args, dtype):
-    """The Plan of training a vector on args.model, from its config."""
+def plan_for(args, layer, dtype):
+    """The Plan of training a vector at a layer of args.model, from its config."""
     options = replace(LoadOptions.of(vars(args)), dtype=dtype, device="fake")
-    return Plan(load_from_options(options, args.layer), token_loss)
+    return Plan(load_from_options(options, layer), token_loss)
 
 
 def log_settings(model, run, schedule, peak_lr):
@@ -341,14 +339,10 @@ def split(name, datasets, chat, args):
 
 
 def load(args):
-    """The model of all trainings, its vector at the lowest layer of --layer; SystemExit if it does
-    not load, since then none is possible."""
+    """The model of all trainings, its vector at the lowest layer of --layer; ValueError if it does
+    not load."""
     log.info(f"loading  {args.model}")
-    try:
-        model = load_from_options(LoadOptions.of(vars(args)), min(args.layer))
-    except ValueError as error:
-        log.error(f"error: {error}")
-        raise SystemExit(2) from error
+    model = load_from_options(LoadOptions.of(vars(args)), min(args.layer))
     if args.compile:
         fast_path.compile_layers(model)
     if args.gradient_checkpointing:
@@ -357,18 +351,14 @@ def load(args):
 
 
 def set_start(model, args):
-    """Put the vector at its layer and its start; SystemExit if --init-vector is not of this model
+    """Put the vector at its layer and its start; ValueError if --init-vector is not of this model
     and layer."""
     model.set_layer(args.layer)
     seeded = torch.Generator().manual_seed(args.seed)
     start = ResidualHook(model.hidden_size, args.init_scale, seeded)
     model.steering.load_state_dict(start.state_dict())
     if args.init_vector:
-        try:
-            model.load_vector(args.init_vector)
-        except ValueError as error:
-            log.error(f"error: {error}")
-            raise SystemExit(2) from error
+        model.load_vector(args.init_vector)
 
 
 def log_run(model, run):
@@ -412,8 +402,12 @@ def train_all(args, stop):
         for run in runs:
             with run.failures_booked():
                 # What fails in here is booked, and the next run begins.
-                model = model or load(args)
-                set_start(model, run.args)
+                try:
+                    model = model or load(args)
+                    set_start(model, run.args)
+                except ValueError as error:  # Then no training is possible.
+                    log.error(f"error: {error}")
+                    raise SystemExit(2) from error
                 run.begin()
                 log_run(model, run)
                 final = train(model, run.splits.train, run.splits.validation, run.args, run)
@@ -522,8 +516,7 @@ def print_plan(args):
     names = requested_names({}, args) or ["one"]
     epochs = schedule.total / schedule.steps_per_epoch
     for layer in args.layer:
-        at_layer = Namespace(**{**vars(args), "layer": layer})
-        plan_for(at_layer, args.dtype).show(at_layer, epochs, len(names) * args.seeds)
+        plan_for(args, layer, args.dtype).show(args, epochs, len(names) * args.seeds)
     return 0
 
 
@@ -535,14 +528,14 @@ def main(argv=None):
         return exit_code(print_plan, args)
     stop = StopRequest()
     if args.tensor_parallel:
-        code = exit_code(ranks.start, pick_device(args.device))
+        code = exit_code(lambda: ranks.start(pick_device(args.device)))
         if code:
             return code
     if ranks.rank():  # Rank 0 speaks for all.
         start_logging(logging.ERROR)
         return train_all(args, stop)
     code = exit_code(train_all, args, stop)
-    ranks.end_jobs()
+    ranks.from_rank_0(None)  # no more jobs for the others
     return code
 
 

@@ -208,14 +208,13 @@ def run_trl(args, folder):
 # ------------------------------------------------------------------ all runs
 
 
-def measure(variant, layer, epochs, args):
-    """Run one variant in a process of its own: its report, wall seconds and peak memory."""
+def measure(variant, layer, epochs):
+    """Run one variant in a process of its own, with the options of this one: its report, wall
+    seconds and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder, "report.json"), Path(folder, "log")
-        command = [sys.executable, __file__, "--variant", variant, "--report", str(report)]
-        command += ["--layer", str(layer), "--epochs", str(epochs), "--tokens", str(args.tokens)]
-        command += ["--model", args.model, "--dtype", args.dtype]
-        command += ["--data-root", args.data_root, "--dataset", args.dataset]
+        command = [sys.executable, *sys.argv, "--variant", variant, "--report", str(report)]
+        command += ["--layer", str(layer), "--epochs", str(epochs)]
         started = time.time()
         with open(log, "wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -233,7 +232,7 @@ def compare(layer, epochs, args):
     runs = {variant: [] for variant in args.variants}
     for _ in range(args.repeats):
         for variant in args.variants:
-            runs[variant].append(measure(variant, layer, epochs, args))
+            runs[variant].append(measure(variant, layer, epochs))
             last = runs[variant][-1]
             speed = last["tokens"] / last["seconds"]
             print(f"  {variant:<12} {speed:7.1f} tok/s, {last['wall']:.0f} s in all", flush=True)
@@ -256,7 +255,7 @@ def compare(layer, epochs, args):
         )
     if max(row["curve"] for row in table.values()) > 1e-2:
         raise SystemExit("the loss curves differ by more than 1e-2: this comparison is void")
-    sizes = measure(MEMORY, layer, epochs, args)
+    sizes = measure(MEMORY, layer, epochs)
     most = sizes["micro-batch"] + sizes["cache"]
     print(
         f"tensors, GiB: model {sizes['weights']:.3f} + one uncached micro-batch "

@@ -1,7 +1,7 @@
 """What this code does on a GPU: right, how fast, how much memory. Random weights: no download.
 
     python bench/bench_gpu.py --all                  # everything, on an 80 GB GPU
-    python bench/bench_gpu.py --shape qwen3-8b --rows 64 --compile           # one shape
+    python bench/bench_gpu.py --shape llama-3.1-8b --rows 64 --compile           # one shape
     python bench/bench_gpu.py --all --shape tiny     # that it runs, also on a CPU
 
 --all: first whether losses, gradients, `generate` and resume are what they are on a CPU; then steps
@@ -48,7 +48,6 @@ from train_steering import token_loss
 SHAPES = {
     "qwen3-32b": ("Qwen3", 64, 5120, 25600, 64, 8, 151_936, False),
     "llama-3.1-8b": ("Llama", 32, 4096, 14336, 32, 8, 128_256, False),
-    "qwen3-8b": ("Qwen3", 36, 4096, 12288, 32, 8, 151_936, False),
     "qwen3-1.7b": ("Qwen3", 28, 2048, 6144, 16, 8, 151_936, True),
     "tiny": ("Qwen3", 4, 64, 128, 4, 2, 1000, False),
 }

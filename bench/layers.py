@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_steering as ev
-from evaluation.answers import Sampling, Writer, announce, run_together
+from evaluation.answers import Sampling, Writer, announce, run_alone
 from evaluation.kept import kept_beside
 from evaluation.likelihood import Reader, nll_under
 from evaluation.rows import first_tokens
@@ -46,9 +46,7 @@ def measure(folder, shelf):
     data = ev.load_data(run, chat, TOKENS)
     if not data.plain_train:
         writer = Writer(model, chat, Sampling(), kept_beside(run, model, chat, "answers"))
-        (error,) = run_together([ev.add_own_answers(data, writer)], writer.write)
-        if error:
-            raise error
+        run_alone(ev.add_own_answers(data, writer), writer)
     data.check()
 
     reader = Reader(model, chat, 1024)
@@ -66,14 +64,15 @@ def measure(folder, shelf):
 
 
 def print_table(found):
-    """Print a line a layer in Markdown. found: {layer: {dataset: what `measure` found}}."""
-    datasets = sorted(set.intersection(*map(set, found.values())))
-    print(f"| layer | {' | '.join(datasets)} | mean | as trained | scale |")
-    print("|---" * (len(datasets) + 4) + "|")
+    """Print a line a layer in Markdown. found: {layer: {run: what `measure` found}}, a run called
+    by its folder below that of the layer."""
+    names = sorted(set.intersection(*map(set, found.values())))
+    print(f"| layer | {' | '.join(names)} | mean | as trained | scale |")
+    print("|---" * (len(names) + 4) + "|")
     for layer, each in sorted(found.items()):
-        gains = [each[name]["gain"] for name in datasets]
-        trained = np.mean([each[name]["gain_as_trained"] for name in datasets])
-        scale = np.mean([each[name]["scale"] for name in datasets])
+        gains = [each[name]["gain"] for name in names]
+        trained = np.mean([each[name]["gain_as_trained"] for name in names])
+        scale = np.mean([each[name]["scale"] for name in names])
         cells = " | ".join(f"{gain:.3f}" for gain in gains)
         print(f"| {layer} | {cells} | {np.mean(gains):.3f} | {trained:.3f} | {scale:.2f} |")
 
@@ -86,8 +85,9 @@ def main(argv=None):
     shelf = Shelf(load_from_options)
     found = defaultdict(dict)
     for folder in find_runs([args.runs]):
-        run = read_run(folder)
-        found[run.args["layer"]][run.dataset] = measure(folder, shelf)
+        layer = f"layer{read_run(folder).args['layer']}"
+        name = str(folder).rpartition(f"{layer}/")[2]
+        found[layer][name] = measure(folder, shelf)
     print_table(found)
 
 

@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_steering as ev
+from data_filter import response_of
 from evaluation import measures
-from evaluation.answers import Sampling, Writer, run_together, write_answers
+from evaluation.answers import Sampling, Writer, run_alone, write_answers
 from evaluation.conditions import Condition, prompt_conditions
 from evaluation.kept import kept_beside
 from evaluation.likelihood import CHOOSE_TOKENS, Reader, condition_losses
@@ -121,15 +122,7 @@ def lexicon_share(text, lexicon):
 
 def answers_of(examples):
     """The answer of each row."""
-    return [example.row["messages"][-1]["content"] for example in examples]
-
-
-def written(asking, writer):
-    """What a generator that asks for answers returns."""
-    (found,) = run_together([asking], writer.write)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return [response_of(example.row) for example in examples]
 
 
 def compare(args, runs, shelf):
@@ -144,7 +137,7 @@ def compare(args, runs, shelf):
     sampling = Sampling(args.max_new_tokens, 0.7, 0, ev.ROWS_ON_CPU)
     writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
     if not (data.plain_train and data.plain_heldout):
-        written(ev.add_own_answers(data, writer), writer)
+        run_alone(ev.add_own_answers(data, writer), writer)
     data.check()
     reader = Reader(model, chat, 1024)
     difference, probe, about = ev.compare_states(reader, data)
@@ -182,8 +175,8 @@ def compare(args, runs, shelf):
     tokens = sum(map(label_count, data.heldout))
     nll = {condition: sum(nats) / tokens for condition, nats in losses.items()}
     rows = first_rows(data.heldout, args.num_samples)
-    texts, _ = written(write_answers(writer, conditions, rows), writer)
-    texts["dataset"] = [row["messages"][-1]["content"] for row in rows]
+    texts, _ = run_alone(write_answers(writer, conditions, rows), writer)
+    texts["dataset"] = [response_of(row) for row in rows]
     yardstick = math.exp(nll["vanilla"])
     columns = measures.answer_columns(reader, rows, texts, probe, yardstick)
     columns |= measures.side_effect_columns(reader, conditions, data.plain_heldout)
@@ -237,7 +230,10 @@ def parse_args(argv=None):
     add("--heldout-tokens", type=int, default=8_000)
     add("--num-samples", type=int, default=8)
     add("--max-new-tokens", type=int, default=60)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.table or args.run):
+        parser.error("name --run DIR ... or --table DIR")
+    return args
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ A run that is done is not done again.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -29,11 +28,12 @@ from evaluation.likelihood import nll_under
 from evaluation.rows import first_tokens
 from hook_model import load_from_options
 from steering.fast_path import FastPath
-from steering.files import read_json, write_json
+from steering.files import read_json, read_json_lines, write_json
 from steering.finished import Shelf, read_run
-from steering.run_folder import run_path
+from steering.run_folder import find_runs, run_path
 
 COMMON = "--data-root sample_data --val-fraction 0.3 --save-every 1000000"
+MAX_TOKENS = 1024  # padded, a forward pass
 CHOICE_TOKENS = 12_000  # of rows of validation questions
 
 HEADER = """\
@@ -65,7 +65,7 @@ def score(folder, shelf):
     rows = first_tokens(splits.validation, CHOICE_TOKENS)
 
     vectors = [run.vector, torch.zeros_like(run.vector)]
-    under = nll_under(FastPath(model), rows, run.args["micro_batch_tokens"])
+    under = nll_under(FastPath(model), rows, MAX_TOKENS)
     nll, vanilla = map(under, vectors)
     choice = {"nll": nll, "vanilla": vanilla, "rows": len(rows)}
     write_json(path, choice)
@@ -76,8 +76,7 @@ def trained_on(folder):
     """(tokens, seconds) of the steps of a run. The seconds include those of the prefix pass."""
     tokens = 0
     seconds = read_json(folder / "run.json")["final"]["prefix_seconds"]
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(folder / "metrics.jsonl"):
         if "loss" in row:
             tokens += row["tokens"]
             seconds += row["seconds"]
@@ -87,13 +86,12 @@ def trained_on(folder):
 def find_results(out):
     """{(model, dataset, layer): its scored runs} of a folder."""
     groups = {}
-    for path in sorted(out.rglob("choice.json")):
-        folder = path.parent
-        if "old-" in folder.name:  # --restart moved it here
-            continue
+    for folder in find_runs([out]):
         record = read_json(folder / "run.json")
-        key = (record["args"]["model"], record["dataset"], record["args"]["layer"])
-        groups.setdefault(key, []).append(Result(folder, record, read_json(path)))
+        choice = read_json(folder / "choice.json")
+        if choice:
+            key = (record["args"]["model"], record["dataset"], record["args"]["layer"])
+            groups.setdefault(key, []).append(Result(folder, record, choice))
     return groups
 
 

@@ -291,6 +291,14 @@ def run_together(evaluations, write):
     return [ended[number] for number in range(len(evaluations))]
 
 
+def run_alone(asking, writer):
+    """What a single generator that yields Asks returns, its answers by a Writer."""
+    (found,) = run_together([asking], writer.write)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def write_answers(writer, conditions, rows):
     """({condition: an answer to each row}, {condition: why it has none}) of those that answer; a
     generator as `answers_to`."""

@@ -10,8 +10,6 @@ mostly comes out.
 import math
 from dataclasses import dataclass
 
-import torch
-
 from evaluation.answers import IDENTITY
 from evaluation.conditions import MAX_PROMPTS, RANDOM_VECTORS
 from evaluation.likelihood import CHOOSE_TOKENS, token_nll
@@ -72,9 +70,8 @@ def show(model, args, runs, rows):
     plan = Plan(model, token_nll)
     asked = answers_asked(args)
     below, above = tokens_read(args, asked)
-    with torch.no_grad():
-        low = plan.prefix_flops(TOKENS) / TOKENS  # a token
-        high = plan.upper_flops(TOKENS) / TOKENS
+    low = plan.prefix_flops(TOKENS) / TOKENS  # a token
+    high = plan.upper_flops(TOKENS) / TOKENS
     passes = math.ceil(below / args.micro_batch_tokens) + math.ceil(above / args.micro_batch_tokens)
     steps = decoding_calls(asked, runs, rows) * args.max_new_tokens / runs
     written = asked.tried + asked.steered + asked.prompted + asked.few_shot

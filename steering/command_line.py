@@ -5,6 +5,7 @@ import io
 import math
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -37,6 +38,16 @@ def number_or_word(text, kind=float):
 def count_or_word(text):
     """Read a text as a whole number; returns the text itself if it is none."""
     return number_or_word(text, int)
+
+
+class Options:
+    """Parent of dataclasses of options."""
+
+    @classmethod
+    def of(cls, values):
+        """Take the options from a dict, of parsed arguments or run.json; others have defaults."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
 
 
 # Kind of number: (whether a value is one, what is said of a value that is not).

@@ -189,24 +189,22 @@ class FastPath:
     def _layer_outputs(self, input_ids, fast, layers):
         """Residual stream after each of some layers: [(B, T, hidden_size), ...]."""
         model = self.model
+        blocks = [model.layers[layer] for layer in layers]
+        above = model.layers[max(layers) + 1 :] if fast else []
         caught = {}
 
-        def catch(layer, module, inputs, output):
-            caught[layer] = output[0] if isinstance(output, tuple) else output
+        def catch(block, inputs, output):
+            caught[block] = output[0] if isinstance(output, tuple) else output
 
-        above = model.layers[max(layers) + 1 :] if fast else []
-        handles = []
-        for layer in layers:
-            # A hook that is registered after the steering hook runs after it.
-            hook = functools.partial(catch, layer)
-            handles.append(model.layers[layer].register_forward_hook(hook))
-        try:
-            with replaced_forwards(dict.fromkeys(above, self._pass_through)):
-                model.model.base_model(input_ids=input_ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [caught[layer] for layer in layers]
+        with (
+            replaced_forwards(dict.fromkeys(above, self._pass_through)),
+            contextlib.ExitStack() as hooks,
+        ):
+            for block in blocks:
+                # A hook that is registered after the steering hook runs after it.
+                hooks.enter_context(block.register_forward_hook(catch))
+            model.model.base_model(input_ids=input_ids, use_cache=False)
+        return [caught[block] for block in blocks]
 
     def _pass_through(self, hidden_states, *args, **kwargs):
         """Stands in for the forward of a layer that is not needed."""
@@ -221,13 +219,9 @@ class FastPath:
         """Median token norm of the plain residual stream at the layer.
         The unit of learning rates and vector norms; massive activations would inflate a mean."""
         norms = []
-        with self.model.steering_off():
-            for example in examples:
-                states = self.cache.get(cache_key(example))
-                if states is None:
-                    ids = collate([example])[0].to(self.model.input_device)
-                    states = self.layer_output(ids)[0]  # (T, n)
-                norms.append(states.float().norm(dim=-1))
+        for example in examples:
+            states = self.plain_states([example])[0]  # (T, n)
+            norms.append(states.float().norm(dim=-1))
         return torch.cat(norms).median().item()
 
     @torch.no_grad()
@@ -236,7 +230,7 @@ class FastPath:
         model = self.model
         ids = collate([example])[0].to(model.input_device)
         steered = self.layer_output(ids)
-        with replaced_forwards({model.steering: lambda hidden_states: hidden_states}):
+        with replaced_forwards({model.steering: unchanged}):
             plain = self.layer_output(ids)
         with model.steering_off():
             off = self.layer_output(ids)
@@ -428,9 +422,9 @@ def cache_key(example):
     return tuple(example.input_ids)
 
 
-def unchanged(logits):
-    """Stands in for the head where states are logits already."""
-    return logits
+def unchanged(states):
+    """Stands in for what is to do nothing: the vector, or the head where states are logits."""
+    return states
 
 
 @torch.no_grad()

@@ -128,16 +128,13 @@ class Shelf:
 
     def chat(self, run):
         """The ChatFormat of a run: its template as it was, whatever became of the file."""
+        options = LoadOptions.of(run.args)
         template = run.record["config"].get("template")
-        key = (run.args["model"], template, run.record.get("date"))
+        date = run.record.get("date")
+        key = (options.model, template, date)
         if key not in self._chats:
-            options = LoadOptions.of(run.args)
-            self._chats[key] = load_chat(
-                options.model,
-                trust_remote_code=options.trust_remote_code,
-                template=template,
-                date=run.record.get("date"),
-            )
+            trusted = options.trust_remote_code
+            self._chats[key] = load_chat(options.model, None, trusted, template, date)
         return self._chats[key]
 
     def model(self, run):

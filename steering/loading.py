@@ -1,6 +1,6 @@
 """From a model's name to its config, tokenizer, weights, dtype and device.
 
-    layers, width = model_shape("Qwen/Qwen3-32B")
+    check_layers([22], "Qwen/Qwen3-32B")                     # by its config alone
     chat = load_chat("Qwen/Qwen3-32B")                       # its chat template, as a ChatFormat
     model = load_weights(LoadOptions("Qwen/Qwen3-32B"))      # the plain transformers model
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from steering import memory, ranks
 from steering.chat_format import ChatFormat
+from steering.command_line import Options
 from steering.files import read_text
 
 CONFIG_FILES = (
@@ -38,7 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class LoadOptions(Options):
     """How a model is loaded: the one place of these options. `add_load_arguments` makes them
     options of a script, run.json keeps them, and `load_weights` acts on them."""
 
@@ -50,11 +51,9 @@ class LoadOptions:
     quantize: str = "none"
     tensor_parallel: bool = False
 
-    @classmethod
-    def of(cls, values):
-        """The options in a dict, of parsed arguments or run.json; one it lacks has its default."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: values[name] for name in names if name in values})
+
+# Those that a run keeps and another script may change.
+OF_A_RUN = [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
 
 
 def add_load_arguments(parser, of_a_run=""):
@@ -68,8 +67,7 @@ def add_load_arguments(parser, of_a_run=""):
     add("--quantize", choices=QUANTIZE, help="frozen weights in 4 bits (needs bitsandbytes)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     if of_a_run:
-        names = [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
-        parser.set_defaults(**dict.fromkeys(names))
+        parser.set_defaults(**dict.fromkeys(OF_A_RUN))
     else:
         parser.set_defaults(**asdict(LoadOptions()))
         text = "share the model between the processes of torchrun"
@@ -249,11 +247,6 @@ def longest_text(config):
     return longest
 
 
-def model_shape(name, trust_remote_code=False):
-    """(number of layers, hidden_size) from the config alone; ValueError if it is not readable."""
-    return shape_of(read_config(name, trust_remote_code))
-
-
 def check_layer(layer, num_layers, model_name, option="--layer"):
     """ValueError unless `layer`, given by an option, is one of the 0-based decoder layers."""
     if not 0 <= layer < num_layers:
@@ -263,27 +256,33 @@ def check_layer(layer, num_layers, model_name, option="--layer"):
         )
 
 
-def load_tokenizer(name, chat_template=None, trust_remote_code=False):
-    """The tokenizer of a model; chat_template: a file to use in place of its own template."""
+def check_layers(layers, name, trust_remote_code=False):
+    """ValueError unless all are 0-based decoder layers of a model, by its config alone."""
+    num_layers, _ = shape_of(read_config(name, trust_remote_code))
+    for layer in layers:
+        check_layer(layer, num_layers, name)
+
+
+def load_tokenizer(name, trust_remote_code=False):
+    """The tokenizer of a model; ValueError if it does not load."""
     from transformers import AutoTokenizer
 
     arguments = gguf_arguments(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         if not Path(name).exists():
             reason = f"{reason} (there is no such folder here)"
         raise ValueError(f"--model {name}: its tokenizer does not load: {reason}") from error
-    if chat_template:
-        tokenizer.chat_template = read_text(chat_template)
-    return tokenizer
 
 
 def load_chat(name, chat_template=None, trust_remote_code=False, template=None, date=None):
     """The ChatFormat of a model; chat_template: a file to use in place of its own template.
     template: the text of such a file, and date: as a run keeps them."""
-    tokenizer = load_tokenizer(name, chat_template, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if chat_template:
+        template = read_text(chat_template)
     if template:
         tokenizer.chat_template = template
     config = read_config(name, trust_remote_code)

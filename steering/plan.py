@@ -54,8 +54,8 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def counted():
-    """A FlopCounterMode that knows the attention of fake tensors, which are those of a CPU."""
+def flops_of(work, *arguments):
+    """Floating point operations of work(*arguments) on fake tensors, whose attention is a CPU's."""
 
     def forward(query, key, *_, out_shape=None, **__):  # two products of (T, D) and (D, T)
         batch, heads, length, width = query
@@ -67,7 +67,9 @@ def counted():
     name = "_scaled_dot_product_flash_attention_for_cpu"
     operations = {name: forward, f"{name}_backward": backward}
     mapping = {getattr(torch.ops.aten, key): value for key, value in operations.items()}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work(*arguments)
+    return counter.get_total_flops()
 
 
 class Plan:
@@ -108,25 +110,19 @@ class Plan:
     def step_flops(self, tokens):
         """Floating point operations of a step of so many tokens.
         Counted apart from bytes, since the counter keeps alive what checkpointing frees."""
-        step = self.step(tokens)
-        with counted() as counter:
-            step()
-        return counter.get_total_flops()
+        return flops_of(self.step(tokens))
 
+    @torch.no_grad()
     def upper_flops(self, tokens):
         """Floating point operations of the layers above k and the head for so many tokens, without
         a gradient."""
-        step = self.forward(tokens)
-        with counted() as counter, torch.no_grad():
-            step()
-        return counter.get_total_flops()
+        return flops_of(self.forward(tokens))
 
     def prefix_flops(self, tokens):
         """Floating point operations of layers 0..k for so many tokens."""
         ids = torch.zeros(tokens // ROW, ROW, dtype=torch.long)
-        with counted() as counter, self.model.steering_off():
-            FastPath(self.model).layer_output(ids)
-        return counter.get_total_flops()
+        with self.model.steering_off():
+            return flops_of(FastPath(self.model).layer_output, ids)
 
     def weight_bytes(self, quantize="none"):
         """Bytes of the model's parameters and buffers, those that are shared once."""

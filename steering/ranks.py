@@ -64,23 +64,9 @@ def from_rank_0(value):
     return box[0]
 
 
-def send_job(job):
-    """Rank 0: give the other ranks something to do."""
-    from_rank_0(job)
-
-
-def end_jobs():
-    """Rank 0: tell the other ranks that there is nothing more to do."""
-    from_rank_0(None)
-
-
 def jobs():
-    """The other ranks: yield what rank 0 sends, until it ends them."""
-    while True:
-        job = from_rank_0(None)
-        if job is None:
-            return
-        yield job
+    """The other ranks: each job that rank 0 sends by `from_rank_0`, until it sends None."""
+    return iter(lambda: from_rank_0(None), None)
 
 
 def everywhere(flag):

@@ -186,11 +186,6 @@ class TrainState:
     label_tokens: int = 0  # that were trained on
     seconds: float = 0.0  # of the steps
 
-    @property
-    def is_new(self):
-        """Whether it is of no checkpoint: those have an optimizer's state."""
-        return self.optimizer_state is None
-
 
 def newest_state(folder, config, defaults):
     """The TrainState of the newest readable checkpoint of a config, or a new one.
@@ -234,15 +229,10 @@ class Run:
         self.other_layers = []
         self.known_states = {}
         self._stop = stop
-        self._from_step = None if state.is_new else state.step
+        self.resumed = state.step > 0  # from a checkpoint; this process has taken no step yet
         self._metrics = None
         self._bar = None
         self._started = time.time() - state.seconds  # as if one process had done all
-
-    @property
-    def resumed(self):
-        """Whether the run goes on from a checkpoint."""
-        return self._from_step is not None
 
     @property
     def stopped(self):
@@ -284,7 +274,7 @@ class Run:
 
     def begin(self):
         """Write run.json, from now on a run that is under way; signals wait for a step's end."""
-        self._write_record(status="running")
+        self._write_record()
         self._stop.in_loop = True
 
     @contextlib.contextmanager
@@ -293,7 +283,7 @@ class Run:
         if self.resumed:
             log.info(f"resume   after step {self.state.step} of {total_steps}")
         path = self.folder / "metrics.jsonl"
-        trim_metrics(path, self._from_step if self.resumed else -1)  # A new run keeps no row.
+        trim_metrics(path, self.state.step if self.resumed else -1)  # A new run keeps no row.
         quiet = True if ranks.rank() else None  # None: where there is no terminal
         with (
             open(path, "a", encoding="utf-8") as self._metrics,
@@ -336,7 +326,6 @@ class Run:
         """Write run.json, then the vector, which exists only if all went well.
         final: the numbers of the end, as a dict; None if a signal stopped the run."""
         if final is None:
-            self.exit_code = self._stop.exit_code
             self._write_record(status="stopped")
             return
         seconds = round(time.time() - self._started, 1)
@@ -357,7 +346,7 @@ def new_record(folder, dataset, config, state, args):
     if before.get("status") == "running" and before.get("from_step") == state.step:
         attempts = before.get("attempts", 0) + 1
     changes = set()
-    if not state.is_new:
+    if state.step:
         changes = {*before.get("code_changes", []), *changed_sources(before.get("code", {}))}
     return {
         "dataset": dataset,

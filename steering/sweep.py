@@ -14,6 +14,7 @@ import itertools
 import logging
 import sys
 import tempfile
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -55,9 +56,7 @@ class Sweep:
         self.datasets = find_datasets(args.data_root, args.source_model, args.kind)
         self.names = requested_names(self.datasets, args)
         if not args.print_status:  # which starts without transformers
-            num_layers, _ = loading.model_shape(args.model, args.trust_remote_code)
-            for layer in args.layer:
-                loading.check_layer(layer, num_layers, args.model)
+            loading.check_layers(args.layer, args.model, args.trust_remote_code)
         self.model_digest = loading.model_digest(args.model)
         self.run_json_then = {}
         for setting in self._settings():
@@ -89,13 +88,16 @@ class Sweep:
         template = None
         if args.chat_template:
             template = read_text(args.chat_template)
+        device = args.device
+        if device == "auto":
+            device = loading.pick_device()
         if args.init_vector:
             config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
         return config | {
             "name": name,
             "data": data_digest(name, self.datasets),
             "model_digest": self.model_digest,
-            "dtype": loading.pick_dtype(args.dtype, loading.pick_device(args.device)),
+            "dtype": loading.pick_dtype(args.dtype, device),
             "auto_dtype": args.dtype == "auto",
             "template": template,
             "format_version": FORMAT_VERSION,
@@ -132,7 +134,8 @@ class Sweep:
                 log.error(f"error: {error}")
                 self.exit_code = max(self.exit_code, 2)
             except Exception as error:  # of whatever is in the data
-                log.exception(f"FAILED   {name}: {error!r}")
+                log.error(f"FAILED   {name}: {error!r}")
+                traceback.print_exc()
                 self.exit_code = max(self.exit_code, 1)
             if not later:
                 known = {}  # The next dataset has other rows.
@@ -186,7 +189,8 @@ class Sweep:
 
         with lock_folder(folder) as held:
             # While the data was read, another process may have begun or finished it.
-            if not held or (not args.restart and self._is_done(folder, config)):
+            done = not args.restart and standing(folder, config, self.defaults).verdict == "done"
+            if done or not held:
                 log.info(f"{name}: another process was faster, {folder}")
                 yield None
                 return
@@ -207,15 +211,13 @@ class Sweep:
             run = Run(folder, state, args, splits, self.stop)
             run.record = record
             if record["attempts"] > ATTEMPTS:
-                run.fail(NoVector(f"its process died {ATTEMPTS} times in a row"))
+                with run.failures_booked():
+                    raise NoVector(f"its process died {ATTEMPTS} times in a row")
                 self.exit_code = max(self.exit_code, run.exit_code)
                 yield None
                 return
-            ranks.send_job((args, state, splits))
+            ranks.from_rank_0((args, state, splits))  # a job for the others
             yield run
-
-    def _is_done(self, folder, config):
-        return standing(folder, config, self.defaults).verdict == "done"
 
     def _nothing_to_do(self, folder, name, config):
         """Whether a dataset is done or in other hands, as the log says; ValueError if refused."""
@@ -263,46 +265,43 @@ class Sweep:
     def print_status(self):
         """Print what is done, running or failed, and the time that is left."""
         for args in self._settings():
-            self._print_status(args)
-
-    def _print_status(self, args):
-        groups = {"done": 0, "running": 0, "failed": 0, "left": 0}
-        seconds = []
-        changed = []
-        speed = 0.0
-        for name in self.names:
-            folder = self.folder(args, name)
-            record = read_json(folder / "run.json")
-            found = self._standing_of(args, name)
-            if found.verdict == "done":
-                group = "done"  # also while it is evaluated
-                if found.changed:
-                    changed.append(found.changed)
-                if "wall_seconds" in record:
-                    seconds.append(record["wall_seconds"])
-            elif is_locked(folder):
-                group = "running"
-                speed += last_speed(folder)
-            else:
-                group = "failed" if record.get("status") == "failed" else "left"
-            groups[group] += 1
-            if group == "failed":
-                print(f"failed   {name}: {record.get('error')}")
-            elif group != "left":
-                print(f"{group:<8} {name}")
-        warn_of_other_code(changed)
-        left = "unknown"
-        if seconds:
-            ahead = groups["left"] + groups["running"] / 2
-            hours = ahead * sum(seconds) / len(seconds) / max(1, groups["running"]) / 3600
-            left = f"{hours:.1f} h"
-        counts = " / ".join(f"{count} {group}" for group, count in groups.items())
-        if args.run_name:
-            counts = f"{args.run_name}: {counts}"
-        if len(self.args.layer) > 1:
-            counts = f"layer {args.layer}: {counts}"
-        total = len(self.names)
-        print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
+            groups = {"done": 0, "running": 0, "failed": 0, "left": 0}
+            seconds = []
+            changed = []
+            speed = 0.0
+            for name in self.names:
+                folder = self.folder(args, name)
+                record = read_json(folder / "run.json")
+                found = self._standing_of(args, name)
+                if found.verdict == "done":
+                    group = "done"  # also while it is evaluated
+                    if found.changed:
+                        changed.append(found.changed)
+                    if "wall_seconds" in record:
+                        seconds.append(record["wall_seconds"])
+                elif is_locked(folder):
+                    group = "running"
+                    speed += last_speed(folder)
+                else:
+                    group = "failed" if record.get("status") == "failed" else "left"
+                groups[group] += 1
+                if group == "failed":
+                    print(f"failed   {name}: {record.get('error')}")
+                elif group != "left":
+                    print(f"{group:<8} {name}")
+            warn_of_other_code(changed)
+            left = "unknown"
+            if seconds:
+                ahead = groups["left"] + groups["running"] / 2
+                hours = ahead * sum(seconds) / len(seconds) / max(1, groups["running"]) / 3600
+                left = f"{hours:.1f} h"
+            counts = " / ".join(f"{count} {group}" for group, count in groups.items())
+            if args.run_name:
+                counts = f"{args.run_name}: {counts}"
+            if len(self.args.layer) > 1:
+                counts = f"layer {args.layer}: {counts}"
+            total = len(self.names)
+            print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
 
     def _standing_of(self, args, name):
         folder = self.folder(args, name)
