@@ -48,7 +48,7 @@ from evaluation.kept import kept_beside
 from evaluation.likelihood import Reader, choose_coefficients, condition_losses, nll_under
 from evaluation.probe import MEAN_TOKENS, probe_states, response_means, train_probe
 from evaluation.rows import EvalData, first_rows, first_tokens, questions_of
-from evaluation.scale import ScaleSearch
+from evaluation.scale import recommend_scale
 from evaluation.specificity import specificity
 from evaluation.table import steered_name
 from hook_model import load_from_options
@@ -203,7 +203,7 @@ def compare_states(reader, data):
 def list_conditions(data, vector, difference, coefficients, recommended, args):
     """(All conditions, in the order of the outputs; {name: why one of them is not there}).
     vector: the trained one (n,); difference: the mean one; coefficients: of
-    `choose_coefficients`; recommended: of `ScaleSearch`. To add a condition, add it here."""
+    `choose_coefficients`; recommended: of `recommend_scale`. To add a condition, add it here."""
     prompts, missing = prompt_conditions(data)
     difference = difference * coefficients["mean_difference"]["chosen"]
     conditions = [
@@ -235,8 +235,10 @@ def evaluate(reader, writer, data, vector, args):
     difference, probe, about_probe = compare_states(reader, data)
 
     # The scale, and coefficients, are chosen on validation questions.
-    search = ScaleSearch(reader, writer, vector, probe, args.kl_budget, args.num_samples)
-    recommended = yield from search.recommend(data)
+    budget = args.kl_budget
+    recommended = yield from recommend_scale(
+        reader, writer, data, vector, probe, budget, args.num_samples
+    )
     data.check(recommended["questions"])
     scale = recommended["scale"]
     directions = {"steered": vector, "mean_difference": difference}
@@ -245,12 +247,12 @@ def evaluate(reader, writer, data, vector, args):
         probe = None
 
     conditions, missing = list_conditions(data, vector, difference, coefficients, recommended, args)
-    result = {"measures": {}, "conditions": {}}
-    for name in ("dataset", *(condition.name for condition in conditions)):
-        result["conditions"][name] = {}
+    result = {"measures": {}, "conditions": {"dataset": {}}}
     for condition in conditions:
+        row = {}
         if condition.scale is not None:
-            result["conditions"][condition.name]["scale"] = condition.scale
+            row["scale"] = condition.scale
+        result["conditions"][condition.name] = row
 
     # Likelihood of the persona's held-out answers.
     nats, too_long = condition_losses(reader, conditions, data.heldout)
@@ -289,8 +291,7 @@ def evaluate(reader, writer, data, vector, args):
         except DoesNotFit as error:
             missing["conversation"] = str(error)
 
-    for name in [name for name, row in result["conditions"].items() if not row]:
-        del result["conditions"][name]
+    result["conditions"] = {name: row for name, row in result["conditions"].items() if row}
     return result | {
         "heldout": {
             "rows": len(data.heldout),
@@ -378,9 +379,8 @@ def evaluate_locked(folder, args, shelf, get_writer):
         if args.probe_layer is not None:
             count = len(writer.model.layers)
             check_layer(args.probe_layer, count, writer.model.name, "--probe-layer")
-        means = shelf.means.setdefault(args.probe_layer, {})
         tokens = args.micro_batch_tokens
-        reader = Reader(writer.model, chat, tokens, fast, args.probe_layer, means)
+        reader = Reader(writer.model, chat, tokens, fast, args.probe_layer, shelf.means)
         result = {"dataset": run.dataset, "run": str(folder), "config": config, "code": sources}
         result |= yield from evaluate(reader, writer, data, run.vector, args)
         result["seconds"] = round(time.time() - started, 1)
@@ -403,8 +403,7 @@ def evaluate_locked(folder, args, shelf, get_writer):
             if part in before and part not in result:
                 announce(f"{part}: the same options add the scores again, from those kept")
     finally:  # whatever a judge or a task runs into
-        result["flags"] = summary.find_flags(result, run.record)
-        result["flags"] += judge_flags(result)
+        result["flags"] = summary.find_flags(result, run.record) + judge_flags(result)
         result["flags"] += [f"loses {what}" for what in losses(result)]
         suffix = model_suffix(run)
         if suffix:
@@ -450,7 +449,7 @@ def evaluate_group(folders, args, shelf):
         chat = shelf.chat(run)
         rows = rows_at_once(args, model.input_device)
         sampling = Sampling(args.max_new_tokens, args.temperature, args.seed, rows)
-        return Writer(model, chat, sampling, kept_beside(run, model, chat, "answers"))
+        return Writer(model, chat, sampling, kept_beside(run, model, chat, "evaluation/answers.py"))
 
     evaluations = [evaluate_folder(folder, args, shelf, get_writer) for folder in folders]
     return run_together(evaluations, lambda asks: get_writer().write(asks))
@@ -499,10 +498,6 @@ def compare_personas(folders, args, shelf, path):
         return [under(vector) for vector in vectors]
 
     matrices = specificity(runs, args.specificity_runs, nll)
-    datasets = {str(run.folder): run.dataset for run in runs}
-    for matrix in matrices:  # by group: the same persona may be in another
-        rows = [{"dataset": datasets[folder], "run": folder} for folder in matrix["runs"]]
-        matrix["names"] = report.short_names(rows)
     write_json(path, {"config": config, "matrices": matrices})
     return matrices
 
@@ -520,14 +515,14 @@ def write_report(folders, args, shelf):
     path = out / "specificity.json"
     matrices = read_json(path).get("matrices", [])
     if args.report_only:
-        report.print_table([report.report_row(run) for run in runs])
+        report.print_table([report.read_entry(run).facts for run in runs])
     elif folders:
         try:
             matrices = compare_personas(folders, args, shelf, path)
         except Exception:  # the report without it is better than none
             traceback.print_exc()
-    files = report.write_report(out, runs, matrices)
-    print(f"\nreport of {len(runs)} runs: {out} ({', '.join(files)})")
+    report.write_report(out, runs, matrices)
+    print(f"\nreport of {len(runs)} runs: {out} (report.csv, report.html)")
 
 
 def make_parser():
@@ -682,7 +677,7 @@ def run(args):
             codes.append(code)
     if args.run and folders != [Path(args.run[0])]:
         write_report(evaluated if evaluated == folders else None, args, shelf)
-    return max(codes, default=0)
+    return max(codes)
 
 
 def main(argv=None):

@@ -45,7 +45,9 @@ def measure(folder, shelf):
     chat = shelf.chat(run)
     data = ev.load_data(run, chat, TOKENS)
     if not data.plain_train:
-        writer = Writer(model, chat, Sampling(), kept_beside(run, model, chat, "answers"))
+        writer = Writer(
+            model, chat, Sampling(), kept_beside(run, model, chat, "evaluation/answers.py")
+        )
         run_alone(ev.add_own_answers(data, writer), writer)
     data.check()
 

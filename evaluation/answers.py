@@ -119,7 +119,7 @@ def seeded_noise(conversations, sampling, device):
 
 @torch.no_grad()
 def generate_answers(model, chat, conversations, sampling, vectors=None, streamer=None):
-    """One answer per list of messages, as text, each cut at the end of its (left-padded) prompt.
+    """An answer to each list of messages, as text, in one batch, without its (left-padded) prompt.
 
     vectors: one for each, (N, n), in place of the model's own; zeros are the plain model. Sampled
     from the model's whole distribution at the temperature, 0: greedily. streamer: a transformers
@@ -133,33 +133,25 @@ def generate_answers(model, chat, conversations, sampling, vectors=None, streame
     if not isinstance(stop_ids, list):
         stop_ids = [stop_ids]
     stop_ids = sorted({*stop_ids, chat.end_of_turn_id} - {None})
+    inputs = chat.inputs(conversations, model.input_device)
+    check_length(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
     options = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "repetition_penalty": 1.0,
         "eos_token_id": stop_ids or None,
         "pad_token_id": [*stop_ids, 0][0],
         "max_new_tokens": sampling.max_new_tokens,
+        "vectors": vectors,
+        "streamer": streamer,
     }
-    if streamer:
-        options["streamer"] = streamer
-    answers = []
-    model.model.generation_config = GenerationConfig()  # nothing of the model's own taste
+    if sampling.temperature:
+        noise = seeded_noise(conversations, sampling, model.input_device)
+        options["logits_processor"] = [noise]
+    # Nothing of the model's own taste: a fresh config is greedy, without penalties.
+    model.model.generation_config = GenerationConfig()
     try:
-        for start in range(0, len(conversations), sampling.batch_size):
-            batch = conversations[start : start + sampling.batch_size]
-            if sampling.temperature:
-                options["logits_processor"] = [seeded_noise(batch, sampling, model.input_device)]
-            inputs = chat.inputs(batch, model.input_device)
-            check_length(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
-            if vectors is not None:
-                options["vectors"] = vectors[start : start + sampling.batch_size]
-            answers += chat.answers(inputs, model.generate(**inputs, **options), stop_ids)
+        output = model.generate(**inputs, **options)
     finally:
         model.model.generation_config = own
-    return answers
+    return chat.answers(inputs, output, stop_ids)
 
 
 @dataclass(frozen=True)
@@ -193,10 +185,10 @@ class Writer:
 
     def ask_under(self, condition, rows):
         """An Ask for the question of each row under a Condition. DoesNotFit as of `ask`."""
-        conversations = [row["messages"][:-1] for row in rows]
-        if condition.prompt:
-            prompted = condition.prompt(rows)
-            conversations = [self.chat.messages(row, prompted=True)[:-1] for row in prompted]
+        prompted = condition.prompt is not None
+        if prompted:
+            rows = condition.prompt(rows)
+        conversations = [self.chat.messages(row, prompted)[:-1] for row in rows]
         return self.ask(conversations, *condition.vectors)
 
     def write(self, asks):
@@ -251,8 +243,7 @@ class Writer:
         turns = [asks[key].turns for key in batch]
         nothing = torch.zeros(self.model.hidden_size)
         vectors = [nothing if asks[key].vector is None else asks[key].vector for key in batch]
-        sampling = replace(self.sampling, batch_size=len(batch))
-        return generate_answers(self.model, self.chat, turns, sampling, torch.stack(vectors))
+        return generate_answers(self.model, self.chat, turns, self.sampling, torch.stack(vectors))
 
 
 def answers_to(asks):

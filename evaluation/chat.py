@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from evaluation.answers import DoesNotFit, generate_answers
-from evaluation.conditions import most_frequent, system_prompts
+from evaluation.conditions import system_prompts
 from evaluation.report import short_names
 from steering.files import read_json
 from steering.finished import eval_path
@@ -100,7 +100,7 @@ class Talk:
         self.shelf = shelf
         self.sampling = sampling
         self.rows_of = rows_of
-        self.prompts = {}
+        self.system_prompt = ""  # that of /prompted
         self.how = "steered"
         self.turns = []
         self.use([(next(iter(runs)), None)])
@@ -131,14 +131,14 @@ class Talk:
 
     def answer(self):
         """Write an answer to the turns so far, as it comes, and add it to them. ValueError if they
-        are too long for the model, or there is no system prompt."""
+        are too long for the model."""
         run = self.runs[self.used[0][0]][0]
         model = self.shelf.model(run)
         chat = self.shelf.chat(run)
         model.set_vector(sum(self.runs[name][0].vector * scale for name, scale in self.used))
         turns = self.turns
         if self.how == "prompted":
-            turns = [{"role": "system", "content": self.prompt()}, *turns]
+            turns = [{"role": "system", "content": self.system_prompt}, *turns]
         printer = Printer(chat.tokenizer)
         try:
             with model.scaled(1 if self.how == "steered" else 0):
@@ -152,16 +152,6 @@ class Talk:
         cut = printer.tokens >= limit and printer.last != chat.end_of_turn_id
         print(f" [cut: --max-new-tokens {limit}]" if cut else "")
         self.turns.append({"role": "assistant", "content": text})
-
-    def prompt(self):
-        """The most frequent system prompt of the first persona; ValueError if it has none."""
-        name = self.used[0][0]
-        if name not in self.prompts:
-            prompt = most_frequent(system_prompts(self.rows_of(self.runs[name][0])))
-            if not prompt:
-                raise ValueError(f"no row of {name} has a system prompt")
-            self.prompts[name] = prompt
-        return self.prompts[name]
 
     def command(self, line):
         """Do what a line says that begins with "/"; False if that is to leave. ValueError for what
@@ -183,7 +173,12 @@ class Talk:
                 raise ValueError("/scale takes a number") from error
             self.use([(name, scale) for name, _ in self.used])
         elif word == "/prompted":
-            print(f"system prompt of {self.used[0][0]}: {self.prompt()}")
+            name = self.used[0][0]
+            prompts = system_prompts(self.rows_of(self.runs[name][0]))
+            if not prompts:
+                raise ValueError(f"no row of {name} has a system prompt")
+            self.system_prompt = prompts[0]
+            print(f"system prompt of {name}: {self.system_prompt}")
             self.how = "prompted"
         elif word in ("/off", "/on"):
             self.how = "off" if word == "/off" else "steered"

@@ -51,7 +51,7 @@ def prompt_conditions(data):
     if all(example.row["system_prompt"] for example in data.heldout):
         conditions.append(Condition("prompted", prompt=as_they_are))
         if len(prompts) > 1:
-            for number, (prompt, _) in enumerate(prompts.most_common(MAX_PROMPTS), 1):
+            for number, prompt in enumerate(prompts[:MAX_PROMPTS], 1):
                 under = functools.partial(with_system_prompt, prompt)
                 conditions.append(Condition(f"prompt {number}", prompt=under, scored=False))
     else:
@@ -59,7 +59,7 @@ def prompt_conditions(data):
 
     shown = first_rows(data.train, SHOTS)
     if len(shown) == SHOTS:
-        under = functools.partial(few_shot, shown, most_frequent(prompts))
+        under = functools.partial(few_shot, shown, next(iter(prompts), ""))
         conditions.append(Condition("few_shot", prompt=under))
     else:
         missing["few_shot"] = f"{len(shown)} questions to train on, {SHOTS} are needed"
@@ -81,7 +81,7 @@ def few_shot(shown, prompt, rows):
     own question: what a user would do who has examples and no vector."""
     before = []
     for row in shown:
-        before += [turn for turn in row["messages"] if turn["role"] != "system"]
+        before += row["messages"]
     made = []
     for row in with_system_prompt(prompt, rows):
         made.append({**row, "messages": [*before, *row["messages"]]})
@@ -89,15 +89,9 @@ def few_shot(shown, prompt, rows):
 
 
 def system_prompts(rows):
-    """A Counter of the rows' system prompts, without the empty one."""
-    return Counter(row["system_prompt"] for row in rows if row["system_prompt"])
-
-
-def most_frequent(prompts):
-    """The first of a Counter of system prompts, "" of none."""
-    for prompt, _ in prompts.most_common(1):
-        return prompt
-    return ""
+    """The rows' system prompts, the most frequent first, without the empty one."""
+    counts = Counter(row["system_prompt"] for row in rows if row["system_prompt"])
+    return sorted(counts, key=counts.get, reverse=True)
 
 
 def check_prompted(chat, examples, prompted):

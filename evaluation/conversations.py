@@ -39,9 +39,8 @@ def persona_by_turn(reader, talks, probe):
     texts = []
     for pairs in talks:
         for pair in pairs:
-            turns = asking(pair["question"])
-            row = {"question": pair["question"], "system_prompt": "", "messages": turns}
-            rows.append(row | {"at": len(rows)})
+            asked = {"question": pair["question"], "messages": asking(pair["question"])}
+            rows.append({**asked, "system_prompt": "", "at": len(rows)})
             texts.append(pair["answer"])
     scores = np.full((len(talks), len(talks[0])), np.nan)
     examples = without_end(answer_examples(reader.chat, rows, texts), reader.chat)

@@ -207,7 +207,7 @@ class Judge:
     missing, errors: why. unparsable: the replies in which there is no clear score.
     """
 
-    def __init__(self, url, model, rubrics, max_tokens=32, key="JUDGE_API_KEY"):
+    def __init__(self, url, model, rubrics, max_tokens, key):
         try:
             import openai
         except ImportError as error:
@@ -240,7 +240,7 @@ class Judge:
             self._client.organization = None
             self._client.project = None
 
-    def score(self, prompts, kept, workers=8, dry_run=False):
+    def score(self, prompts, kept, workers, dry_run):
         """Ask for what was never asked for, and read all of it; say what it takes, and what fails.
 
         prompts: {(kind, question, answer): the rubric filled in}; kept: a Kept, to which a line a
@@ -390,7 +390,7 @@ def add_scores(result, judges, kept, workers=8, dry_run=False):
 
     scored = [judge for judge in judges if judge.failed < len(prompts)]
     if scored:
-        drop_columns(result, lambda name, about: name.startswith("judge"))
+        drop_columns(result, "judge")
         prefixes = ["judge", "judge2"]
         pairs = zip(scored, prefixes, strict=False)
         result["judges"] = [add_judge(result, judge, prefix) for judge, prefix in pairs]

@@ -56,11 +56,11 @@ class Kept:
                 self._warned = True
 
 
-def kept_beside(run, model, chat, maker, folder="evaluation"):
+def kept_beside(run, model, chat, maker):
     """What is Kept of a run's model, in a file that all its runs share, whatever their layer.
 
-    maker: the name of the module of a folder here that makes it; other code of it, or of what it
-    imports, makes all of it anew.
+    maker: the module that makes it, such as "evaluation/answers.py"; other code of it, or of what
+    it imports, makes all of it anew.
     """
     precision = str(model.model.dtype)
     quantization = run.args.get("quantize", "none")
@@ -73,12 +73,12 @@ def kept_beside(run, model, chat, maker, folder="evaluation"):
     if layer_folder:
         place = layer_folder.parent
     return Kept(
-        place / f"kept_{maker}.jsonl",
+        place / f"kept_{Path(maker).stem}.jsonl",
         model_digest(run.args["model"]),
         precision,
         chat.options,
         settings,
-        code_of(f"{folder}/{maker}.py"),
+        code_of(maker),
     )
 
 

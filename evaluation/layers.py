@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation.scale import NEAR
 from evaluation.stats import ratio
-from evaluation.table import number_at, scale_of, steered_name
+from evaluation.table import number_at, steered_name
 from steering.tables import aligned
 
 PERSONAS = 4  # differences between layers have an interval from so many on
@@ -124,7 +124,7 @@ def numbers_of(entry):
     points = {0.0: numbers["vanilla"]}
     for name in result["conditions"]:
         persona = number_at(result, name, "probe")
-        if (scale_of(result, name) or 0) > 0 and persona is not None:
+        if (number_at(result, name, "scale") or 0) > 0 and persona is not None:
             points[number_at(result, name, "kl")] = persona
     return numbers | {"points": sorted(points.items())}
 

@@ -49,8 +49,8 @@ def decoding_calls(asked, runs, rows):
     return sum(math.ceil(runs * count / rows) for count in together)
 
 
-def tokens_read(args, asked):
-    """Tokens of a run that go through (layers 0..k, the layers above)."""
+def tokens_read(args, answers):
+    """Tokens of a run that go through (layers 0..k, the layers above), with so many answers."""
     heldout = args.heldout_tokens
     # Training, validation and held-out rows, once; those without the persona are other runs'.
     below = 1.1 * MEAN_TOKENS + heldout
@@ -58,7 +58,6 @@ def tokens_read(args, asked):
     above = (1 + vectors) * heldout
     above += (2 * TRIED + 1) * CHOOSE_TOKENS + (1 + SEARCHED) * CHOOSE_TOKENS
     above += (3 + len({*args.scales})) * PLAIN_TOKENS
-    answers = asked.tried + asked.steered + asked.prompted + asked.few_shot
     whole = 2 * heldout + answers * (PROMPT + args.max_new_tokens)  # prompted rows, and answers
     return below + whole, above + whole
 
@@ -69,12 +68,12 @@ def show(model, args, runs, rows):
     in all."""
     plan = Plan(model, token_nll)
     asked = answers_asked(args)
-    below, above = tokens_read(args, asked)
+    written = asked.tried + asked.steered + asked.prompted + asked.few_shot
+    below, above = tokens_read(args, written)
     low = plan.prefix_flops(TOKENS) / TOKENS  # a token
     high = plan.upper_flops(TOKENS) / TOKENS
     passes = math.ceil(below / args.micro_batch_tokens) + math.ceil(above / args.micro_batch_tokens)
     steps = decoding_calls(asked, runs, rows) * args.max_new_tokens / runs
-    written = asked.tried + asked.steered + asked.prompted + asked.few_shot
     flops = below * low + above * high + written * args.max_new_tokens * (low + high)
     weights = plan.weight_bytes(args.quantize or "none")
     read = (passes / 2 + steps) * weights

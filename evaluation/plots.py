@@ -66,8 +66,7 @@ def numbers_of(result, measure):
     found = {}
     for condition, row in result["conditions"].items():
         number = number_of(row.get(measure))
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if is_number and math.isfinite(number):
+        if not isinstance(number, bool | None) and math.isfinite(number):
             found[condition] = row[measure]
     return found
 

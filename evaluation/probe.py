@@ -25,10 +25,7 @@ def response_means(fast, examples, max_tokens, layer=None):
         carries = (labels >= 0).to(states)[:, :, None]  # (B, T, 1)
         return ((states * carries).sum(1) / carries.sum(1)).cpu()
 
-    rows = by_example(average, examples, max_tokens)
-    if not rows:
-        return torch.empty(0, fast.model.hidden_size)
-    return torch.stack(rows)
+    return torch.stack(by_example(average, examples, max_tokens))
 
 
 def probe_states(reader, examples):
@@ -42,9 +39,10 @@ def probe_states(reader, examples):
         keys.append(key)
         if key not in known:
             unread[key] = example
-    rows = list(unread.values())
-    means = response_means(reader.fast, rows, reader.max_tokens, reader.probe_layer)
-    known.update(zip(unread, means, strict=True))
+    if unread:
+        rows = list(unread.values())
+        means = response_means(reader.fast, rows, reader.max_tokens, reader.probe_layer)
+        known.update(zip(unread, means, strict=True))
     return torch.stack([known[key] for key in keys])
 
 

@@ -67,11 +67,6 @@ def read_entry(folder):
     return Entry(folder, record, result, facts)
 
 
-def report_row(folder):
-    """The facts of a run, as report.csv has them: {column: text, number or None}."""
-    return read_entry(folder).facts
-
-
 def all_flags(record, result):
     """What is wrong with a run, as a list: its status, its evaluation, its code."""
     flags = []
@@ -107,12 +102,11 @@ def short_names(rows):
 
 
 def write_report(folder, runs, matrices=()):
-    """Write report.csv and report.html into `folder`; returns their names.
+    """Write report.csv and report.html into `folder`, which is there.
 
     runs: run folders, evaluated or not. matrices: what `specificity` returned.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = [read_entry(Path(run)) for run in runs]
+    entries = [read_entry(run) for run in runs]
     entries.sort(key=by_nll)
     measures = {}
     groups = {}  # of runs whose vectors can be compared: those of one model and layer
@@ -134,7 +128,6 @@ def write_report(folder, runs, matrices=()):
         print(f"\n{found['title']}\n{found['text']}")
     comparisons = {"heat": maps, "seeds": compare_seeds(entries, measures), "layers": layers}
     write_page(folder / "report.html", entries, titles, measures, comparisons)
-    return ["report.csv", "report.html"]
 
 
 def write_csv(path, entries, measures):

@@ -7,13 +7,10 @@ second, as KL(vanilla || steered) on plain rows, and the first decides among wha
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
 
-import torch
-
-from evaluation.answers import DoesNotFit, Writer, announce, answers_to
+from evaluation.answers import DoesNotFit, announce, answers_to
 from evaluation.conditions import Condition
-from evaluation.likelihood import CHOOSE_TOKENS, Reader, nll_of
+from evaluation.likelihood import CHOOSE_TOKENS, nll_of
 from evaluation.measures import answer_columns
 from evaluation.rows import first_rows, first_tokens, questions_of
 from evaluation.table import number_of, steered_name
@@ -81,87 +78,68 @@ def divergence_on(reader, vector, plain):
     return divergence
 
 
-@dataclass
-class ScaleSearch:
-    """Finds the scale of a vector (n,) to use it at.
+def recommend_scale(reader, writer, data, vector, probe, budget, count):
+    """{"scale", "largest", "why", "candidates", "questions" ...}: the scale of a vector (n,) to use
+    it at. A generator as `answers_to`. data: an EvalData, of which no held-out row is read; budget:
+    of KL, nats a token; count: questions to answer at a scale.
 
-    Of scales within the budget (nats a token) whose answers have not collapsed, it takes the one
-    with the best persona score: the largest of those that are CLOSE to it, since the score grows
-    with the scale. Without a probe, the largest of all. questions: how many to answer at a scale.
+    Of scales within the budget whose answers have not collapsed, it is the one with the best
+    persona score: the largest of those that are CLOSE to it, since the score grows with the scale.
+    Without a probe, the largest of all. largest: the scale that spends the budget. A scale is None,
+    and "why" says it, where there is none.
     """
+    announce("scales, on questions to choose by")
+    examples = first_tokens(data.chooser, CHOOSE_TOKENS)
+    plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
+    rows = first_rows(data.chooser, count)
+    seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
+    result = {
+        "scale": None,
+        "largest": None,
+        "why": None,
+        "kl_budget": budget,
+        "chosen_on": data.chosen_on,
+        "questions": sorted(seen),
+        "candidates": [],
+    }
 
-    reader: Reader
-    writer: Writer
-    vector: torch.Tensor
-    probe: object
-    budget: float
-    questions: int
-
-    def recommend(self, data):
-        """{"scale", "largest", "why", "candidates", "questions" ...}; a generator as `answers_to`.
-        largest: the scale that spends the budget. A scale is None, and "why" says it, where there
-        is none. data: an EvalData, of which no held-out row is read."""
-        announce("scales, on questions to choose by")
-        examples = first_tokens(data.chooser, CHOOSE_TOKENS)
-        plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
-        rows = first_rows(data.chooser, self.questions)
-        seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
-        result = {
-            "scale": None,
-            "largest": None,
-            "why": None,
-            "kl_budget": self.budget,
-            "chosen_on": data.chosen_on,
-            "questions": sorted(seen),
-            "candidates": [],
-        }
-
-        divergence = divergence_on(self.reader, self.vector, plain)
-        top = largest_scale(divergence, self.budget)
-        if not top:
-            result["why"] = "KL is over the budget at every scale that was tried"
-            return result
-        result["largest"] = top
-        if not rows:
-            result["why"] = "no answers were asked for"
-            return result
-
-        try:
-            result["candidates"] = yield from self.candidates(top, rows, examples, divergence)
-        except DoesNotFit as error:
-            result["why"] = str(error)
-            return result
-        usable = [found for found in result["candidates"] if not found["collapsed"]]
-        if not usable:
-            result["why"] = "text collapses at every scale that was tried"
-            return result
-        best = max(found["persona"] or 0.0 for found in usable)
-        near = [f["scale"] for f in usable if (f["persona"] or 0.0) >= best - CLOSE]
-        result["scale"] = max(near)
+    divergence = divergence_on(reader, vector, plain)
+    top = largest_scale(divergence, budget)
+    if not top:
+        result["why"] = "KL is over the budget at every scale that was tried"
+        return result
+    result["largest"] = top
+    if not rows:
+        result["why"] = "no answers were asked for"
         return result
 
-    def candidates(self, top, rows, examples, divergence):
-        """What answers are like at FRACTIONS of the largest scale: [{"scale", "kl", "persona",
-        "collapsed"}], smallest first. examples: real rows of the persona, the yardstick. A
-        generator as `answers_to`."""
-        with self.reader.model.steering_off():
-            nll = token_mean(nll_of(self.reader.fast), examples, self.reader.max_tokens)
-        yardstick = math.exp(min(nll, 700.0))
+    # What answers are like at each of some scales, the smallest first.
+    asks = {}
+    try:
+        for scale in sorted({rounded(top * share) for share in FRACTIONS}):
+            steered = Condition(steered_name(scale), (vector * scale,))
+            asks[scale] = writer.ask_under(steered, rows)
+    except DoesNotFit as error:
+        result["why"] = str(error)
+        return result
+    texts = yield from answers_to(asks)
+    with reader.model.steering_off():
+        nll = token_mean(nll_of(reader.fast), examples, reader.max_tokens)
+    yardstick = math.exp(min(nll, 700.0))
+    columns = answer_columns(reader, rows, texts, probe, yardstick)
+    for scale in texts:
+        result["candidates"].append({
+            "scale": scale,
+            "kl": divergence(scale),
+            "persona": number_of(columns["probe"].get(scale)),
+            "collapsed": columns["collapsed"][scale],
+        })  # fmt: skip
 
-        scales = {rounded(top * share) for share in FRACTIONS}
-        asks = {}
-        for scale in sorted(scales):
-            steered = Condition(steered_name(scale), (self.vector * scale,))
-            asks[scale] = self.writer.ask_under(steered, rows)
-        texts = yield from answers_to(asks)
-        columns = answer_columns(self.reader, rows, texts, self.probe, yardstick)
-
-        found = []
-        for scale in texts:
-            found.append({
-                "scale": scale,
-                "kl": divergence(scale),
-                "persona": number_of(columns["probe"].get(scale)),
-                "collapsed": columns["collapsed"][scale],
-            })  # fmt: skip
-        return found
+    usable = [found for found in result["candidates"] if not found["collapsed"]]
+    if not usable:
+        result["why"] = "text collapses at every scale that was tried"
+        return result
+    best = max(found["persona"] or 0.0 for found in usable)
+    near = [f["scale"] for f in usable if (f["persona"] or 0.0) >= best - CLOSE]
+    result["scale"] = max(near)
+    return result

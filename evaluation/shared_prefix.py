@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from steering import ranks
 from steering.chat_format import IGNORE_INDEX, collate, label_count
 from steering.fast_path import by_example
-from steering.memory import is_out_of_memory
 
 LEAST = 64  # tokens in common from which on it is worth it
 
@@ -27,7 +25,7 @@ def common_tokens(examples):
 def after_shared_prefix(model, examples, per_token, max_tokens):
     """[per_token of each example's label tokens], or None where nothing is to be gained or the
     model's cache does not give what the whole text gives. model: a Hugging Face causal LM;
-    per_token: logits (N, V) and targets (N,) -> (N, ...)."""
+    per_token: logits (N, V) and targets (N,) -> (N,)."""
     count = common_tokens(examples)
     if len(examples) < 3 or count < LEAST:
         return None
@@ -43,9 +41,6 @@ def after_shared_prefix(model, examples, per_token, max_tokens):
         at = labels[:, 1:] != IGNORE_INDEX
         return logits[:, :-1][at], labels[:, 1:][at]
 
-    def nll(logits, targets):
-        return torch.nn.functional.cross_entropy(logits.float(), targets).item()
-
     try:
         cache = getattr(model(input_ids=prefix, use_cache=True), name)
 
@@ -58,11 +53,10 @@ def after_shared_prefix(model, examples, per_token, max_tokens):
             return per_token(*after_prefix(batch)).split([label_count(rest) for rest in batch])
 
         # Not alike where a cache is another thing.
-        parts, whole = nll(*after_prefix(rests[:1])), nll(*predictions(examples[:1]))
+        parts = per_token(*after_prefix(rests[:1])).mean().item()
+        whole = per_token(*predictions(examples[:1])).mean().item()
         off = abs(parts - whole) / abs(whole)
         close = off <= (1e-4 if model.dtype == torch.float32 else 0.01)
-        return by_example(each, rests, max_tokens) if ranks.everywhere(close) else None
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if ranks.size() > 1 and is_out_of_memory(error):
-            raise  # the other ranks would go on
+        return by_example(each, rests, max_tokens) if close else None
+    except (TypeError, AttributeError, ValueError, RuntimeError):
         return None

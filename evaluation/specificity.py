@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from evaluation.answers import announce
+from evaluation.report import short_names
 
 
 def specificity(runs, limit, nll):
@@ -12,7 +13,7 @@ def specificity(runs, limit, nll):
 
     runs: FinishedRun objects, of which `limit` a group count, since every vector meets every
     persona; nll(run, vectors): of a run's held-out rows under each. Returns a list of {"model",
-    "layer", "runs", "nll": [vector][persona], "vanilla": [persona]}.
+    "layer", "runs", "names", "nll": [vector][persona], "vanilla": [persona]}.
     """
     groups = {}
     for run in runs:
@@ -20,9 +21,9 @@ def specificity(runs, limit, nll):
         groups.setdefault((run.args["model"], run.args["layer"], *split), []).append(run)
     matrices = []
     for (model, layer, *_), group in groups.items():
-        if len(group) < 2:
-            continue
         members = group[:limit]
+        if len(members) < 2:
+            continue
         announce(f"{len(members)} vectors on each other's held-out rows")
         vectors = [run.vector for run in members]
         vectors.append(torch.zeros_like(vectors[0]))
@@ -31,6 +32,7 @@ def specificity(runs, limit, nll):
             "model": model,
             "layer": layer,
             "runs": [str(run.folder) for run in members],
+            "names": short_names([{"dataset": run.dataset, "run": run.folder} for run in members]),
             "nll": rows,
             "vanilla": vanilla,
         })  # fmt: skip

@@ -30,9 +30,7 @@ def by_question(values, weights, questions):
     """Sums over the rows of each question: (values (Q,), weights (Q,)). All three one a row."""
     numbers = {question: i for i, question in enumerate(dict.fromkeys(questions))}
     groups = [numbers[question] for question in questions]
-    values = np.bincount(groups, np.asarray(values, float), len(numbers))
-    weights = np.bincount(groups, np.asarray(weights, float), len(numbers))
-    return values, weights
+    return np.bincount(groups, values), np.bincount(groups, weights)
 
 
 def jackknife(values, weights, questions):
@@ -86,13 +84,11 @@ def mean_interval(values, questions, scale=None):
     """
     if not len(values):
         return None
-    if scale is None:
-        return ratio(values, [1] * len(values), questions)
-    sums, counts = by_question(values, [1] * len(values), questions)
-    each = sums / counts
-    mean = float(sums.sum() / counts.sum())
-    found = {"mean": mean, "low": None, "high": None, "n": len(each)}
-    if len(each) >= MIN_QUESTIONS:
+    ones = [1] * len(values)
+    found = ratio(values, ones, questions)
+    if scale is not None and found["n"] >= MIN_QUESTIONS:
+        sums, counts = by_question(values, ones, questions)
+        each = sums / counts
         draws = np.random.default_rng(0).dirichlet(np.ones(len(each) + 1), DRAWS)
         weights = draws[:, 1:]  # The rest is that of an end.
         lowest, highest = scale

@@ -24,7 +24,7 @@ def table_text(result, table):
         title = condition
         if condition == condition_to_use(result):
             title += " *"
-        cells = [text_of(row[name], form) if name in row else "-" for name, form in columns.items()]
+        cells = [text_of(row.get(name), form) for name, form in columns.items()]
         lines.append([title, *cells])
     return "\n".join(aligned(lines))
 

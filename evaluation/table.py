@@ -51,10 +51,11 @@ def add_column(result, measure, column):
             result["conditions"].setdefault(condition, {})[measure.name] = value
 
 
-def drop_columns(result, is_stale):
-    """Take the measures out of an evaluation's dict for which is_stale(name, what is known of it)
-    holds, with their values."""
-    stale = [name for name, about in result["measures"].items() if is_stale(name, about)]
+def drop_columns(result, table):
+    """Take the measures of tables whose names begin so out of an evaluation's dict, with their
+    values."""
+    measures = result["measures"].items()
+    stale = [name for name, about in measures if about["table"].startswith(table)]
     for name in stale:
         del result["measures"][name]
         for row in result["conditions"].values():
@@ -97,11 +98,6 @@ def text_of(value, form):
         low, high = (form.format(bound) for bound in bounds)
         text += f" [{low}, {high}]"
     return text
-
-
-def scale_of(result, condition):
-    """The scale of a condition that steers by the trained vector, None of any other."""
-    return value_at(result, condition, "scale")
 
 
 def steered_name(scale):

@@ -45,7 +45,8 @@ class Tasks:
         if self.folder:
             for path in sorted(Path(self.folder).rglob("*.*")):
                 if path.is_file() and path.suffix != ".pyc":
-                    files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    files[str(path.relative_to(self.folder))] = digest[:16]
         return {
             "tasks": sorted(self.names),
             "limit": self.limit,
@@ -144,12 +145,14 @@ def add_capability(result, run, tasks, shelf):
 
     model = shelf.model(run)
     chat = shelf.chat(run)
-    kept = kept_beside(run, model, chat, "capability", folder="interop")
+    kept = kept_beside(run, model, chat, "interop/capability.py")
     model.set_vector(run.vector)
     scores = {}
     for condition, (prompt, factor) in conditions.items():
-        acts_at = run.args["layer"] if factor else None
-        key = kept.key(asked, prompt, vector_digest(run.vector * factor), acts_at)
+        steered = None  # the plain model, whose scores all runs share
+        if factor:
+            steered = [vector_digest(run.vector * factor), run.args["layer"]]
+        key = kept.key(asked, prompt, steered)
         if key not in kept.found:
             announce(f"capability: {condition}, {', '.join(tasks.names)}")
             with acting(model, factor, condition):
@@ -162,7 +165,7 @@ def add_capability(result, run, tasks, shelf):
 
 def add_columns(result, scores, rows):
     """Put {condition: scores of `run_tasks`} into the table, in place of those of other tasks."""
-    drop_columns(result, lambda name, about: about["table"] == "capability")
+    drop_columns(result, "capability")
     for task, plain in scores["vanilla"].items():
         better = "higher" if plain["higher"] else "lower"
         about = f"of lm-evaluation-harness, {rows} rows at most"

@@ -114,7 +114,7 @@ def write_imported_run(folder, dataset, data, vector, header, args):
 class Shelf:
     """What a script keeps from run to run: the model in use, chat formats, held-out examples.
     load: load_from_options of hook_model. For the caller to fill: heldout, {folder: examples};
-    means, {layer of a probe: mean states}, emptied where the model changes; and states, a
+    means, mean states that a probe reads, emptied where the model changes; and states, a
     FastPath's caches, emptied where model or layer change."""
 
     def __init__(self, load):

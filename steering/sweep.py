@@ -53,6 +53,8 @@ class Sweep:
         self.exit_code = 0
         if ranks.rank():
             return
+        if args.print_status or args.write_todo:
+            args.device = "auto"  # That of the training may not be here.
         self.datasets = find_datasets(args.data_root, args.source_model, args.kind)
         self.names = requested_names(self.datasets, args)
         if not args.print_status:  # which starts without transformers
@@ -88,16 +90,13 @@ class Sweep:
         template = None
         if args.chat_template:
             template = read_text(args.chat_template)
-        device = args.device
-        if device == "auto":
-            device = loading.pick_device()
         if args.init_vector:
             config["init_vector"] = vector_digest(load_vector(args.init_vector)[0])
         return config | {
             "name": name,
             "data": data_digest(name, self.datasets),
             "model_digest": self.model_digest,
-            "dtype": loading.pick_dtype(args.dtype, device),
+            "dtype": loading.pick_dtype(args.dtype, loading.pick_device(args.device)),
             "auto_dtype": args.dtype == "auto",
             "template": template,
             "format_version": FORMAT_VERSION,

@@ -95,7 +95,7 @@ def test_scores_are_of_the_conditions_they_name_and_asked_for_once(add, steered,
     assert result["conditions"]["vanilla"].keys() == {"nll", "small_choice acc"}
     passes.clear()
     assert add(evaluated())["capability"] == found and not passes  # all of them are kept
-    steered.set_vector(steered.steering.vector.detach() * 1.01)
+    steered.set_vector(steered.steering.vector.detach() * -1.01)
     assert add(evaluated(None, ""))["capability"]["scale"] == 1.0
     assert passes == [(1.0, None)]  # of another vector; the plain model's are there
     passes.clear()

@@ -553,11 +553,13 @@ def test_a_folder_in_which_another_process_works_is_not_evaluated_twice(finished
 def test_vectors_of_other_splits_by_question_do_not_meet_each_others_rows():
     def run(name, split_seed):
         args = {"model": "m", "layer": 1, "split_seed": split_seed, "heldout_fraction": 0.2}
-        return SimpleNamespace(folder=name, args=args, vector=torch.ones(2))
+        dataset = f"m__role__{name}"
+        return SimpleNamespace(folder=name, dataset=dataset, args=args, vector=torch.ones(2))
 
     runs = [run("a", 0), run("b", 1), run("c", 0)]
     (matrix,) = specificity(runs, 9, lambda run, vectors: [1.0] * len(vectors))
-    assert matrix["runs"] == ["a", "c"]
+    assert matrix["runs"] == matrix["names"] == ["a", "c"]
+    assert not specificity(runs, 0, None) and not specificity(runs, 1, None)
 
 
 def test_runs_are_found_below_one_that_has_not_finished(tmp_path):

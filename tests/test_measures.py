@@ -106,9 +106,13 @@ def test_answers_hold_no_prompt_text_and_stop_at_the_end_of_turn(smol, smol_chat
 def test_sampled_answers_depend_on_the_seed_but_not_on_the_batch(steered, smol_chat):
     turns = [[{"role": "user", "content": f"{q}?"}] for q in ("Who are you", "Tea", "What is 2+2")]
 
-    def answers(batch_size, seed=0, conversations=turns):
-        sampling = an.Sampling(8, 1.0, seed, batch_size)
-        return an.generate_answers(steered, smol_chat, conversations, sampling)
+    def answers(at_once, seed=0, conversations=turns):
+        sampling = an.Sampling(8, 1.0, seed)
+        texts = []
+        for start in range(0, 3, at_once):
+            batch = conversations[start : start + at_once]
+            texts += an.generate_answers(steered, smol_chat, batch, sampling)
+        return texts
 
     together = answers(3)
     assert together == answers(1) == answers(2)

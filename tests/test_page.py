@@ -12,7 +12,7 @@ from conftest import QUICK, ROOT, the_folder
 
 import eval_steering as ev
 from evaluation import page, report
-from evaluation.table import number_at, scale_of, value_at
+from evaluation.table import number_at, value_at
 from steering.files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -101,7 +101,7 @@ def test_page_holds_every_value_of_the_evaluation_once(reported, finished):
         assert (in_table is None) != (in_run is None)
         cells = in_table or in_run
         assert cells.keys() == values.keys()
-        if scale_of(result, condition) is None:
+        if value_at(result, condition, "scale") is None:
             assert in_table
     assert row["conditions"]["random"]["nll"] is None  # NaN
     nll = value_at(result, "vanilla", "nll")

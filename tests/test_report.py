@@ -84,7 +84,7 @@ def test_csv_has_a_line_for_each_run_and_condition_the_largest_gain_first(tmp_pa
         make_run(tmp_path / "older", result={"likelihood": {"steered": {"nll": 1.0}}}),
         make_run(tmp_path / "high", result=evaluation(0.9)),
     ]
-    assert report.write_report(tmp_path, runs) == ["report.csv", "report.html"]
+    report.write_report(tmp_path, runs)
     lines = lines_of(tmp_path)
     names = [Path(line["run"]).name for line in lines]
     assert names == ["high"] * 3 + ["low"] * 3 + ["new"] + ["nan"] * 3 + ["older"]
@@ -104,17 +104,17 @@ def test_csv_has_a_line_for_each_run_and_condition_the_largest_gain_first(tmp_pa
 
 def test_flags_name_the_status_the_evaluation_and_the_code(tmp_path):
     crashed = make_run(tmp_path / "crashed", status="failed", final={})
-    assert report.report_row(crashed)["flags"] == "failed"
-    assert "norm" in report.report_row(make_run(tmp_path / "new", final={}))["flags"]
+    assert report.read_entry(crashed).facts["flags"] == "failed"
+    assert "norm" in report.read_entry(make_run(tmp_path / "new", final={})).facts["flags"]
     result = evaluation(0.2, flags=["collapse at x1", "NaN"])
     old = make_run(tmp_path / "old", result=result, final={}, code={"hook_model.py": "0"})
-    assert report.report_row(old)["flags"] == "collapse at x1; NaN; other code"
+    assert report.read_entry(old).facts["flags"] == "collapse at x1; NaN; other code"
 
 
 def test_table_of_a_sweep_has_the_held_out_nll_and_tells_runs_of_a_dataset_apart(tmp_path, capsys):
     first = make_run(tmp_path / "a", dataset="src__role__x", result=evaluation(0.2))
     second = make_run(tmp_path / "b", dataset="src__role__x", status="failed")
-    report.print_table([report.report_row(first), report.report_row(second)])
+    report.print_table([report.read_entry(first).facts, report.read_entry(second).facts])
     _, evaluated, failed = capsys.readouterr().out.splitlines()
     assert evaluated.split()[0] == str(first)
     assert "3.5000" in evaluated and "3.0000" in evaluated
@@ -125,7 +125,7 @@ def test_layers_of_a_dataset_are_told_apart_in_the_table_of_a_sweep(tmp_path, ca
     runs = []
     for layer in ("layer1", "layer2"):  # as --layer 1 and --layer 2 leave them
         runs.append(make_run(tmp_path / layer / "src__role__x"))
-    report.print_table([report.report_row(run) for run in runs])
+    report.print_table([report.read_entry(run).facts for run in runs])
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [str(run) for run in runs]
 

@@ -70,8 +70,8 @@ def recommend(steered, smol_chat, data, tmp_path):
     def search(budget=None, probe=None, count=3):
         if budget is None:
             budget = kl_of(steered, data, 1.25)
-        search = sc.ScaleSearch(reader, writer, DIRECTION, probe, budget, count)
-        return an.run_together([search.recommend(data)], writer.write)[0]
+        asking = sc.recommend_scale(reader, writer, data, DIRECTION, probe, budget, count)
+        return an.run_alone(asking, writer)
 
     return search
 

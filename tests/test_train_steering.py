@@ -401,7 +401,7 @@ def test_seeds_are_runs_of_their_own(training, tmp_path):
     todo = tmp_path / "todo"
     assert "1 to train" in training(f"{flags} --seeds 3 --write-todo {todo}")
     assert todo.read_text() == "src__role__pirate\n"
-    said = training(f"{flags} --seeds 3 --print-status")
+    said = training(f"{flags} --seeds 3 --device cuda --print-status")  # which is not here
     for seed, done in ((5, 1), (6, 1), (7, 0)):
         assert f"status   seed{seed}: {done} done / 0 running" in said
     training(f"{flags} --run-name warm --max-steps 1")
