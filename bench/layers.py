@@ -31,6 +31,7 @@ from steering.run_folder import find_runs
 
 BUDGET = 0.75  # KL, nats a token
 TOKENS = 1200  # of held-out rows, and of plain ones
+MEANS = {"gain": "{:.3f}", "gain_as_trained": "{:.3f}", "scale": "{:.2f}"}  # over runs
 
 
 def measure(folder, shelf):
@@ -72,11 +73,10 @@ def print_table(found):
     print(f"| layer | {' | '.join(names)} | mean | as trained | scale |")
     print("|---" * (len(names) + 4) + "|")
     for layer, each in sorted(found.items()):
-        gains = [each[name]["gain"] for name in names]
-        trained = np.mean([each[name]["gain_as_trained"] for name in names])
-        scale = np.mean([each[name]["scale"] for name in names])
-        cells = " | ".join(f"{gain:.3f}" for gain in gains)
-        print(f"| {layer} | {cells} | {np.mean(gains):.3f} | {trained:.3f} | {scale:.2f} |")
+        cells = [f"{each[name]['gain']:.3f}" for name in names]
+        for key, form in MEANS.items():
+            cells.append(form.format(np.mean([each[name][key] for name in names])))
+        print(f"| {layer} | {' | '.join(cells)} |")
 
 
 def main(argv=None):
@@ -87,8 +87,8 @@ def main(argv=None):
     shelf = Shelf(load_from_options)
     found = defaultdict(dict)
     for folder in find_runs([args.runs]):
-        layer = f"layer{read_run(folder).args['layer']}"
-        name = str(folder).rpartition(f"{layer}/")[2]
+        layer = read_run(folder).args["layer"]
+        name = str(folder).rpartition(f"layer{layer}/")[2]
         found[layer][name] = measure(folder, shelf)
     print_table(found)
 
