@@ -68,7 +68,7 @@ from steering.finished import (
     write_imported_run,
 )
 from steering.loading import (
-    OF_A_RUN,
+    CHANGEABLE,
     LoadOptions,
     add_load_arguments,
     check_layer,
@@ -167,8 +167,10 @@ def check_questions(run, data):
 
 
 def add_own_answers(data, writer):
-    """Fill in plain rows by the model's own unsteered answers to the same questions. A generator as
-    `answers_to`."""
+    """Where the data holds no plain rows, fill in the model's own unsteered answers to the same
+    questions. A generator as `answers_to`."""
+    if data.plain_train and data.plain_heldout:
+        return
     announce("answers of the model's own, in place of plain rows")
     data.plain_source = "the model's own answers"
     seen = first_rows(data.train, OWN_ANSWERS) + first_rows(data.validation, OWN_ANSWERS // 4)
@@ -227,18 +229,14 @@ def evaluate(reader, writer, data, vector, args):
     AssertionError if a held-out question was seen before."""
     # Rows: of the persona and without it, on questions that were trained on and on others.
     rows = first_rows(data.heldout, args.num_samples)
-    if not (data.plain_train and data.plain_heldout):
-        yield from add_own_answers(data, writer)
+    yield from add_own_answers(data, writer)
     data.check()
 
     announce("states of training, plain and held-out rows")
     difference, probe, about_probe = compare_states(reader, data)
 
     # The scale, and coefficients, are chosen on validation questions.
-    budget = args.kl_budget
-    recommended = yield from recommend_scale(
-        reader, writer, data, vector, probe, budget, args.num_samples
-    )
+    recommended = yield from recommend_scale(reader, writer, data, vector, probe, args)
     data.check(recommended["questions"])
     scale = recommended["scale"]
     directions = {"steered": vector, "mean_difference": difference}
@@ -636,7 +634,7 @@ def tasks_of(args):
 
 def changes_of(args):
     """{option: value} of what is given in place of a run's own."""
-    names = ["data_root", "source_model", "kind", *OF_A_RUN]
+    names = ["data_root", "source_model", "kind", *CHANGEABLE]
     found = {name: getattr(args, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -1,7 +1,7 @@
 """What this code does on a GPU: right, how fast, how much memory. Random weights: no download.
 
     python bench/bench_gpu.py --all                  # everything, on an 80 GB GPU
-    python bench/bench_gpu.py --shape llama-3.1-8b --rows 64 --compile           # one shape
+    python bench/bench_gpu.py --shape llama-3.1-8b --rows 64 --compile       # one shape
     python bench/bench_gpu.py --all --shape tiny     # that it runs, also on a CPU
 
 --all: first whether losses, gradients, `generate` and resume are what they are on a CPU; then steps

@@ -34,22 +34,19 @@ TOKENS = 1200  # of held-out rows, and of plain ones
 MEANS = {"gain": "{:.3f}", "gain_as_trained": "{:.3f}", "scale": "{:.2f}"}  # over runs
 
 
-def measure(folder, shelf):
-    """{"scale", "gain", "gain_as_trained"} of a run: the scale that spends the BUDGET, what the
-    vector gains there, and at scale 1, in nats a token."""
-    path = folder / "layer.json"
+def measure(run, shelf):
+    """{"scale", "gain", "gain_as_trained"} of a FinishedRun: the scale that spends the BUDGET, what
+    the vector gains there, and at scale 1, in nats a token."""
+    path = run.folder / "layer.json"
     if path.exists():
         return read_json(path)
-    announce(str(folder))
-    run = read_run(folder)
+    announce(str(run.folder))
     model = shelf.model(run)
     chat = shelf.chat(run)
     data = ev.load_data(run, chat, TOKENS)
-    if not data.plain_train:
-        writer = Writer(
-            model, chat, Sampling(), kept_beside(run, model, chat, "evaluation/answers.py")
-        )
-        run_alone(ev.add_own_answers(data, writer), writer)
+    kept = kept_beside(run, model, chat, "evaluation/answers.py")
+    writer = Writer(model, chat, Sampling(), kept)
+    run_alone(ev.add_own_answers(data, writer), writer)
     data.check()
 
     reader = Reader(model, chat, 1024)
@@ -87,9 +84,10 @@ def main(argv=None):
     shelf = Shelf(load_from_options)
     found = defaultdict(dict)
     for folder in find_runs([args.runs]):
-        layer = read_run(folder).args["layer"]
+        run = read_run(folder)
+        layer = run.args["layer"]
         name = str(folder).rpartition(f"layer{layer}/")[2]
-        found[layer][name] = measure(folder, shelf)
+        found[layer][name] = measure(run, shelf)
     print_table(found)
 
 

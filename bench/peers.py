@@ -136,8 +136,7 @@ def compare(args, runs, shelf):
         ev.check_questions(other, data)
     sampling = Sampling(args.max_new_tokens, 0.7, 0, ev.ROWS_ON_CPU)
     writer = Writer(model, chat, sampling, kept_beside(run, model, chat, "evaluation/answers.py"))
-    if not (data.plain_train and data.plain_heldout):
-        run_alone(ev.add_own_answers(data, writer), writer)
+    run_alone(ev.add_own_answers(data, writer), writer)
     data.check()
     reader = Reader(model, chat, 1024)
     difference, probe, about = ev.compare_states(reader, data)

@@ -78,10 +78,10 @@ def divergence_on(reader, vector, plain):
     return divergence
 
 
-def recommend_scale(reader, writer, data, vector, probe, budget, count):
+def recommend_scale(reader, writer, data, vector, probe, args):
     """{"scale", "largest", "why", "candidates", "questions" ...}: the scale of a vector (n,) to use
-    it at. A generator as `answers_to`. data: an EvalData, of which no held-out row is read; budget:
-    of KL, nats a token; count: questions to answer at a scale.
+    it at. A generator as `answers_to`. data: an EvalData, of which no held-out row is read; args:
+    kl_budget, nats a token, and num_samples, questions to answer at a scale.
 
     Of scales within the budget whose answers have not collapsed, it is the one with the best
     persona score: the largest of those that are CLOSE to it, since the score grows with the scale.
@@ -91,20 +91,20 @@ def recommend_scale(reader, writer, data, vector, probe, budget, count):
     announce("scales, on questions to choose by")
     examples = first_tokens(data.chooser, CHOOSE_TOKENS)
     plain = first_tokens(data.plain_chooser, CHOOSE_TOKENS)
-    rows = first_rows(data.chooser, count)
+    rows = first_rows(data.chooser, args.num_samples)
     seen = {*questions_of([*examples, *plain]), *(row["question"] for row in rows)}
     result = {
         "scale": None,
         "largest": None,
         "why": None,
-        "kl_budget": budget,
+        "kl_budget": args.kl_budget,
         "chosen_on": data.chosen_on,
         "questions": sorted(seen),
         "candidates": [],
     }
 
     divergence = divergence_on(reader, vector, plain)
-    top = largest_scale(divergence, budget)
+    top = largest_scale(divergence, args.kl_budget)
     if not top:
         result["why"] = "KL is over the budget at every scale that was tried"
         return result

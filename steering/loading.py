@@ -53,7 +53,7 @@ class LoadOptions(Options):
 
 
 # Those that a run keeps and another script may change.
-OF_A_RUN = [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
+CHANGEABLE = [field.name for field in fields(LoadOptions) if field.name != "tensor_parallel"]
 
 
 def add_load_arguments(parser, of_a_run=""):
@@ -67,7 +67,7 @@ def add_load_arguments(parser, of_a_run=""):
     add("--quantize", choices=QUANTIZE, help="frozen weights in 4 bits (needs bitsandbytes)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     if of_a_run:
-        parser.set_defaults(**dict.fromkeys(OF_A_RUN))
+        parser.set_defaults(**dict.fromkeys(CHANGEABLE))
     else:
         parser.set_defaults(**asdict(LoadOptions()))
         text = "share the model between the processes of torchrun"

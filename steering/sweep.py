@@ -264,43 +264,46 @@ class Sweep:
     def print_status(self):
         """Print what is done, running or failed, and the time that is left."""
         for args in self._settings():
-            groups = {"done": 0, "running": 0, "failed": 0, "left": 0}
-            seconds = []
-            changed = []
-            speed = 0.0
-            for name in self.names:
-                folder = self.folder(args, name)
-                record = read_json(folder / "run.json")
-                found = self._standing_of(args, name)
-                if found.verdict == "done":
-                    group = "done"  # also while it is evaluated
-                    if found.changed:
-                        changed.append(found.changed)
-                    if "wall_seconds" in record:
-                        seconds.append(record["wall_seconds"])
-                elif is_locked(folder):
-                    group = "running"
-                    speed += last_speed(folder)
-                else:
-                    group = "failed" if record.get("status") == "failed" else "left"
-                groups[group] += 1
-                if group == "failed":
-                    print(f"failed   {name}: {record.get('error')}")
-                elif group != "left":
-                    print(f"{group:<8} {name}")
-            warn_of_other_code(changed)
-            left = "unknown"
-            if seconds:
-                ahead = groups["left"] + groups["running"] / 2
-                hours = ahead * sum(seconds) / len(seconds) / max(1, groups["running"]) / 3600
-                left = f"{hours:.1f} h"
-            counts = " / ".join(f"{count} {group}" for group, count in groups.items())
-            if args.run_name:
-                counts = f"{args.run_name}: {counts}"
-            if len(self.args.layer) > 1:
-                counts = f"layer {args.layer}: {counts}"
-            total = len(self.names)
-            print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
+            self._print_status(args)
+
+    def _print_status(self, args):
+        groups = {"done": 0, "running": 0, "failed": 0, "left": 0}
+        seconds = []
+        changed = []
+        speed = 0.0
+        for name in self.names:
+            folder = self.folder(args, name)
+            record = read_json(folder / "run.json")
+            found = self._standing_of(args, name)
+            if found.verdict == "done":
+                group = "done"  # also while it is evaluated
+                if found.changed:
+                    changed.append(found.changed)
+                if "wall_seconds" in record:
+                    seconds.append(record["wall_seconds"])
+            elif is_locked(folder):
+                group = "running"
+                speed += last_speed(folder)
+            else:
+                group = "failed" if record.get("status") == "failed" else "left"
+            groups[group] += 1
+            if group == "failed":
+                print(f"failed   {name}: {record.get('error')}")
+            elif group != "left":
+                print(f"{group:<8} {name}")
+        warn_of_other_code(changed)
+        left = "unknown"
+        if seconds:
+            ahead = groups["left"] + groups["running"] / 2
+            hours = ahead * sum(seconds) / len(seconds) / max(1, groups["running"]) / 3600
+            left = f"{hours:.1f} h"
+        counts = " / ".join(f"{count} {group}" for group, count in groups.items())
+        if args.run_name:
+            counts = f"{args.run_name}: {counts}"
+        if len(self.args.layer) > 1:
+            counts = f"layer {args.layer}: {counts}"
+        total = len(self.names)
+        print(f"status   {counts} of {total} | tok/s {speed:,.0f} | time left {left}")
 
     def _standing_of(self, args, name):
         folder = self.folder(args, name)

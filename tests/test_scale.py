@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def recommend(steered, smol_chat, data, tmp_path):
     def search(budget=None, probe=None, count=3):
         if budget is None:
             budget = kl_of(steered, data, 1.25)
-        asking = sc.recommend_scale(reader, writer, data, DIRECTION, probe, budget, count)
+        args = SimpleNamespace(kl_budget=budget, num_samples=count)
+        asking = sc.recommend_scale(reader, writer, data, DIRECTION, probe, args)
         return an.run_alone(asking, writer)
 
     return search
